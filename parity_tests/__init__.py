@@ -1,0 +1,1 @@
+"""The proof: random cases, both sides, values and gradients."""

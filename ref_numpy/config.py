@@ -1,0 +1,151 @@
+"""The one description of a model and of its training, read by both sides.
+
+Both classes refuse a contradiction when they are made, so that nothing downstream has to check sizes again.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Literal, get_args, get_origin
+
+
+class ConfigError(ValueError):
+    """A contradiction in a config. The message is one line: the value, the limit and the mend."""
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)
+
+
+def _check_types(config: object) -> None:
+    """Every field holds what its annotation says; a whole number may stand for a float."""
+    for field in fields(config):
+        value, kind = getattr(config, field.name), field.type
+        if get_origin(kind) is Literal:
+            choices = get_args(kind)
+            _require(value in choices, f"{field.name} is {value!r}, but must be one of {', '.join(choices)}")
+        else:
+            fits = type(value) is kind or (kind is float and type(value) is int)
+            _require(fits, f"{field.name} is {value!r}, but must be a {kind.__name__}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a decoder-only transformer. Raises ConfigError where sizes contradict each other."""
+
+    vocab_size: int = 256
+    """Number of distinct tokens, V."""
+    context_length: int = 64
+    """Longest sequence that the model sees, in tokens, T."""
+    n_layer: int = 2
+    """Number of blocks, L."""
+    n_head: int = 4
+    """Number of attention heads, H; must divide d_model."""
+    d_model: int = 96
+    """Width of the residual stream, C."""
+    d_ff: int = 0
+    """Width of the feed-forward layer, F; 0 means 4 * d_model."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Which normalisation."""
+    norm_placement: Literal["pre", "post"] = "pre"
+    """Normalise the input of a sublayer (pre, GPT-2) or the sum after it (post, Vaswani et al.)."""
+    norm_epsilon: float = 1e-5
+    """Added to the variance, inside the root."""
+    activation: Literal["relu", "gelu", "gelu_tanh", "silu"] = "gelu_tanh"
+    """Nonlinearity of the feed-forward layer; gelu is the exact one, gelu_tanh GPT-2's approximation."""
+    positions: Literal["learned", "sinusoidal"] = "learned"
+    """How a token knows its place. Sinusoidal also scales the embedding by sqrt(d_model) (Vaswani et al. 3.4)."""
+    bias: bool = True
+    """Biases in linear layers and layer norms."""
+    tied_embeddings: bool = True
+    """Use the token embedding as the output projection."""
+    dropout: float = 0.0
+    """Probability of dropping a unit of the embedding or of a sublayer's output while training."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        for name in ("vocab_size", "context_length", "n_layer", "n_head", "d_model"):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name} is {value}, but must be at least 1")
+        _require(self.d_ff >= 0, f"d_ff is {self.d_ff}, but must be 0 (meaning 4 * d_model) or more")
+        _require(
+            self.d_model % self.n_head == 0,
+            f"d_model {self.d_model} does not divide into n_head {self.n_head} heads; "
+            f"try d_model {-(-self.d_model // self.n_head) * self.n_head}",
+        )
+        _require(0 <= self.dropout < 1, f"dropout is {self.dropout}, but must lie in [0, 1)")
+        _require(self.norm_epsilon > 0, f"norm_epsilon is {self.norm_epsilon}, but must be above 0")
+
+    @property
+    def ffn_width(self) -> int:
+        """F: d_ff, or its default of four times the model width."""
+        return self.d_ff or 4 * self.d_model
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained: everything that decides the numbers. Raises ConfigError on a contradiction."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 12
+    """Sequences per optimizer step."""
+    micro_batches: int = 1
+    """Parts that a batch is computed in, one after the other, to save memory; must divide batch_size."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    min_learning_rate: float = 1e-4
+    """Learning rate at the end of the decay."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up from 0 to the peak."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Shape of the decay after the warm-up."""
+    optimizer: Literal["adamw", "adam"] = "adamw"
+    """AdamW decays weights apart from the gradient; Adam does not decay them at all."""
+    beta1: float = 0.9
+    """Decay of the mean of the gradients."""
+    beta2: float = 0.99
+    """Decay of the mean of their squares."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decay per unit of learning rate, on matrices and embeddings only."""
+    clip: float = 1.0
+    """Largest global norm of the gradient; 0 turns clipping off."""
+    label_smoothing: float = 0.0
+    """Share of the target probability that is spread over the whole vocabulary."""
+    seed: int = 0
+    """Decides initial weights, order of the data and dropout; from 0 to 2**64 - 1."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        for name in ("steps", "batch_size", "micro_batches"):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name} is {value}, but must be at least 1")
+        _require(
+            self.batch_size % self.micro_batches == 0,
+            f"batch_size {self.batch_size} does not divide into {self.micro_batches} micro_batches; "
+            f"try batch_size {-(-self.batch_size // self.micro_batches) * self.micro_batches}",
+        )
+        _require(self.learning_rate > 0, f"learning_rate is {self.learning_rate}, but must be above 0")
+        _require(
+            0 <= self.min_learning_rate <= self.learning_rate,
+            f"min_learning_rate is {self.min_learning_rate}, but must lie in [0, learning_rate "
+            f"{self.learning_rate}]",
+        )
+        _require(
+            0 <= self.warmup_steps <= self.steps,
+            f"warmup_steps is {self.warmup_steps}, but must lie in [0, steps {self.steps}]",
+        )
+        for name in ("beta1", "beta2", "label_smoothing"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"{name} is {value}, but must lie in [0, 1)")
+        for name in ("weight_decay", "clip"):
+            value = getattr(self, name)
+            _require(value >= 0, f"{name} is {value}, but must not be negative")
+        _require(self.epsilon > 0, f"epsilon is {self.epsilon}, but must be above 0")
+        _require(0 <= self.seed < 2**64, f"seed is {self.seed}, but must lie in [0, 2**64)")
+        _require(
+            self.optimizer != "adam" or self.weight_decay == 0,
+            f"optimizer adam has no weight decay, but weight_decay is {self.weight_decay}; "
+            "set it to 0 or use adamw",
+        )

@@ -1,0 +1,1 @@
+"""What only a real run needs: data, checkpoints, telemetry, presets."""
