@@ -53,7 +53,7 @@ class ModelConfig:
     activation: Literal["relu", "gelu", "gelu_tanh", "silu"] = "gelu_tanh"
     """Nonlinearity of the feed-forward layer; gelu is the exact one, gelu_tanh GPT-2's approximation."""
     positions: Literal["learned", "sinusoidal"] = "learned"
-    """How a token knows its place. Sinusoidal also scales the embedding by sqrt(d_model) (Vaswani et al. 3.4)."""
+    """How a token knows its place. Sinusoidal also scales the embedding by sqrt(d_model), as in its paper."""
     bias: bool = True
     """Biases in linear layers and layer norms."""
     tied_embeddings: bool = True
