@@ -1,0 +1,68 @@
+"""Position-wise feed-forward layer (Vaswani et al. 2017, section 3.3): widen, bend, narrow.
+
+Shapes: B batch, T time, C width, F feed-forward width. Not here: gated variants, experts.
+"""
+
+from typing import NamedTuple
+
+from jaxtyping import Float
+from numpy import ndarray as Array
+
+from ref_numpy.activations import (
+    gelu_backward,
+    gelu_forward,
+    gelu_tanh_backward,
+    gelu_tanh_forward,
+    relu_backward,
+    relu_forward,
+    silu_backward,
+    silu_forward,
+)
+from ref_numpy.linear import LinearCache, linear_backward, linear_forward
+
+ACTIVATIONS = {
+    "relu": (relu_forward, relu_backward),
+    "gelu": (gelu_forward, gelu_backward),
+    "gelu_tanh": (gelu_tanh_forward, gelu_tanh_backward),
+    "silu": (silu_forward, silu_backward),
+}
+
+
+class FFNCache(NamedTuple):
+    up: LinearCache
+    hidden: Array  # input of the activation
+    down: LinearCache
+    activation: str
+
+
+def ffn_forward(
+    x: Float[Array, "B T C"],
+    up_weight: Float[Array, "F C"],
+    up_bias: Float[Array, "F"] | None,
+    down_weight: Float[Array, "C F"],
+    down_bias: Float[Array, "C"] | None,
+    activation: str,
+) -> tuple[Float[Array, "B T C"], FFNCache]:
+    """y = W2 f(W1 x + b1) + b2, at each position alone; f is named by activation."""
+    activation_forward, _ = ACTIVATIONS[activation]
+    wide, up_cache = linear_forward(x, up_weight, up_bias)  # (B, T, F)
+    bent, hidden = activation_forward(wide)
+    y, down_cache = linear_forward(bent, down_weight, down_bias)
+    return y, FFNCache(up_cache, hidden, down_cache, activation)
+
+
+def ffn_backward(
+    dy: Float[Array, "B T C"], cache: FFNCache
+) -> tuple[
+    Float[Array, "B T C"],
+    Float[Array, "F C"],
+    Float[Array, "F"] | None,
+    Float[Array, "C F"],
+    Float[Array, "C"] | None,
+]:
+    """Gradients of x, up_weight, up_bias, down_weight, down_bias: the forward's lines in reverse order."""
+    _, activation_backward = ACTIVATIONS[cache.activation]
+    dbent, ddown_weight, ddown_bias = linear_backward(dy, cache.down)
+    dwide = activation_backward(dbent, cache.hidden)
+    dx, dup_weight, dup_bias = linear_backward(dwide, cache.up)
+    return dx, dup_weight, dup_bias, ddown_weight, ddown_bias

@@ -1,0 +1,114 @@
+"""Training, the plain way: batch, forward, loss, backward, clip, AdamW, and again.
+
+    python -m ref_numpy.train
+
+trains a model of a quarter of a million parameters on the Python language reference and prints what
+it writes.
+
+Shapes: N tokens of text, M micro-batches, B sequences in each, T context length.
+Not here: files, checkpoints, devices (see train_gpu.py, whose loop is this one's twin).
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Integer
+from numpy import ndarray as Array
+
+from ref_numpy.block import Params
+from ref_numpy.config import ModelConfig, TrainConfig
+from ref_numpy.data import sample_batch
+from ref_numpy.dropout import DropoutKey
+from ref_numpy.generate import generate
+from ref_numpy.loss import IGNORE, cross_entropy_backward, cross_entropy_forward
+from ref_numpy.optim import Moments, clip_by_global_norm, learning_rate_at, optimizer_step, zero_moments
+from ref_numpy.transformer import init_params, transformer_backward, transformer_forward
+
+
+class StepMetrics(NamedTuple):
+    loss: float  # nats per token that counts, label smoothing included
+    grad_norm: float  # before clipping
+    learning_rate: float
+
+
+def loss_and_gradients(
+    params: Params,
+    inputs: Integer[Array, "M B T"],
+    targets: Integer[Array, "M B T"],
+    step: int,
+    model_config: ModelConfig,
+    config: TrainConfig,
+) -> tuple[float, Params]:
+    """Mean loss over the tokens that count in the whole step, and its gradients, one micro-batch at a time.
+
+    With n_m of the n counted tokens in micro-batch m, sum_m (sum of its losses) / n is the mean over all; the
+    mean of the micro-batches' own means would weigh a token by how few others stand beside it.
+    """
+    count = int((targets != IGNORE).sum())
+    total_loss = 0.0
+    total = {name: np.zeros_like(param) for name, param in params.items()}
+    for m in range(inputs.shape[0]):
+        key = DropoutKey(config.seed, step, first_row=m * inputs.shape[1])
+        logits, cache = transformer_forward(params, inputs[m], model_config, key)
+        loss, loss_cache = cross_entropy_forward(logits, targets[m], config.label_smoothing, count)
+        gradients = transformer_backward(cross_entropy_backward(1.0, loss_cache), cache)
+        total_loss += float(loss)
+        total = {name: total[name] + gradient for name, gradient in gradients.items()}
+    return total_loss, total
+
+
+def train_step(
+    params: Params,
+    moments: Moments,
+    inputs: Integer[Array, "M B T"],
+    targets: Integer[Array, "M B T"],
+    step: int,
+    model_config: ModelConfig,
+    config: TrainConfig,
+) -> tuple[Params, Moments, StepMetrics]:
+    """One optimizer step on a batch: the new parameters and moments; step counts from 0."""
+    loss, gradients = loss_and_gradients(params, inputs, targets, step, model_config, config)
+    gradients, grad_norm = clip_by_global_norm(gradients, config.clip)
+    learning_rate = learning_rate_at(step, config)
+    params, moments = optimizer_step(params, gradients, moments, step, learning_rate, config)
+    return params, moments, StepMetrics(loss, float(grad_norm), learning_rate)
+
+
+def train(
+    params: Params, tokens: Integer[Array, "N"], model_config: ModelConfig, config: TrainConfig
+) -> Iterator[tuple[Params, StepMetrics]]:
+    """Yields the parameters and the metrics after each step, config.steps times."""
+    moments = zero_moments(params)
+    for step in range(config.steps):
+        inputs, targets = sample_batch(tokens, model_config.context_length, step, config)
+        params, moments, metrics = train_step(params, moments, inputs, targets, step, model_config, config)
+        yield params, metrics
+
+
+def main() -> None:
+    """A toy run on text that every Python carries: its language reference, bytes as tokens."""
+    from pydoc_data.topics import topics
+
+    from tqdm import tqdm
+
+    tokens = np.frombuffer("\n".join(topics.values()).encode("utf-8"), np.uint8)
+    model_config = ModelConfig()
+    config = TrainConfig(steps=1500, batch_size=16, learning_rate=3e-3, min_learning_rate=3e-4)
+    params = init_params(model_config, config.seed)
+    n_params = sum(param.size for param in params.values())
+    print(f"{n_params:,} parameters, {tokens.size:,} bytes of text")
+
+    with tqdm(total=config.steps, unit="step") as bar:
+        for trained, metrics in train(params, tokens, model_config, config):
+            params = trained
+            bar.update()
+            bar.set_postfix(loss=f"{metrics.loss:.3f}", refresh=False)
+
+    prompt = np.frombuffer(b"The ", np.uint8)
+    written = bytes(generate(params, prompt, model_config, n_tokens=400, temperature=0.8))
+    print("The " + written.decode("utf-8", errors="replace"))
+
+
+if __name__ == "__main__":
+    main()
