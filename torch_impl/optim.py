@@ -1,0 +1,70 @@
+"""AdamW and Adam by PyTorch's fused kernels, clipping, and the schedule. The twin of ref_numpy/optim.py.
+
+Nothing here reads a value back from the device: norms, clipping factors and learning rates stay tensors.
+"""
+
+from math import cos, pi
+
+import torch
+from jaxtyping import Float, Float64
+from torch import Tensor, nn
+
+from ref_numpy.config import TrainConfig
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The config's optimizer over the model's parameters; weight decay on matrices and embeddings only.
+
+    The learning rate is a tensor, to be set before each step (set_learning_rate).
+    """
+    params = list(model.parameters())
+    device = params[0].device
+    precision = torch.float64 if device.type == "cpu" else torch.float32  # what the fused kernels take
+    shared = {
+        "lr": torch.tensor(config.learning_rate, dtype=precision, device=device),
+        "betas": (config.beta1, config.beta2),
+        "eps": config.epsilon,
+        "fused": True,
+    }
+    if config.optimizer == "adam":
+        return torch.optim.Adam(params, **shared)
+    groups = [
+        {"params": [param for param in params if param.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [param for param in params if param.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, **shared)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: Float[Tensor, ""]) -> None:
+    """Writes a rate into the optimizer's own tensor, on its device."""
+    for group in optimizer.param_groups:
+        group["lr"].copy_(rate)
+
+
+def clip_by_global_norm(model: nn.Module, limit: float) -> Float[Tensor, ""]:
+    """Scales all gradients in place by min(1, limit / norm), a limit of 0 being none; returns the norm."""
+    gradients = [param.grad for param in model.parameters() if param.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if limit > 0:
+        torch._foreach_mul_(gradients, (limit / norm).clamp(max=1.0))
+    return norm
+
+
+def learning_rates(config: TrainConfig) -> Float64[Tensor, "steps"]:
+    """The learning rate of every step, as a table: a step that looks its own up needs no host."""
+    peak, least, warmup, steps = (
+        config.learning_rate,
+        config.min_learning_rate,
+        config.warmup_steps,
+        config.steps,
+    )
+    rates = [peak * (step + 1) / (warmup + 1) for step in range(warmup)]
+    for step in range(warmup, steps):
+        r = (step - warmup) / (steps - warmup)
+        if config.schedule == "constant":
+            rates.append(peak)
+        elif config.schedule == "linear":
+            rates.append(peak - (peak - least) * r)
+        else:
+            rates.append(least + (peak - least) * 0.5 * (1.0 + cos(pi * r)))
+    return torch.tensor(rates, dtype=torch.float64)

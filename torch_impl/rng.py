@@ -1,0 +1,57 @@
+"""Random numbers that are a pure function of (seed, purpose, step, stream, index): Philox 4x32-10.
+
+The twin of ref_numpy/rng.py, which says how a draw is addressed; the bits are the same. The 32-bit words are
+held in int64 tensors, whose products wrap around at 64 bits, so that every device has the arithmetic needed.
+A key's step (and the first block) may be a tensor: a compiled step then serves every step.
+"""
+
+import torch
+from jaxtyping import Float64, Int64
+from torch import Tensor
+
+from ref_numpy.rng import Key
+
+_M0, _M1 = 0xD2511F53, 0xCD9E8D57
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+_LOW = 0xFFFFFFFF
+
+Words = tuple[Int64[Tensor, "*N"], Int64[Tensor, "*N"], Int64[Tensor, "*N"], Int64[Tensor, "*N"]]
+
+
+def philox(counter: Words, key: tuple[int, int]) -> Words:
+    """Ten rounds over N counters. The upper half of a product is shifted down with its sign, and masked."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        product0, product1 = c0 * _M0, c2 * _M1
+        c0 = ((product1 >> 32) & _LOW) ^ c1 ^ k0
+        c2 = ((product0 >> 32) & _LOW) ^ c3 ^ k1
+        c1, c3 = product1 & _LOW, product0 & _LOW
+        k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+    return c0, c1, c2, c3
+
+
+def random_bits(key: Key, blocks: Int64[Tensor, "*N"]) -> Words:
+    """The four 32-bit words of each numbered block of a stream; block numbers stay below 2^32."""
+    counter = (
+        blocks,
+        torch.full_like(blocks, key.stream),
+        torch.zeros_like(blocks) + key.step,
+        torch.full_like(blocks, key.purpose),
+    )
+    return philox(counter, (key.seed & _LOW, key.seed >> 32))
+
+
+def uniform(key: Key, n: int, device: torch.device | str = "cpu") -> Float64[Tensor, "n"]:
+    """The first n numbers of a stream, uniform in [0, 1), 53 bits each. Needs a device with float64."""
+    a, b, c, d = random_bits(key, torch.arange(-(-n // 2), device=device))
+    high, low = torch.stack([a, c], 1).reshape(-1), torch.stack([b, d], 1).reshape(-1)
+    return (((high >> 5) << 26) + (low >> 6))[:n].to(torch.float64) * 2.0**-53
+
+
+def normal(key: Key, n: int, device: torch.device | str = "cpu") -> Float64[Tensor, "n"]:
+    """The first n numbers of a stream, standard normal, by Box and Muller. Needs a device with float64."""
+    u1, u2 = uniform(key, n + n % 2, device).reshape(-1, 2).unbind(1)
+    radius = torch.sqrt(-2.0 * torch.log(1.0 - u1))
+    angle = 2.0 * torch.pi * u2
+    return torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], 1).reshape(-1)[:n]

@@ -1,0 +1,141 @@
+"""Training: batch, forward, loss, backward, clip, AdamW, and again. The twin of ref_numpy/train.py.
+
+A step is a function of tensors and reads nothing back from the device, so that the host runs ahead of it.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor
+
+from ref_numpy.config import TrainConfig
+from ref_numpy.dropout import DropoutKey
+from ref_numpy.loss import IGNORE
+from torch_impl.data import sample_batch
+from torch_impl.loss import cross_entropy
+from torch_impl.optim import clip_by_global_norm, learning_rates, make_optimizer, set_learning_rate
+from torch_impl.transformer import Transformer
+
+
+class StepMetrics(NamedTuple):
+    """Tensors on the device; reading one waits for the step."""
+
+    loss: Float[Tensor, ""]  # nats per token that counts, label smoothing included
+    grad_norm: Float[Tensor, ""]  # before clipping
+    learning_rate: Float[Tensor, ""]
+
+
+@dataclass
+class TrainState:
+    """What changes from step to step. The learning rates stand in a table beside the step counter."""
+
+    model: Transformer
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler  # acts for float16 only, whose small gradients would vanish
+    rates: Float[Tensor, "steps"]
+    loss_function: Callable[..., Float[Tensor, ""]]  # model_loss, perhaps compiled
+    step: int = 0  # finished steps
+
+
+def start(model: Transformer, config: TrainConfig, compiled: bool = False) -> TrainState:
+    """The state before the first step."""
+    device = model.token_embedding.weight.device
+    scaler = torch.amp.GradScaler(device.type, enabled=model.compute_dtype == torch.float16)
+    # Only CUDA gains from a step counter of its own; elsewhere (MPS) float64 may be missing.
+    rates = learning_rates(config).to(device if device.type == "cuda" else "cpu")
+    loss_function = torch.compile(model_loss) if compiled else model_loss
+    return TrainState(model, make_optimizer(model, config), scaler, rates, loss_function)
+
+
+def model_loss(
+    model: Transformer,
+    inputs: Integer[Tensor, "B T"],
+    targets: Integer[Tensor, "B T"],
+    key: DropoutKey | None,
+    label_smoothing: float,
+    count: Integer[Tensor, ""],
+) -> Float[Tensor, ""]:
+    """Forward pass and loss of one micro-batch, as a share of the whole step's mean."""
+    return cross_entropy(model(inputs, key), targets, label_smoothing, count)
+
+
+def train_step(
+    state: TrainState,
+    inputs: Integer[Tensor, "M B T"],
+    targets: Integer[Tensor, "M B T"],
+    clock: Integer[Tensor, ""],
+    config: TrainConfig,
+) -> StepMetrics:
+    """One optimizer step on a batch, in place. clock is the number of the step, from 0, as a tensor.
+
+    The loss is the mean over the tokens that count in the whole step, however the micro-batches divide them.
+    """
+    model, optimizer, scaler = state.model, state.optimizer, state.scaler
+    micro_batches, rows, _ = inputs.shape
+    count = (targets != IGNORE).sum()
+    loss = torch.zeros((), device=inputs.device)
+    for m in range(micro_batches):
+        key = None
+        if model.config.dropout > 0:
+            key = DropoutKey(config.seed, clock, first_row=torch.full_like(clock, m * rows))
+        share = state.loss_function(model, inputs[m], targets[m], key, config.label_smoothing, count)
+        scaler.scale(share).backward()
+        loss = loss + share.detach()
+
+    scaler.unscale_(optimizer)
+    grad_norm = clip_by_global_norm(model, config.clip)
+    rate = state.rates[clock]
+    set_learning_rate(optimizer, rate)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return StepMetrics(loss, grad_norm, rate)
+
+
+def train_steps(
+    state: TrainState, tokens: Integer[Tensor, "N"], config: TrainConfig
+) -> Iterator[StepMetrics]:
+    """Goes on from state.step to config.steps, and yields the metrics after each step."""
+    clock = torch.tensor(state.step, device=state.rates.device)
+    while state.step < config.steps:
+        inputs, targets = sample_batch(tokens, state.model.config.context_length, clock, config)
+        metrics = train_step(state, inputs, targets, clock, config)
+        clock += 1
+        state.step += 1
+        yield metrics
+
+
+@torch.no_grad()
+def evaluate(
+    model: Transformer, tokens: Integer[Tensor, "N"], batch_size: int = 64, max_tokens: int | None = None
+) -> float:
+    """Mean loss over a text in nats per token, without dropout.
+
+    The text is cut into windows of the context length, so every token but the first is predicted once, from
+    at most a window's worth of text before it. With max_tokens, about that many are predicted, in windows
+    spread evenly over the text. Raises ValueError for a text of fewer than two tokens.
+    """
+    T, predicted = model.config.context_length, tokens.numel() - 1
+    if predicted < 1:
+        raise ValueError(f"a text of {tokens.numel()} tokens has nothing to predict; it needs 2")
+    starts = torch.arange(0, predicted - T + 1, T, device=tokens.device)  # of the whole windows
+    if max_tokens is not None and starts.numel() * T > max_tokens:
+        wanted = max(max_tokens // T, 1)
+        starts = starts[torch.arange(wanted, device=starts.device) * starts.numel() // wanted]
+        rest = 0
+    else:
+        rest = predicted % T
+    offsets = torch.arange(T + 1, device=tokens.device)
+    windows = [tokens[group[:, None] + offsets] for group in starts.split(batch_size)]
+    if rest:
+        windows.append(tokens[-rest - 1 :][None])
+
+    total, count = 0.0, 0
+    for window in windows:
+        inputs, targets = window[:, :-1].long(), window[:, 1:].long()
+        total += cross_entropy(model(inputs), targets).item() * targets.numel()
+        count += targets.numel()
+    return total / count
