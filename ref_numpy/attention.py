@@ -38,9 +38,7 @@ def attention_forward(
     scores = q @ k.swapaxes(-1, -2) / sqrt(q.shape[-1])  # (B, H, T, S)
     scores = np.where(mask, scores, -np.inf)
     highest = scores.max(axis=-1, keepdims=True)
-    highest = np.where(
-        np.isneginf(highest), 0, highest
-    )  # a row with nothing to see: -inf - 0, not -inf + inf
+    highest = np.where(np.isneginf(highest), 0, highest)  # a row that sees nothing: -inf - 0, not -inf + inf
     weights = np.exp(scores - highest)  # shifted so that the largest is exp(0): cannot overflow
     total = weights.sum(axis=-1, keepdims=True)
     p = weights / np.where(total == 0, 1, total)

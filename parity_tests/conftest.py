@@ -1,0 +1,59 @@
+"""Options and profiles of the suite. torch is imported by the tests that need it, not here."""
+
+import pytest
+from hypothesis import HealthCheck, Verbosity, settings
+
+DEFAULT_BACKEND = "parity_tests.backends.fast"
+
+_shared = {
+    "deadline": None,
+    "print_blob": True,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
+}
+settings.register_profile("quick", max_examples=8, **_shared)
+settings.register_profile("normal", max_examples=30, **_shared)
+settings.register_profile("thorough", max_examples=2000, verbosity=Verbosity.normal, **_shared)
+settings.load_profile("normal")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("parity")
+    group.addoption("--backend", default=DEFAULT_BACKEND, help="module under test (default: %(default)s)")
+    group.addoption(
+        "--device", default="cpu", help="device it runs on: cpu, cuda, mps (default: %(default)s)"
+    )
+    group.addoption(
+        "--dtype",
+        action="append",
+        choices=["float32", "tf32", "bfloat16", "float16"],
+        help="precision whose rounding is judged; may be repeated (default: float32 and bfloat16)",
+    )
+
+
+@pytest.fixture(scope="session")
+def target(request: pytest.FixtureRequest):
+    """What the suite is pointed at."""
+    import torch
+
+    from parity_tests import parity
+
+    precisions = tuple(request.config.getoption("--dtype") or ("float32", "bfloat16"))
+    if "tf32" in precisions and len(precisions) > 1:
+        pytest.exit("--dtype tf32 changes how float32 products are computed, so it has to be judged alone", 4)
+    torch.set_float32_matmul_precision("high" if precisions == ("tf32",) else "highest")
+    return parity.target(
+        request.config.getoption("--backend"), request.config.getoption("--device"), precisions
+    )
+
+
+@pytest.fixture(scope="session")
+def agree(target):
+    """agree(component, **arguments): values and gradients are the reference's, and as well rounded."""
+    from parity_tests import parity
+
+    def check(component: str, seed: int = 0, **arguments) -> None:
+        if not target.backend.offers(component):
+            pytest.skip(f"{component} is not offered by {target.backend.module.__name__}")
+        parity.require_parity(target, component, arguments, seed)
+
+    return check

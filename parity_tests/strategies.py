@@ -1,0 +1,127 @@
+"""How cases are drawn: to find bugs.
+
+Sizes are small, different from each other and mostly prime, so that no transposed axis fits by chance.
+Values come from a seed and a regime, since Hypothesis' own arrays are mostly one constant.
+"""
+
+import numpy as np
+from hypothesis import strategies as st
+
+from ref_numpy.config import ModelConfig
+from ref_numpy.dropout import DropoutKey
+from ref_numpy.transformer import parameter_shapes
+
+SIZES = (1, 2, 3, 4, 5, 7, 8, 11, 13)
+REGIMES = ("normal", "tiny", "huge", "offset", "ties", "constant_row", "one_hot")
+
+seeds = st.integers(0, 2**32 - 1)
+
+
+def sizes(count: int, least: int = 1) -> st.SearchStrategy[list[int]]:
+    """Several sizes, no two alike."""
+    return st.lists(
+        st.sampled_from([size for size in SIZES if size >= least]),
+        min_size=count,
+        max_size=count,
+        unique=True,
+    )
+
+
+def array(random: np.random.Generator, shape: tuple[int, ...], regime: str = "normal") -> np.ndarray:
+    """Values of a regime: where formulas cancel, saturate, tie or lose their scale."""
+    values = np.asarray(random.standard_normal(shape))
+    if regime == "tiny":  # below the square root of a norm's epsilon
+        return values * 1e-4
+    if regime == "huge":  # saturates a softmax
+        return values * 1e2
+    if regime == "offset":  # mean far above the spread
+        return values + 1e3
+    if regime == "ties":
+        return np.sign(np.round(values))
+    if regime == "constant_row":  # no variance
+        return np.broadcast_to(values[..., :1], shape).copy() if values.ndim else values
+    if regime == "one_hot":
+        hot = np.zeros_like(values)
+        if values.ndim:
+            places = random.integers(shape[-1], size=shape[:-1])
+            np.put_along_axis(hot, places[..., None], 1.0, axis=-1)
+        return hot
+    return values
+
+
+@st.composite
+def arrays(draw: st.DrawFn, shape: tuple[int, ...], regimes: tuple[str, ...] = REGIMES) -> np.ndarray:
+    """An array of a shape, its regime and seed drawn."""
+    regime, seed = draw(st.sampled_from(regimes)), draw(seeds)
+    return array(np.random.default_rng(seed), shape, regime)
+
+
+@st.composite
+def optional_arrays(draw: st.DrawFn, shape: tuple[int, ...]) -> np.ndarray | None:
+    """An array of normal numbers, or None: a bias."""
+    return draw(st.none() | arrays(shape, ("normal",)))
+
+
+@st.composite
+def masks(draw: st.DrawFn, queries: int, keys: int) -> np.ndarray:
+    """Boolean masks: causal, a window, random ones, and ones with rows that see nothing."""
+    kind = draw(st.sampled_from(["causal", "window", "full", "random", "empty_rows"]))
+    ages = np.arange(queries)[:, None] - np.arange(keys)[None, :]  # how far a key lies behind its query
+    if kind == "causal":
+        return ages >= 0
+    if kind == "window":
+        width = draw(st.sampled_from([1, max(keys - 1, 1), keys, keys + 1]))
+        return (ages >= 0) & (ages < width)
+    if kind == "full":
+        return np.ones((queries, keys), bool)
+    mask = np.random.default_rng(draw(seeds)).random((queries, keys)) < 0.5
+    if kind == "empty_rows":
+        mask[draw(st.integers(0, queries - 1))] = False
+    return mask
+
+
+@st.composite
+def dropout_keys(draw: st.DrawFn) -> DropoutKey:
+    seed = draw(st.integers(0, 2**64 - 1))
+    step, row, site = draw(st.integers(0, 2**20)), draw(st.integers(0, 1000)), draw(st.integers(0, 50))
+    return DropoutKey(seed, step, row, site)
+
+
+@st.composite
+def model_configs(draw: st.DrawFn, dropout: bool = True) -> ModelConfig:
+    """Small models over the whole product of options; widths that are no powers of two."""
+    n_head, head_width = draw(st.sampled_from([(1, 5), (2, 3), (3, 4), (4, 2), (3, 2), (1, 8)]))
+    return ModelConfig(
+        vocab_size=draw(st.sampled_from([5, 17, 23])),
+        context_length=draw(st.sampled_from([7, 11])),
+        n_layer=draw(st.integers(1, 3)),
+        n_head=n_head,
+        d_model=n_head * head_width,
+        d_ff=draw(st.sampled_from([0, 9, 14])),
+        norm=draw(st.sampled_from(["layernorm", "rmsnorm"])),
+        norm_placement=draw(st.sampled_from(["pre", "post"])),
+        norm_epsilon=draw(st.sampled_from([1e-5, 1e-2])),
+        activation=draw(st.sampled_from(["relu", "gelu", "gelu_tanh", "silu"])),
+        positions=draw(st.sampled_from(["learned", "sinusoidal"])),
+        bias=draw(st.booleans()),
+        tied_embeddings=draw(st.booleans()),
+        dropout=draw(st.sampled_from([0.0, 0.1, 0.5])) if dropout else 0.0,
+    )
+
+
+def model_params(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
+    """Weights that keep activations near 1, unlike initial ones, which hide what is multiplied by 0.02.
+
+    Norm weights and biases are random too: at their initial 1 and 0 a forgotten one would not be missed.
+    """
+    random = np.random.default_rng(seed)
+    params = {}
+    for name, shape in parameter_shapes(config).items():
+        values = random.standard_normal(shape)
+        if name.endswith("norm.weight") or (".norm" in name and name.endswith("weight")):
+            params[name] = 1 + 0.3 * values
+        elif len(shape) == 2 and "embedding" not in name:
+            params[name] = values / shape[1] ** 0.5
+        else:
+            params[name] = 0.5 * values
+    return params

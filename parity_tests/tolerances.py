@@ -1,0 +1,73 @@
+"""How close is close enough: two questions, kept apart, each answered by a bound with a reason.
+
+1. Is it the same mathematics? Both sides compute in float64. Honest roundings then differ by some multiple
+   of 2^-53 = 1e-16; a bug of the classic kind (a mask off by one, an epsilon outside its root) moves a result
+   by 1e-7 of its size or more, when the inputs are chosen well. Everything in between is free, and the line
+   is drawn at 1e-10 of the largest element (`mathematics`).
+
+2. Is it rounded as well as it could be? In float32, TF32, bfloat16 or float16, on any device, the oracle is
+   the float64 reference on the same rounded inputs.
+   * A contraction is held to the bound of its own condition (`contraction`).
+   * Anything else may err twice as much (a gradient: three times) as two honest measures of the case say
+     (`rounding`): what a plain implementation in the same precision errs, and how far the exact result
+     moves when every input moves by one rounding.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Precision(NamedTuple):
+    """Unit roundoffs, half a unit in the last place: of the values, and of the sums inside a product."""
+
+    torch_dtype: str
+    u: float
+    u_sum: float
+
+
+PRECISIONS = {
+    "float64": Precision("float64", 2.0**-53, 2.0**-53),
+    "float32": Precision("float32", 2.0**-24, 2.0**-24),
+    "tf32": Precision("float32", 2.0**-11, 2.0**-24),  # 10 explicit bits going into a product
+    "bfloat16": Precision("bfloat16", 2.0**-8, 2.0**-24),  # 7 explicit bits; sums are kept in float32
+    "float16": Precision("float16", 2.0**-11, 2.0**-24),
+}
+
+
+def mathematics(want: np.ndarray, scale: float) -> float:
+    """Largest error that float64 excuses: 1e-10 max|want| + 1e-13 scale.
+
+    scale is the largest number anywhere in the case, inputs and results. The second term is for what cancels:
+    the attention gradient of a query with one key is 0, computed as a difference of numbers of that scale,
+    each right to a few 1e-16 of it, with three decades left for the products in between.
+    """
+    return 1e-10 * np.abs(want).max(initial=0.0) + 1e-13 * scale
+
+
+def contraction(magnitude: np.ndarray, length: int, precision: Precision) -> np.ndarray:
+    """Elementwise bound of a sum of `length` products: [2 u + min(n, 4 sqrt n) u_sum] (|A| |B|).
+
+    The first term rounds the factors (TF32) or the result; the second is the sum's own rounding, at most n
+    roundings (Higham, Accuracy and Stability of Numerical Algorithms, 3.1) and, their signs being random,
+    rarely more than 4 standard deviations of n of them. magnitude is |A| |B|.
+    """
+    sums = min(length, 4 * length**0.5)
+    return (2 * precision.u + sums * precision.u_sum) * magnitude
+
+
+def rounding(
+    want: np.ndarray, plain_error: float, moved: float, scale: float, precision: Precision, is_gradient: bool
+) -> float:
+    """Largest error that a precision excuses: f (plain_error + moved) + 4 u max|want| + 16 * 2^-24 scale.
+
+    plain_error: what a formula-by-formula implementation errs on this very case, in this precision.
+    moved:       how far the exact result moves when each input moves by its rounding u: no implementation
+                 that rounds its input once more, anywhere, can be asked to do better.
+    f:           2; for a gradient 3, which is made of the rounded values of the forward pass besides.
+    4 u:         a result that is stored is rounded; small arrays may owe their plain_error of 0 to luck.
+    scale:       float32 sums that cancel, as in `mathematics`.
+    """
+    factor = 3.0 if is_gradient else 2.0
+    stored = 4 * precision.u * np.abs(want).max(initial=0.0)
+    return factor * (plain_error + moved) + stored + 16 * 2.0**-24 * scale
