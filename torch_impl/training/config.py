@@ -2,9 +2,11 @@
 
 import json
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from ref_numpy.config import ConfigError, ModelConfig, TrainConfig
+from torch_impl.training.files import InputError, whole_folder
 
 FORMAT_VERSION = 1  # of the files in a checkpoint
 
@@ -71,6 +73,17 @@ class RunConfig:
             training=_part(config, "training", TrainConfig),
             run=_part(config, "run", RunSettings),
         )
+
+
+def read_config(checkpoint: Path) -> RunConfig:
+    """The config of a checkpoint folder. Raises InputError where it is missing, damaged or foreign."""
+    path = whole_folder(checkpoint) / "config.json"
+    try:
+        return RunConfig.from_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise InputError(f"{checkpoint} holds no finished checkpoint (no {path.name})") from error
+    except ConfigError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def parse_json(content: bytes) -> dict[str, Any]:

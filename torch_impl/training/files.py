@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent: written beside, flushed to the disk, then renamed into place."""
+"""Files and folders that are whole or absent: written beside, flushed to disk, renamed into place."""
 
 import os
 import shutil
@@ -45,7 +45,7 @@ def _beside(folder: Path) -> tuple[Path, Path]:
 
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
-    """A new, empty folder to write into; it takes the name and the place of `folder` when the block ends well.
+    """A new, empty folder to write into, which takes the place of `folder` when the block ends well.
 
     Two renames do it, since no system swaps folders everywhere: folder -> .old, .new -> folder. At every
     moment one of folder and .old is whole; `settle_folder` and `whole_folder` know which. If the block or

@@ -3,36 +3,32 @@
 from ref_numpy.config import ModelConfig, TrainConfig
 from torch_impl.training.config import RunConfig, RunSettings
 
-
-def _preset(preset: str, model: ModelConfig, training: TrainConfig, run: RunSettings) -> tuple[str, RunConfig]:
-    return preset, RunConfig(preset, model, training, run)
-
-
-PRESETS: dict[str, RunConfig] = dict(
-    [
+PRESETS: dict[str, RunConfig] = {
+    config.preset: config
+    for config in (
         # The default without a GPU: about 100 seconds on two cores, evaluations and all.
-        _preset(
+        RunConfig(
             "cpu",
             ModelConfig(context_length=64, n_layer=4, n_head=4, d_model=128),
             TrainConfig(steps=2000, batch_size=16, learning_rate=2e-3, min_learning_rate=2e-4),
             RunSettings(eval_every=200, checkpoint_every=200, log_every=10, sample_tokens=500),
         ),
         # The default with CUDA: a model that half a megabyte of text can still teach something.
-        _preset(
+        RunConfig(
             "gpu",
             ModelConfig(context_length=256, n_layer=6, n_head=6, d_model=384, dropout=0.2),
             TrainConfig(steps=3000, batch_size=64, learning_rate=1e-3, min_learning_rate=1e-4),
             RunSettings(eval_every=250, checkpoint_every=250, log_every=50, sample_tokens=1000),
         ),
         # The default on Apple's GPUs.
-        _preset(
+        RunConfig(
             "mps",
             ModelConfig(context_length=128, n_layer=6, n_head=6, d_model=192, dropout=0.1),
             TrainConfig(steps=3000, batch_size=32, learning_rate=1e-3, min_learning_rate=1e-4),
             RunSettings(eval_every=250, checkpoint_every=250, log_every=20, sample_tokens=500),
         ),
         # The line for CPUs in nanoGPT's README: its model (exact GELU, no biases) and its training.
-        _preset(
+        RunConfig(
             "nanogpt-cpu",
             ModelConfig(context_length=64, n_layer=4, n_head=4, d_model=128, bias=False, activation="gelu"),
             TrainConfig(
@@ -48,7 +44,7 @@ PRESETS: dict[str, RunConfig] = dict(
             RunSettings(device="cpu", eval_every=250, checkpoint_every=250, log_every=10, sample_tokens=500),
         ),
         # GPT-2's smallest model, trained as nanoGPT trains it: half a million tokens a step.
-        _preset(
+        RunConfig(
             "gpt2-124m",
             ModelConfig(context_length=1024, n_layer=12, n_head=12, d_model=768),
             TrainConfig(
@@ -62,5 +58,5 @@ PRESETS: dict[str, RunConfig] = dict(
             ),
             RunSettings(eval_every=1000, eval_tokens=2**20, checkpoint_every=1000, log_every=10),
         ),
-    ]
-)
+    )
+}
