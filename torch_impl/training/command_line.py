@@ -4,9 +4,6 @@ Nothing here needs torch, so that --help answers at once. The flags are the fiel
 the parser and the help out of them.
 """
 
-import difflib
-import io
-from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +13,7 @@ import tyro
 from ref_numpy.config import ModelConfig, TrainConfig
 from torch_impl.training.config import RunConfig, RunSettings, read_config
 from torch_impl.training.files import InputError
+from torch_impl.training.flags import dashed, parse_flags
 from torch_impl.training.presets import PRESETS
 
 # What --resume may change. The rest decides which run it is. Other steps mean another schedule from there on;
@@ -105,7 +103,7 @@ def _resume(arguments: list[str], preset: str | None, folder: Path) -> Request:
             before, now = getattr(old, field.name), getattr(new, field.name)
             if before != now and field.name not in CHANGEABLE:
                 raise InputError(
-                    f"--{_dashed(field.name)} {now} is not that of the run in {folder}, {before}; leave it out, "
+                    f"--{dashed(field.name)} {now}: the run in {folder} has {before}; leave the flag out, "
                     "or start a new run"
                 )
     return Request(config, None, folder)
@@ -153,46 +151,8 @@ def _parse_flags(arguments: list[str], start: RunConfig, preset: str | None) -> 
         TrainFlags(**asdict(start.training)),
         ModelFlags(**asdict(start.model)),
     )
-    _refuse_unknown(arguments)
     description = (
         f"Train a language model on text. Presets: {', '.join(PRESETS)}. Without one: gpu with CUDA, mps on "
         f"Apple's GPUs, else cpu. The defaults below are those of {start.preset}; PRESET --help shows others."
     )
-    errors = io.StringIO()
-    try:
-        with redirect_stderr(errors):
-            return tyro.cli(
-                tyro.conf.OmitArgPrefixes[Flags],
-                prog=f"train_gpu.py {preset or '[PRESET]'}",
-                description=description,
-                args=arguments,
-                default=default,
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise InputError(_one_line(errors.getvalue())) from stop
-
-
-def _refuse_unknown(arguments: list[str]) -> None:
-    known = ["help", *(_dashed(f.name) for part in _PARTS for f in fields(part) if f.name != "vocab_size")]
-    known += [f"no-{_dashed(f.name)}" for f in fields(ModelConfig) if f.type is bool]
-    for argument in arguments:
-        name = _dashed(argument[2:].split("=")[0])
-        if argument.startswith("--") and name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            raise InputError(f"unknown flag --{name}" + (f"; did you mean --{near[0]}?" if near else ""))
-
-
-_PARTS = (FolderFlags, RunFlags, TrainFlags, ModelFlags)
-
-
-def _dashed(name: str) -> str:
-    return name.replace("_", "-")
-
-
-def _one_line(box: str) -> str:
-    """The message out of the box that tyro draws around it: all above the first rule."""
-    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
-    rule = next((i for i, line in enumerate(lines) if set(line) == {"─"}), len(lines))
-    return " ".join(lines[:rule])
+    return parse_flags(Flags, arguments, f"train_gpu.py {preset or '[PRESET]'}", description, default)

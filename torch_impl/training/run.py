@@ -227,8 +227,8 @@ def _diverged(run: Run, step: int, what: str) -> Diverged:
     config = run.config.training
     clip = "" if 0 < config.clip <= 1 else ", --clip 1"
     return Diverged(
-        f"step {step}: {what}; stopped. The last good checkpoint is {run.folder / 'last'}. Try a new run with a "
-        f"lower --learning-rate than {config.learning_rate}, more --warmup-steps than {config.warmup_steps}{clip}"
+        f"step {step}: {what}; stopped. The last good checkpoint is {run.folder / 'last'}. Try a run with "
+        f"--learning-rate below {config.learning_rate}, --warmup-steps above {config.warmup_steps}{clip}"
     )
 
 
