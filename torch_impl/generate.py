@@ -64,7 +64,7 @@ def generate(
 class GenerateFlags:
     """The command line of this module."""
 
-    model: str
+    model: str = ""
     """Run folder (its best/ is taken, else last/), or a checkpoint in one."""
     prompt: str = ""
     """Text to go on from; without it, the model begins a line."""
@@ -90,16 +90,20 @@ def parse(arguments: list[str]) -> Request:
     from torch_impl.training.files import InputError, whole_folder
     from torch_impl.training.flags import parse_flags
 
-    flags = parse_flags(GenerateFlags, arguments, "python -m torch_impl.generate", "Write text with a model.")
+    flags = parse_flags(
+        GenerateFlags(), arguments, "python -m torch_impl.generate", "Write text with a model."
+    )
     if not 0 <= flags.temperature < float("inf"):
         raise InputError(f"--temperature is {flags.temperature}, but must be 0 (greedy) or more")
     if flags.max_new_tokens < 0:
         raise InputError(f"--max-new-tokens is {flags.max_new_tokens}, but must not be negative")
     if not 0 <= flags.seed < 2**64:
         raise InputError(f"--seed is {flags.seed}, but must lie in [0, 2**64)")
+    if not flags.model:
+        raise InputError("--model is missing; name a run folder, such as one under runs/")
     folder = Path(flags.model)
     if not folder.is_dir():
-        raise InputError(f"--model {folder} is no folder; name a run folder, such as one under runs/")
+        raise InputError(f"--model {folder} is no folder; name a run folder")
     for checkpoint in (folder / "best", folder / "last"):
         if whole_folder(checkpoint).is_dir():
             return Request(flags, checkpoint)

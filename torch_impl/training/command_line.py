@@ -155,4 +155,4 @@ def _parse_flags(arguments: list[str], start: RunConfig, preset: str | None) -> 
         f"Train a language model on text. Presets: {', '.join(PRESETS)}. Without one: gpu with CUDA, mps on "
         f"Apple's GPUs, else cpu. The defaults below are those of {start.preset}; PRESET --help shows others."
     )
-    return parse_flags(Flags, arguments, f"train_gpu.py {preset or '[PRESET]'}", description, default)
+    return parse_flags(default, arguments, f"train_gpu.py {preset or '[PRESET]'}", description)

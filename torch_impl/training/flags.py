@@ -14,23 +14,21 @@ from torch_impl.training.files import InputError
 T = TypeVar("T")
 
 
-def parse_flags(
-    kind: type[T], arguments: list[str], program: str, description: str, default: T | None = None
-) -> T:
-    """The dataclass filled from the arguments, the fields of nested ones beside its own.
+def parse_flags(default: T, arguments: list[str], program: str, description: str) -> T:
+    """A dataclass like `default`, with what the arguments change; nested ones need no prefix.
 
     Prints the help and exits for --help. Raises InputError for arguments that do not fit.
     """
-    _refuse_unknown(kind, arguments)
+    _refuse_unknown(type(default), arguments)
     errors = io.StringIO()
     try:
         with redirect_stderr(errors):
             return tyro.cli(
-                tyro.conf.OmitArgPrefixes[kind],
+                tyro.conf.OmitArgPrefixes[type(default)],
                 prog=program,
                 description=description,
                 args=arguments,
-                default=tyro.MISSING if default is None else default,
+                default=default,
             )
     except SystemExit as stop:
         if not stop.code:
