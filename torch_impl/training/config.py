@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from ref_numpy.config import ConfigError, ModelConfig, TrainConfig
 from torch_impl.training.files import InputError, whole_folder
@@ -38,10 +38,6 @@ class RunSettings:
     """Length in tokens of the passage that the model writes at the end; 0 for none."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value, kind = getattr(self, field.name), type(field.default)
-            if type(value) is not kind:
-                raise ConfigError(f"{field.name} is {value!r}, but must be a {kind.__name__}")
         for name in ("eval_every", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but must be at least 1")
@@ -114,4 +110,10 @@ def _part(config: dict[str, Any], name: str, kind: type) -> Any:
         given = set(values) if isinstance(values, dict) else set()
         odd = ", ".join(sorted(given ^ expected)) or "all of it"
         raise ConfigError(f"{name}: missing or unknown: {odd}")
+    for field in fields(kind):
+        value, wanted = values[field.name], type(field.default)
+        if type(value) is not wanted and (type(value), wanted) != (int, float):
+            raise ConfigError(f"{field.name} is {value!r}, but must be a {wanted.__name__}")
+        if get_origin(field.type) is Literal and value not in get_args(field.type):
+            raise ConfigError(f"{field.name} is {value!r}, but must be one of {get_args(field.type)}")
     return kind(**values)

@@ -2,9 +2,11 @@
 
 import difflib
 import io
+import re
 from collections.abc import Iterator
 from contextlib import redirect_stderr
 from dataclasses import fields, is_dataclass
+from itertools import dropwhile, takewhile
 from typing import TypeVar
 
 import tyro
@@ -56,12 +58,21 @@ def _refuse_unknown(kind: type, arguments: list[str]) -> None:
     for argument in arguments:
         name = dashed(argument[2:].split("=")[0])
         if argument.startswith("--") and name not in known:
-            near = difflib.get_close_matches(name, known, 1)
+            near = [flag for flag in known if flag.startswith(name)] or difflib.get_close_matches(
+                name, known, 1
+            )
             raise InputError(f"unknown flag --{name}" + (f"; did you mean --{near[0]}?" if near else ""))
 
 
 def _one_line(box: str) -> str:
-    """The message out of the box that tyro draws around it: all above the first rule."""
-    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
-    rule = next((i for i, line in enumerate(lines) if set(line) == {"─"}), len(lines))
-    return " ".join(lines[:rule])
+    """The message out of the box that tyro draws around it, below the title and above the next rule.
+
+    The box has colours on a terminal, and is of ASCII where the encoding is no UTF-8.
+    """
+    lines = [line.strip("│ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
+
+    def is_rule(line: str) -> bool:
+        return set(line) <= set("─-╰╯")
+
+    message = takewhile(lambda line: not is_rule(line), dropwhile(is_rule, lines[1:]))
+    return " ".join(message).removesuffix(".")
