@@ -23,11 +23,11 @@ def stop_at(monkeypatch):
 
     def arrange(step: int | None, number: int = signal.SIGINT) -> None:
         def interrupted(state, tokens, config):
-            for metrics in train_steps(state, tokens, config):
+            for step_metrics in train_steps(state, tokens, config):
                 if state.step == step:
                     signal.raise_signal(number)
                     assert signal.getsignal(number) == signal.SIG_DFL, "a second one must end the process"
-                yield metrics
+                yield step_metrics
 
         monkeypatch.setattr(run_module, "train_steps", interrupted)
 
@@ -76,7 +76,8 @@ def test_the_signal_handlers_are_put_back(small_run):
 KILLED_RUN = """
 import os, sys
 fatal, count = int(sys.argv[1]), 0
-import torch_impl.training.run, train_gpu
+import torch, torch_impl.training.run, train_gpu
+torch.set_num_threads(1)
 def hook(event, arguments):
     global count
     if event in ("open", "os.mkdir", "os.rename", "os.rmdir", "os.remove"):

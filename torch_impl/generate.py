@@ -107,7 +107,7 @@ def parse(arguments: list[str]) -> Request:
     for checkpoint in (folder / "best", folder / "last"):
         if whole_folder(checkpoint).is_dir():
             return Request(flags, checkpoint)
-    return Request(flags, folder)
+    return Request(flags, folder.absolute())
 
 
 def write(request: Request) -> None:

@@ -11,7 +11,6 @@ Everything read is checked against the config before it is used: a checkpoint ma
 
 import errno
 import json
-import math
 import os
 import re
 from dataclasses import asdict, dataclass, fields
@@ -42,7 +41,7 @@ class Progress:
     corpus: str  # sha256 of the text, which a resumed run must find again
     step: int = 0  # finished steps
     best_step: int = 0
-    best_val_loss: float = math.inf
+    best_val_loss: float | None = None  # before the first evaluation, None
     loss_sum: float = 0.0  # of the steps since the last evaluation ...
     loss_count: int = 0  # ... and how many they are
     seconds: float = 0.0  # spent so far, in all sessions
@@ -111,7 +110,7 @@ def _check_progress(values: dict[str, Any]) -> None:
     whole = all(
         type(values[name]) is int and values[name] >= 0 for name in ("step", "best_step", "loss_count")
     )
-    numbers = [values[name] for name in ("best_val_loss", "loss_sum", "seconds")]
+    numbers = [values["best_val_loss"] or 0.0, values["loss_sum"], values["seconds"]]
     if not whole or not isinstance(values["corpus"], str) or not isinstance(scale, dict):
         raise ConfigError("a value is of the wrong kind")
     if not all(type(number) in (int, float) for number in [*numbers, *scale.values()]):

@@ -123,7 +123,7 @@ def prepare(request: Request) -> Run:
             state.scaler.load_state_dict(progress.loss_scale)
     metrics = MetricsLog(folder / "metrics.jsonl")
     if last is not None:
-        metrics.forget_after(progress.step)
+        metrics.forget_after(-1 if progress.best_val_loss is None else progress.step)
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"preset {config.preset} on {place}: {parameters:,} parameters")
@@ -170,9 +170,9 @@ def _train(run: Run, stop: StopRequest) -> None:
     The device is read every log_every steps and where something is written; between, the host runs ahead.
     """
     config, settings, progress = run.config.training, run.config.run, run.progress
-    if progress.step == 0:
+    if progress.best_val_loss is None:
+        _save(run, "last")  # from here on, a killed run can be resumed
         _evaluate(run, None, None)
-        _save(run, "last")
     tokens_per_step = config.batch_size * run.config.model.context_length
     training_seconds, steps_before = 0.0, progress.step  # since the last evaluation
     mark = time.perf_counter()
@@ -257,7 +257,7 @@ def _evaluate(run: Run, metrics: StepMetrics | None, tokens_per_second: float | 
         f"step {progress.step}: held-out text {loss:.4f} nats per token, "
         f"{faces['bits_per_byte']:.4f} bits per byte, perplexity {faces['perplexity']:.2f}{known}"
     )
-    if loss < progress.best_val_loss:
+    if progress.best_val_loss is None or loss < progress.best_val_loss:
         progress.best_step, progress.best_val_loss = progress.step, loss
         _save(run, "best")
 

@@ -19,7 +19,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from torch_impl.training.files import InputError, write_file
 
-Row = dict[str, float | None]  # an evaluation; at step 0, what comes from training is None
+Row = dict[str, float | int | None]  # an evaluation; at step 0, what comes from training is None
 
 
 def faces_of_loss(loss: float, tokens_per_byte: float) -> Row:

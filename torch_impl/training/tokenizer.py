@@ -107,6 +107,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
         content = json.loads(Path(path).read_bytes())
         model = content["model"]
         kind, vocabulary, merges = model["type"], model["vocab"], model["merges"]
+    except FileNotFoundError as error:
+        raise InputError(f"{path} is missing") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} is no tokenizer.json: {str(error) or type(error).__name__}") from error
     expected = {character: byte for byte, character in enumerate(byte_characters())}
