@@ -112,7 +112,7 @@ def test_a_config_survives_json():
         (b'"format_version": 1', b'"format_version": 2', "format_version is 2, but this program reads 1"),
         (b'"format_version": 1,', b"", "no format_version"),
         (b'"n_layer"', b'"n_layers"', "model: missing or unknown: n_layer, n_layers"),
-        (b'"n_layer": 4', b'"n_layer": "4"', "n_layer is '4', but must be a int"),
+        (b'"n_layer": 3', b'"n_layer": "3"', "n_layer is '3', but must be a int"),
         (b'"eval_every": 200', b'"eval_every": null', "eval_every is None"),
         (b'"device": "auto"', b'"device": 3', "device is 3, but must be a str"),
         (b'"precision": "auto"', b'"precision": "int4"', "precision is 'int4'"),
