@@ -11,6 +11,7 @@ from torch_impl.training.files import InputError
 def main(arguments: list[str]) -> int:
     """Carry out a command line. The exit code is 0, 1 for a run that failed, 2 for a request that cannot be
     met, and 128 + the signal for a run that was stopped; a failure is one line on stderr."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character still shows the rest
     try:
         request = parse(arguments)
     except (InputError, ConfigError) as error:

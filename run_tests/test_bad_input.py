@@ -205,6 +205,13 @@ def test_a_file_that_leads_out_of_the_run_folder(small_run, cli, tmp_path):
     assert victim.read_bytes() == before
 
 
+def test_a_loss_scale_from_a_stranger(small_run, cli):
+    small_run("--out", "run", "--precision", "float16")
+    path = Path("run/last/training.json")
+    path.write_bytes(path.read_bytes().replace(b'"growth_factor"', b'"grow"'))
+    assert "training.json: a value is of the wrong kind" in cli("--resume", "run").error
+
+
 @pytest.mark.parametrize("damage", [b"{}", b'{"format_version": 1}', b"[1]"])
 def test_a_foreign_training_json(small_run, cli, damage):
     small_run("--out", "run")

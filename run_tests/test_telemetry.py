@@ -1,5 +1,6 @@
 """What a run tells of itself."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -81,6 +82,14 @@ def test_runs_of_the_same_second_have_folders_of_their_own(small_run):
     for _ in range(3):
         assert small_run("--steps", 1).code == 0
     assert len(list(Path("runs").iterdir())) == 3
+
+
+def test_a_terminal_that_lacks_a_character_does_not_end_the_run(small_run, monkeypatch):
+    """The sample of an untrained model is full of replacement characters, which ASCII has not."""
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", terminal)
+    assert small_run("--out", "run", "--steps", 1, "--sample-tokens", 50).code == 0
+    assert "\ufffd" in Path("run/sample.txt").read_text(encoding="utf-8")
 
 
 @given(st.floats(0, 20), st.floats(0.1, 1))

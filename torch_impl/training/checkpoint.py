@@ -13,6 +13,7 @@ import errno
 import json
 import os
 import re
+import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ from torch_impl.transformer import Transformer
 
 Shapes = dict[str, tuple[int, ...]]
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+_LOSS_SCALE = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 
 
 @dataclass
@@ -66,9 +68,11 @@ def save_checkpoint(
     }
     training = {"format_version": FORMAT_VERSION, **asdict(progress)}
     with replaced_folder(folder) as new:
+        (new / "config.json").write_bytes(config.to_json())
         _write_tensors(new / "model.safetensors", state.model.state_dict())
         _write_tensors(new / "optimizer.safetensors", moments)
-        (new / "config.json").write_bytes(config.to_json())
+        for path in new.glob("*.safetensors"):
+            shutil.copymode(new / "config.json", path)  # its library lets nobody else read what it writes
         (new / "training.json").write_bytes(json.dumps(training, indent=2).encode("utf-8"))
         tokenizer.save(new / "tokenizer.json")
 
@@ -106,12 +110,12 @@ def load_progress(folder: Path) -> Progress:
 def _check_progress(values: dict[str, Any]) -> None:
     if set(values) != {field.name for field in fields(Progress)}:
         raise ConfigError("values are missing or unknown")
-    scale = values["loss_scale"] or {}
+    scale = values["loss_scale"] if isinstance(values["loss_scale"], dict) else {}
     whole = all(
         type(values[name]) is int and values[name] >= 0 for name in ("step", "best_step", "loss_count")
     )
     numbers = [values["best_val_loss"] or 0.0, values["loss_sum"], values["seconds"]]
-    if not whole or not isinstance(values["corpus"], str) or not isinstance(scale, dict):
+    if not whole or not isinstance(values["corpus"], str) or set(scale) not in (set(), _LOSS_SCALE):
         raise ConfigError("a value is of the wrong kind")
     if not all(type(number) in (int, float) for number in [*numbers, *scale.values()]):
         raise ConfigError("a value is no number")

@@ -47,7 +47,7 @@ class MetricsLog:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
-                row["step"], row["train_loss"], row["val_loss"]
+                row["step"] + row["val_loss"] + (row["train_loss"] or 0.0)  # numbers, all of them
             except (ValueError, TypeError, KeyError, RecursionError) as error:
                 raise InputError(f"{self.path}, line {number} is damaged: {error}") from error
             rows.append(row)
