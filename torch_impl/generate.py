@@ -67,7 +67,7 @@ class GenerateFlags:
     model: str = ""
     """Run folder (its best/ is taken, else last/), or a checkpoint in one."""
     prompt: str = ""
-    """Text to go on from; without it, the model begins a line."""
+    """Text to go on from; without it, the model begins a paragraph."""
     temperature: float = 0.8
     """Divides the logits: 0 always takes the likeliest token, 1 samples as the model believes."""
     max_new_tokens: int = 500
@@ -122,7 +122,7 @@ def write(request: Request) -> None:
     place = choose_place(replace(settings, device=flags.device, compile="off"))
     loaded = load_model(request.checkpoint, place.dtype, place.device)
     try:
-        prompt = torch.from_numpy(loaded.tokenizer.encode(flags.prompt or "\n"))
+        prompt = torch.from_numpy(loaded.tokenizer.encode(flags.prompt or "\n\n"))
     except UnicodeEncodeError as error:
         raise InputError(f"--prompt is not valid text: {error.reason} at character {error.start}") from error
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character still shows the rest

@@ -10,7 +10,7 @@ PRESETS: dict[str, RunConfig] = {
         RunConfig(
             "cpu",
             ModelConfig(context_length=128, n_layer=3, n_head=4, d_model=128),
-            TrainConfig(steps=1200, batch_size=12, learning_rate=4e-3, min_learning_rate=2e-4),
+            TrainConfig(steps=1400, batch_size=12, learning_rate=4e-3, min_learning_rate=2e-4),
             RunSettings(eval_every=200, checkpoint_every=200, log_every=10, sample_tokens=500),
         ),
         # The default with CUDA: a model that half a megabyte of text can still teach something.

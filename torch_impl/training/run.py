@@ -273,11 +273,11 @@ def _save(run: Run, name: str) -> None:
 
 
 def _write_sample(run: Run) -> None:
-    """Print a passage by the model, and keep it in sample.txt."""
+    """Print a passage that the model writes after an empty line, and keep it in sample.txt."""
     length = run.config.run.sample_tokens
     if not length:
         return
-    prompt = torch.from_numpy(run.tokenizer.encode("\n"))
+    prompt = torch.from_numpy(run.tokenizer.encode("\n\n"))
     passage = run.tokenizer.decode(list(generate(run.state.model, prompt, length, temperature=0.8)))
     write_file(run.folder / "sample.txt", passage.encode("utf-8"))
     print(f"\n{passage}\n")
