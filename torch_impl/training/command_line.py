@@ -96,7 +96,7 @@ def _resume(arguments: list[str], preset: str | None, folder: Path) -> Request:
         start.preset,
         ModelConfig(**asdict(flags.model)),
         TrainConfig(**asdict(flags.training)),
-        RunSettings(**asdict(flags.run)),
+        _settings(flags),
     )
     for old, new in ((start.model, config.model), (start.training, config.training)):
         for field in fields(old):
@@ -120,18 +120,19 @@ def _configure(flags: Flags, preset: RunConfig) -> RunConfig:
         training = replace(training, warmup_steps=training.steps // 10)
     if training.min_learning_rate == preset.training.min_learning_rate > training.learning_rate:
         training = replace(training, min_learning_rate=training.learning_rate / 10)
-    run = RunSettings(**asdict(flags.run))
-    here = {name: str(Path(getattr(run, name)).absolute()) for name in _files(run)}
     return RunConfig(
         preset.preset,
         ModelConfig(**asdict(flags.model)),
         TrainConfig(**asdict(training)),
-        replace(run, **here),  # the run can be resumed from another folder
+        _settings(flags),
     )
 
 
-def _files(run: RunSettings) -> list[str]:
-    return [name for name in ("train_file", "valid_file") if getattr(run, name)]
+def _settings(flags: Flags) -> RunSettings:
+    """The run settings, with whole paths: the run can be resumed from another folder."""
+    run = RunSettings(**asdict(flags.run))
+    files = {name: getattr(run, name) for name in ("train_file", "valid_file")}
+    return replace(run, **{name: str(Path(file).absolute()) for name, file in files.items() if file})
 
 
 def _preset_for(device: str) -> str:
