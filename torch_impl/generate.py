@@ -1,6 +1,17 @@
-"""Text from a model, one token at a time. The twin of ref_numpy/generate.py."""
+"""Text from a model, one token at a time. The twin of ref_numpy/generate.py.
 
+    python -m torch_impl.generate --model RUN_FOLDER --prompt "The history of" --temperature 0.8
+
+writes as it goes, with the best checkpoint of a run.
+"""
+
+import codecs
+import os
+import sys
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Integer
@@ -47,3 +58,100 @@ def generate(
         token = sample_token(logits, temperature, uniform(Key(seed, SAMPLE, step=i), 1).item())
         ids.append(token)
         yield token
+
+
+@dataclass(frozen=True)
+class GenerateFlags:
+    """The command line of this module."""
+
+    model: str = ""
+    """Run folder (its best/ is taken, else last/), or a checkpoint in one."""
+    prompt: str = ""
+    """Text to go on from; without it, the model begins a paragraph."""
+    temperature: float = 0.8
+    """Divides the logits: 0 always takes the likeliest token, 1 samples as the model believes."""
+    max_new_tokens: int = 500
+    """Length of what is written, in tokens."""
+    seed: int = 0
+    """Decides the draws; the same seed writes the same text."""
+    device: str = "auto"
+    """auto (CUDA, else MPS, else the CPU), cpu, cuda, cuda:1, mps."""
+
+
+class Request(NamedTuple):
+    """Flags that fit together, and the checkpoint that they name."""
+
+    flags: GenerateFlags
+    checkpoint: Path
+
+
+def parse(arguments: list[str]) -> Request:
+    """Raises InputError on a mistake; exits after --help."""
+    from torch_impl.training.files import InputError, whole_folder
+    from torch_impl.training.flags import parse_flags
+
+    flags = parse_flags(
+        GenerateFlags(), arguments, "python -m torch_impl.generate", "Write text with a model."
+    )
+    if not 0 <= flags.temperature < float("inf"):
+        raise InputError(f"--temperature is {flags.temperature}, but must be 0 (greedy) or more")
+    if flags.max_new_tokens < 0:
+        raise InputError(f"--max-new-tokens is {flags.max_new_tokens}, but must not be negative")
+    if not 0 <= flags.seed < 2**64:
+        raise InputError(f"--seed is {flags.seed}, but must lie in [0, 2**64)")
+    if not flags.model:
+        raise InputError("--model is missing; name a run folder, such as one under runs/")
+    folder = Path(flags.model)
+    if not folder.is_dir():
+        raise InputError(f"--model {folder} is no folder; name a run folder")
+    for checkpoint in (folder / "best", folder / "last"):
+        if whole_folder(checkpoint).is_dir():
+            return Request(flags, checkpoint)
+    return Request(flags, folder.absolute())
+
+
+def write(request: Request) -> None:
+    """Print the prompt and what the model makes of it, each character as soon as its bytes are complete."""
+    from torch_impl.training.checkpoint import load_model
+    from torch_impl.training.config import read_config
+    from torch_impl.training.device import choose_place
+    from torch_impl.training.files import InputError
+
+    flags = request.flags
+    settings = read_config(request.checkpoint).run
+    place = choose_place(replace(settings, device=flags.device, compile="off"))
+    loaded = load_model(request.checkpoint, place.dtype, place.device)
+    try:
+        prompt = torch.from_numpy(loaded.tokenizer.encode(flags.prompt or "\n\n"))
+    except UnicodeEncodeError as error:
+        raise InputError(f"--prompt is not valid text: {error.reason} at character {error.start}") from error
+    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character still shows the rest
+    print(flags.prompt, end="", flush=True)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in generate(loaded.model, prompt, flags.max_new_tokens, flags.temperature, flags.seed):
+        print(decoder.decode(loaded.tokenizer.decode_bytes([token])), end="", flush=True)
+    print(decoder.decode(b"", final=True))
+
+
+def main(arguments: list[str]) -> int:
+    """The exit code: 0; 2 for a request that cannot be met, 1 for a failure, each with one line on stderr."""
+    from torch_impl.training.files import InputError
+
+    try:
+        write(parse(arguments))
+    except InputError as error:
+        print(f"generate: error: {error}; see --help", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print()
+        return 130
+    except BrokenPipeError:  # the reader has seen enough; nor may the interpreter's last flush complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, MemoryError) as error:
+        print(f"generate: error: {error or 'out of memory'}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

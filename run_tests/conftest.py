@@ -1,0 +1,116 @@
+"""What the tests of runs share: a small text, small runs, and a hand on every file operation."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import train_gpu
+
+# A run of twelve steps that evaluates, saves and reads at steps of their own.
+SMALL = """cpu --device cpu --context-length 8 --n-layer 1 --n-head 2 --d-model 16 --batch-size 4 --steps 12
+    --eval-every 4 --checkpoint-every 5 --log-every 3 --sample-tokens 5 --dropout 0.1"""
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line that a failure prints; progress bars aside, there must be no other."""
+        lines = [line for line in self.err.splitlines() if "train_gpu.py: error: " in line]
+        assert self.code != 0 and len(lines) == 1 and "Traceback" not in self.err, self.err
+        return lines[0].split("train_gpu.py: error: ")[1]
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """Tiny models gain nothing from threads, and lose much where other tests have the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("The quick brown fox – so they say – jumps over the lazy dog.\n" * 20, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture) -> Callable[..., Outcome]:
+    """Runs train_gpu.py in this process."""
+
+    def call(*arguments: object) -> Outcome:
+        capsys.readouterr()
+        code = train_gpu.main([str(argument) for argument in arguments])
+        return Outcome(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def small_run(cli: Callable[..., Outcome], text: Path) -> Callable[..., Outcome]:
+    """Runs the small run; flags given later override."""
+    return lambda *flags: cli(*SMALL.split(), "--train-file", text, *flags)
+
+
+def metrics(run: Path) -> list[dict]:
+    """metrics.jsonl without what a clock measured."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
+
+
+def content(run: Path) -> dict[str, object]:
+    """Both checkpoints of a run and its metrics, without what a clock measured."""
+    files: dict[str, object] = {"metrics": metrics(run)}
+    for path in sorted([*run.glob("last/*"), *run.glob("best/*")]):
+        name = str(path.relative_to(run))
+        files[name] = path.read_bytes()
+        if path.name == "training.json":
+            files[name] = {**json.loads(path.read_bytes()), "seconds": None}
+        if path.name == "config.json":
+            files[name] = json.loads(path.read_bytes())
+    return files
+
+
+_FILE_OPERATIONS = ("open", "os.mkdir", "os.rename", "os.rmdir", "os.remove", "os.truncate")
+_on_operation: Callable[[str, Path], None] | None = None
+
+
+def _hook(event: str, arguments: tuple) -> None:
+    if (
+        _on_operation is not None
+        and event in _FILE_OPERATIONS
+        and isinstance(arguments[0], str | os.PathLike)
+    ):
+        _on_operation(event, Path(arguments[0]))
+
+
+sys.addaudithook(_hook)  # can never be removed, so it asks each time whether anybody listens
+
+
+@pytest.fixture
+def on_file_operation() -> Iterator[Callable[[Callable[[str, Path], None] | None], None]]:
+    """Lets a test see, count and forbid file operations before they happen."""
+
+    def listen(listener: Callable[[str, Path], None] | None) -> None:
+        global _on_operation
+        _on_operation = listener
+
+    yield listen
+    listen(None)

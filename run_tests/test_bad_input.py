@@ -1,0 +1,219 @@
+"""What a user or a machine can get wrong: one line, a non-zero exit, and nothing lost."""
+
+import errno
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from run_tests.conftest import content
+from torch_impl.training import run as run_module
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"cannot read .*bad\.txt: No such file"),
+        (b"", r"bad\.txt is empty"),
+        (b"text\0text", r"bad\.txt is not text: byte 4 is NUL"),
+        (b"caf\xe9 au lait", r"bad\.txt is not UTF-8 text: byte 3 is 0xe9"),
+        (b"short", r"the training text has 4 tokens, but context_length 8 needs at least 9"),
+        (
+            b"a text of 26 bytes in all.",
+            r"the held-out text \(the last tenth of the training text\) has 3 tokens",
+        ),
+    ],
+)
+def test_a_text_that_cannot_be_used(small_run, content, message):
+    if content is not None:
+        Path("bad.txt").write_bytes(content)
+    outcome = small_run("--train-file", "bad.txt", "--out", "run")
+    assert outcome.code == 2
+    assert re.search(message, outcome.error)
+    assert not Path("run").exists()
+
+
+def test_a_held_out_text_that_cannot_be_used(small_run):
+    Path("short.txt").write_bytes(b"short")
+    error = small_run("--valid-file", "short.txt", "--out", "run").error
+    assert "the held-out text has 5 tokens, but context_length 8 needs at least 9" in error
+    Path("folder").mkdir()
+    assert "folder is a folder" in small_run("--valid-file", "folder", "--out", "run").error
+
+
+def test_a_run_is_never_overwritten(small_run):
+    small_run("--out", "run")
+    before = content(Path("run"))
+    assert "run exists, and a run is never overwritten" in small_run("--out", "run").error
+    assert content(Path("run")) == before
+
+
+def test_a_run_folder_that_cannot_be_made(small_run, text):
+    assert "cannot create the run folder" in small_run("--out", text / "run").error
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("cuda:99", "CUDA finds"), ("abacus", "is no device"), ("meta", "is not supported")],
+)
+def test_a_device_that_is_not_here(small_run, device, message):
+    assert message in small_run("--device", device, "--out", "run").error
+
+
+def test_training_that_blows_up_stops_and_keeps_the_last_good_checkpoint(small_run):
+    flags = ("--learning-rate", "1e30", "--warmup-steps", "0", "--clip", "0", "--checkpoint-every", "1")
+    outcome = small_run("--out", "run", *flags)
+    assert outcome.code == 1
+    assert re.search(
+        r"step \d+: .* (nan|inf|finite number).*stopped.*run.last.*learning-rate below 1e\+30", outcome.error
+    )
+    for name in ("last", "best"):
+        for tensor in load_file(Path("run") / name / "model.safetensors").values():
+            assert tensor.isfinite().all()
+
+
+def test_the_step_that_blew_up_is_named_though_the_loss_is_read_seldom(small_run, monkeypatch):
+    train_steps = run_module.train_steps
+
+    def poisoned(state, tokens, config):
+        for metrics in train_steps(state, tokens, config):
+            yield metrics._replace(loss=metrics.loss * float("nan")) if state.step >= 7 else metrics
+
+    monkeypatch.setattr(run_module, "train_steps", poisoned)
+    outcome = small_run("--out", "run", "--log-every", 100, "--eval-every", 5)
+    assert "step 7: the loss is nan" in outcome.error
+    assert json.loads(Path("run/last/training.json").read_bytes())["step"] == 5
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"
+        ),
+        RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
+        MemoryError(),
+    ],
+)
+def test_memory_that_runs_out(small_run, monkeypatch, error):
+    def exhausted(state, tokens, config):
+        raise error
+        yield
+
+    monkeypatch.setattr(run_module, "train_steps", exhausted)
+    outcome = small_run("--out", "run")
+    assert outcome.code == 1
+    assert "out of memory with batch_size 4" in outcome.error and "--micro-batches" in outcome.error
+
+
+def test_a_program_error_is_not_called_a_users_mistake(small_run, monkeypatch):
+    def broken(state, tokens, config):
+        raise RuntimeError("shapes do not match")
+        yield
+
+    monkeypatch.setattr(run_module, "train_steps", broken)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        small_run("--out", "run")
+
+
+def test_a_disk_that_fills_up_at_any_moment(small_run, cli, on_file_operation):
+    """Each file operation of a run fails once; the run says so and resumes to the same end."""
+    small_run("--out", "whole")
+    whole = content(Path("whole"))
+    operations = 0
+
+    def count(event, path):
+        nonlocal operations
+        operations += "run" in path.parts
+
+    on_file_operation(count)
+    small_run("--out", "run")
+    on_file_operation(None)
+    assert operations > 100
+    for fatal in range(7, operations, 13):
+        shutil.rmtree("run")
+        seen = 0
+
+        def full(event, path, fatal=fatal):
+            nonlocal seen
+            seen += "run" in path.parts
+            if seen == fatal:
+                seen += 1
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+        on_file_operation(full)
+        outcome = small_run("--out", "run")
+        on_file_operation(None)
+        assert outcome.code == 1 and "the disk is full" in outcome.error
+        if not Path("run/last").exists():
+            continue  # nothing was saved yet
+        assert not [path for path in Path("run").iterdir() if path.suffix == ".new"]
+        assert cli("--resume", "run").code == 0
+        assert content(Path("run")) == whole
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.safetensors", "tokenizer.json", "training.json"]
+)
+def test_a_checkpoint_with_a_file_missing_or_cut_short(small_run, cli, name):
+    small_run("--out", "run")
+    path = Path("run/last") / name
+    path.write_bytes(path.read_bytes()[:-5])
+    assert re.search(rf"{name}.*(is damaged|is no|not JSON)", cli("--resume", "run").error)
+    path.unlink()
+    assert re.search(rf"run.last.*incomplete.*{name}|{name}.*missing", cli("--resume", "run").error)
+
+
+def test_a_checkpoint_of_another_model(small_run, cli):
+    small_run("--out", "run")
+    small_run("--out", "wide", "--d-model", 32)
+    small_run("--out", "deep", "--n-layer", 2)
+    for other in ("wide", "deep"):
+        for name in ("model", "optimizer"):
+            shutil.copytree("run", "mixed")
+            shutil.copy(f"{other}/last/{name}.safetensors", f"mixed/last/{name}.safetensors")
+            assert f"{name}.safetensors does not fit config.json" in cli("--resume", "mixed").error
+            shutil.rmtree("mixed")
+
+
+def test_a_checkpoint_in_another_number_format(small_run, cli):
+    small_run("--out", "run")
+    path = Path("run/last/model.safetensors")
+    save_file({name: tensor.half() for name, tensor in load_file(path).items()}, path)
+    assert "is F16" in cli("--resume", "run").error
+
+
+def test_a_config_that_claims_a_billion_layers_allocates_nothing(small_run, cli):
+    small_run("--out", "run")
+    path = Path("run/last/config.json")
+    path.write_bytes(path.read_bytes().replace(b'"n_layer": 1', b'"n_layer": 1000000000'))
+    assert "does not fit config.json" in cli("--resume", "run").error
+
+
+def test_a_file_that_leads_out_of_the_run_folder(small_run, cli, tmp_path):
+    small_run("--out", "run")
+    victim = tmp_path / "victim"
+    shutil.move("run/metrics.jsonl", victim)
+    Path("run/metrics.jsonl").symlink_to(victim)
+    before = victim.read_bytes()
+    assert "symbolic link" in cli("--resume", "run").error
+    assert victim.read_bytes() == before
+
+
+def test_a_loss_scale_from_a_stranger(small_run, cli):
+    small_run("--out", "run", "--precision", "float16")
+    path = Path("run/last/training.json")
+    path.write_bytes(path.read_bytes().replace(b'"growth_factor"', b'"grow"'))
+    assert "training.json: a value is of the wrong kind" in cli("--resume", "run").error
+
+
+@pytest.mark.parametrize("damage", [b"{}", b'{"format_version": 1}', b"[1]"])
+def test_a_foreign_training_json(small_run, cli, damage):
+    small_run("--out", "run")
+    Path("run/last/training.json").write_bytes(damage)
+    assert "training.json" in cli("--resume", "run").error

@@ -1,0 +1,136 @@
+"""Flags, presets and help."""
+
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from math import prod
+from pathlib import Path
+
+import pytest
+
+from ref_numpy.config import ConfigError, ModelConfig, TrainConfig
+from ref_numpy.transformer import parameter_shapes
+from torch_impl.training.command_line import parse
+from torch_impl.training.config import RunConfig, RunSettings
+from torch_impl.training.files import InputError
+from torch_impl.training.presets import PRESETS
+
+
+def test_help_needs_neither_torch_nor_numpy():
+    """Importing torch takes seconds; help must not wait for it."""
+    code = (
+        "import sys, train_gpu\n"
+        "try: train_gpu.main(['--help'])\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "assert not {'torch', 'numpy', 'matplotlib'} & set(sys.modules)\n"
+    )
+    root = Path(__file__).parents[1]
+    finished = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, encoding="utf-8")
+    assert finished.returncode == 0, finished.stderr
+    assert "--learning-rate" in finished.stdout
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_help_of_a_preset_names_every_flag_with_its_value_there(preset, capsys):
+    with pytest.raises(SystemExit):
+        parse([preset, "--help"])
+    text = re.sub(r"[│|\s]+", " ", capsys.readouterr().out)
+    config = PRESETS[preset]
+    for part in (config.model, config.training, config.run):
+        for field in fields(part):
+            if field.name == "vocab_size":
+                continue
+            flag = "--" + field.name.replace("_", "-")
+            value = getattr(part, field.name)
+            shown = re.search(rf" {flag}[ ,](?:(?! --(?!no-)).)*?\(default: ([^)]*)\)", text)
+            assert shown, f"{flag} has no help"
+            assert shown[1] == (str(value) or "''")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_alone_is_that_preset(preset):
+    assert parse([preset]).config == PRESETS[preset]
+
+
+def test_gpt2_has_124_million_parameters():
+    model = ModelConfig(**{**vars(PRESETS["gpt2-124m"].model), "vocab_size": 50257})
+    assert sum(map(prod, parameter_shapes(model).values())) == 124_439_808
+
+
+def test_flags_override_the_preset():
+    config = parse(["nanogpt-cpu", "--steps", "7", "--n-layer=3", "--bias", "--eval-every", "2"]).config
+    assert (config.training.steps, config.model.n_layer, config.model.bias) == (7, 3, True)
+    assert config.run.eval_every == 2
+    assert config.model.d_model == PRESETS["nanogpt-cpu"].model.d_model
+
+
+def test_a_short_run_has_a_short_warm_up():
+    assert parse(["cpu", "--steps", "50"]).config.training.warmup_steps == 5
+    assert parse(["cpu", "--learning-rate", "1e-5"]).config.training.min_learning_rate == 1e-5 / 10
+    with pytest.raises(ConfigError, match="warmup_steps is 60"):
+        parse(["cpu", "--steps", "50", "--warmup-steps", "60"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["gtp2"], r"unknown preset 'gtp2'; the presets are cpu, gpu, mps, nanogpt-cpu, gpt2-124m"),
+        (["--learning-rat", "3"], r"unknown flag --learning-rat; did you mean --learning-rate\?"),
+        (["--vocab-size", "3"], r"unknown flag --vocab-size"),
+        (["cpu", "gpu"], r"Unrecognized options: gpu"),
+        (["--steps", "many"], r"--steps: invalid literal for int.*'many'"),
+        (["--steps"], r"Missing value for argument '--steps'"),
+        (["--schedule", "cosin"], r"'cosin'.*'--schedule'.*'cosine'"),
+        (["--d-model", "30"], r"d_model 30 does not divide into n_head 4 heads; try d_model 32"),
+        (["--micro-batches", "5"], r"batch_size \d+ does not divide into 5 micro_batches"),
+        (["--steps", "0"], r"steps is 0, but must be at least 1"),
+        (["--eval-every", "0"], r"eval_every is 0, but must be at least 1"),
+        (["--sample-tokens", "-1"], r"sample_tokens is -1, but must not be negative"),
+        (["--seed", "-1"], r"seed is -1"),
+        (["--learning-rate", "nan"], r"learning_rate is nan"),
+        (["--resume", "nowhere"], r"nowhere is no run folder"),
+        (["cpu", "--resume", "nowhere"], r"leave out 'cpu'"),
+        (["--out", "."], r"\. exists, and a run is never overwritten"),
+    ],
+)
+def test_a_mistake_is_one_line_with_exit_code_2(cli, arguments, message):
+    outcome = cli(*arguments)
+    assert outcome.code == 2
+    assert re.search(message, outcome.error)
+    assert len(outcome.err.splitlines()) == 1
+
+
+def test_a_config_survives_json():
+    for config in PRESETS.values():
+        assert RunConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b'"format_version": 1', b'"format_version": 2', "format_version is 2, but this program reads 1"),
+        (b'"format_version": 1,', b"", "no format_version"),
+        (b'"n_layer"', b'"n_layers"', "model: missing or unknown: n_layer, n_layers"),
+        (b'"n_layer": 3', b'"n_layer": "3"', "n_layer is '3', but must be a int"),
+        (b'"eval_every": 200', b'"eval_every": null', "eval_every is None"),
+        (b'"device": "auto"', b'"device": 3', "device is 3, but must be a str"),
+        (b'"precision": "auto"', b'"precision": "int4"', "precision is 'int4'"),
+        (b"{", b"[", "not JSON"),
+    ],
+)
+def test_a_damaged_config_is_named(old, new, message):
+    content = PRESETS["cpu"].to_json()
+    assert old in content
+    with pytest.raises(ConfigError, match=message):
+        RunConfig.from_json(content.replace(old, new, 1))
+
+
+def test_settings_and_configs_share_no_flag():
+    names = [field.name for part in (ModelConfig, TrainConfig, RunSettings) for field in fields(part)]
+    assert len(names) == len(set(names))
+
+
+def test_resume_refuses_a_folder_without_a_checkpoint(tmp_path):
+    with pytest.raises(InputError, match="holds no finished checkpoint"):
+        parse(["--resume", str(tmp_path)])

@@ -1,0 +1,129 @@
+"""Files and folders survive a kill, and a disk that fails, at every single operation."""
+
+import errno
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from torch_impl.training.files import (
+    InputError,
+    refuse_links,
+    replaced_folder,
+    settle_folder,
+    whole_folder,
+    write_file,
+)
+
+ROOT = Path(__file__).parents[1]
+
+
+def save(folder: Path, word: str) -> None:
+    with replaced_folder(folder) as new:
+        (new / "one").write_text(word, encoding="utf-8")
+        (new / "two").write_text(word, encoding="utf-8")
+
+
+def state(folder: Path) -> set[str]:
+    """The distinct words in the folder: one, if it is whole."""
+    assert sorted(path.name for path in folder.iterdir()) == ["one", "two"]
+    return {path.read_text(encoding="utf-8") for path in folder.iterdir()}
+
+
+KILLED_SAVE = """
+import os, sys
+from pathlib import Path
+from run_tests.test_files import save
+fatal, count = int(sys.argv[2]), 0
+def hook(event, arguments):
+    global count
+    if event in ("open", "os.mkdir", "os.rename", "os.rmdir", "os.remove", "os.truncate"):
+        if sys.argv[1] in str(arguments[0]) or event in ("os.rmdir", "os.remove"):
+            count += 1
+            if count == fatal:
+                os._exit(9)  # as SIGKILL: no handler and no cleaning up
+sys.addaudithook(hook)
+save(Path(sys.argv[1]), "new")
+"""
+
+
+def test_a_writer_killed_at_any_operation_leaves_a_whole_folder(tmp_path):
+    seen = set()
+    for fatal in range(1, 100):
+        folder = tmp_path / f"kill{fatal}" / "last"
+        folder.parent.mkdir()
+        save(folder, "old")
+        arguments = [sys.executable, "-c", KILLED_SAVE, str(folder), str(fatal)]
+        killed = subprocess.run(arguments, cwd=ROOT).returncode
+        assert killed in (0, 9)
+        readable = state(whole_folder(folder))
+        assert readable in ({"old"}, {"new"})
+        settle_folder(folder)
+        assert state(folder) == readable
+        assert [path.name for path in folder.parent.iterdir()] == ["last"]
+        seen |= readable
+        if not killed:
+            break
+    assert fatal > 8 and not killed and seen == {"old", "new"}
+
+
+def test_a_disk_that_fails_at_any_operation_leaves_a_whole_folder(tmp_path, on_file_operation):
+    for fatal in range(1, 100):
+        folder = tmp_path / f"fail{fatal}" / "last"
+        folder.parent.mkdir()
+        save(folder, "old")
+        count = 0
+
+        def fail_once(event, path, fatal=fatal):
+            nonlocal count
+            count += 1
+            if count == fatal:
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+        on_file_operation(fail_once)
+        try:
+            save(folder, "new")
+            failed = False
+        except OSError:
+            failed = True
+        on_file_operation(None)
+        assert state(folder) in ({"old"}, {"new"})
+        save(folder, "later")
+        assert state(folder) == {"later"}
+        assert [path.name for path in folder.parent.iterdir()] == ["last"]
+        if not failed and count < fatal:
+            break
+    assert fatal > 8
+
+
+def test_a_failed_first_save_leaves_nothing(tmp_path):
+    with pytest.raises(OSError), replaced_folder(tmp_path / "last") as new:
+        (new / "one").write_text("half", encoding="utf-8")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_file(path, b"old")
+    write_file(path, b"new")
+    assert path.read_bytes() == b"new"
+
+    def full(self, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError):
+        write_file(path, b"newer")
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    refuse_links(run)
+    (run / "metrics.jsonl").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match="symbolic link"):
+        refuse_links(run)

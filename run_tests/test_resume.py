@@ -1,0 +1,189 @@
+"""A run that was stopped, or killed at any moment, and resumed ends as the run that never was."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from run_tests.conftest import SMALL, content, metrics
+from torch_impl.training import run as run_module
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Sends this process a signal while a given step is computed."""
+    train_steps = run_module.train_steps
+
+    def arrange(step: int | None, number: int = signal.SIGINT) -> None:
+        def interrupted(state, tokens, config):
+            for step_metrics in train_steps(state, tokens, config):
+                if state.step == step:
+                    signal.raise_signal(number)
+                    assert signal.getsignal(number) == signal.SIG_DFL, "a second one must end the process"
+                yield step_metrics
+
+        monkeypatch.setattr(run_module, "train_steps", interrupted)
+
+    return arrange
+
+
+@pytest.mark.parametrize("step", [1, 4, 7, 10, 11])
+def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one(small_run, cli, stop_at, step):
+    assert small_run("--out", "whole").code == 0
+    stop_at(step)
+    stopped = small_run("--out", "stopped")
+    assert stopped.code == 130
+    assert f"stopped after step {step}; to go on: python train_gpu.py --resume stopped" in stopped.out
+    stop_at(None)
+    resumed = cli("--resume", "stopped")
+    assert resumed.code == 0
+    assert f"going on after step {step} of 12" in resumed.out
+    assert content(Path("stopped")) == content(Path("whole"))
+    assert Path("stopped/sample.txt").read_bytes() == Path("whole/sample.txt").read_bytes()
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+def test_low_precision_resumes_bit_for_bit_with_its_loss_scale(small_run, cli, stop_at, precision):
+    assert small_run("--out", "whole", "--precision", precision).code == 0
+    stop_at(7)
+    assert small_run("--out", "stopped", "--precision", precision).code == 130
+    stop_at(None)
+    assert cli("--resume", "stopped").code == 0
+    assert content(Path("stopped")) == content(Path("whole"))
+    scale = json.loads(Path("whole/last/training.json").read_bytes())["loss_scale"]
+    assert (scale is not None) == (precision == "float16")
+
+
+def test_sigterm_stops_as_ctrl_c_does(small_run, stop_at):
+    stop_at(3, signal.SIGTERM)
+    assert small_run("--out", "run").code == 143
+    assert json.loads(Path("run/last/training.json").read_bytes())["step"] == 3
+
+
+def test_the_signal_handlers_are_put_back(small_run):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    assert small_run("--out", "run").code == 0
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+KILLED_RUN = """
+import os, sys
+fatal, count = int(sys.argv[1]), 0
+import torch, torch_impl.training.run, train_gpu
+torch.set_num_threads(1)
+def hook(event, arguments):
+    global count
+    if event in ("open", "os.mkdir", "os.rename", "os.rmdir", "os.remove"):
+        if "killed" in str(arguments[0]) or "killed" in str(os.getcwd()):
+            count += 1
+            if count == fatal:
+                os._exit(9)  # as SIGKILL: no handler and no cleaning up
+sys.addaudithook(hook)
+sys.exit(train_gpu.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("fatal", [35, 90, 118, 150])
+def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(small_run, cli, text, tmp_path, fatal):
+    """The process dies at one of its file operations, all through the run."""
+    assert small_run("--out", "whole").code == 0
+    arguments = [*SMALL.split(), "--train-file", str(text), "--out", str(tmp_path / "killed")]
+    command = [sys.executable, "-c", KILLED_RUN, str(fatal), *arguments]
+    killed = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
+    assert killed.returncode == 9, killed.stderr
+    assert cli("--resume", "killed").code == 0
+    assert content(Path("killed")) == content(Path("whole"))
+    assert not [path for path in Path("killed").iterdir() if path.suffix in (".new", ".old")]
+
+
+def test_a_finished_run_says_so(small_run, cli):
+    small_run("--out", "run")
+    before = content(Path("run"))
+    Path("run/losses.png").unlink()  # a run may be killed after its last checkpoint and before its picture
+    outcome = cli("--resume", "run")
+    assert outcome.code == 0
+    assert "finished already, at step 12; a larger --steps trains on" in outcome.out
+    assert content(Path("run")) == before
+    assert Path("run/losses.png").exists()
+
+
+def test_more_steps_train_on(small_run, cli):
+    small_run("--out", "run")
+    assert cli("--resume", "run", "--steps", 20, "--eval-every", 10, "--micro-batches", 2).code == 0
+    assert [row["step"] for row in metrics(Path("run"))] == [0, 4, 8, 12, 20]
+
+
+def test_evaluations_beyond_the_checkpoint_and_half_a_line_are_made_again(small_run, cli, stop_at):
+    small_run("--out", "whole")
+    stop_at(6)
+    small_run("--out", "run")
+    with Path("run/metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 8, "train_loss": 1.0, "val_loss": 9.0}\n{"step": 12, "tra')
+    stop_at(None)
+    assert cli("--resume", "run").code == 0
+    assert metrics(Path("run")) == metrics(Path("whole"))
+
+
+def test_a_damaged_line_is_named_and_nothing_is_lost(small_run, cli):
+    small_run("--out", "run")
+    path = Path("run/metrics.jsonl")
+    damaged = path.read_bytes().replace(b'"step": 4', b'"step" 4')
+    path.write_bytes(damaged)
+    assert "metrics.jsonl, line 2 is damaged" in cli("--resume", "run").error
+    assert path.read_bytes() == damaged
+
+
+def test_a_run_can_be_moved_with_its_text(small_run, cli, stop_at, text, tmp_path):
+    small_run("--out", "whole")
+    stop_at(6)
+    small_run("--out", "run")
+    stop_at(None)
+    shutil.move("run", tmp_path / "elsewhere")
+    shutil.move(text, tmp_path / "moved.txt")
+    assert "cannot read" in cli("--resume", "elsewhere").error
+    assert cli("--resume", "elsewhere", "--train-file", tmp_path / "moved.txt").code == 0
+    assert metrics(Path("elsewhere")) == metrics(Path("whole"))
+
+
+def test_another_text_is_refused(small_run, cli, text):
+    small_run("--out", "run")
+    before = content(Path("run"))
+    text.write_text(text.read_text(encoding="utf-8") + "!", encoding="utf-8")
+    assert "the text has changed since the run in run began" in cli("--resume", "run").error
+    assert content(Path("run")) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--d-model", "32"], "--d-model 32: the run in run has 16"),
+        (["--learning-rate", "1"], "--learning-rate 1.0: the run in run has 0.00"),
+        (["--batch-size", "8"], "--batch-size 8: the run in run has 4"),
+        (["--seed", "1"], "--seed 1: the run in run has 0"),
+        (["--out", "other"], "leave out --out"),
+        (["--steps", "11"], "--steps 11, but the run in run has done 12"),
+    ],
+)
+def test_what_makes_it_another_run_is_refused(small_run, cli, flags, message):
+    small_run("--out", "run")
+    assert message in cli("--resume", "run", *flags).error
+
+
+def test_the_loss_does_not_depend_on_when_it_is_read(small_run):
+    small_run("--out", "often", "--log-every", 1)
+    small_run("--out", "seldom", "--log-every", 1000)
+    assert metrics(Path("often")) == metrics(Path("seldom"))
+    assert torch.equal(*(_embedding(name) for name in ("often", "seldom")))
+
+
+def _embedding(run: str) -> torch.Tensor:
+    from safetensors.torch import load_file
+
+    return load_file(Path(run) / "last" / "model.safetensors")["token_embedding.weight"]

@@ -1,0 +1,116 @@
+"""What a run tells of itself."""
+
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from torch_impl.training.telemetry import MetricsLog, faces_of_loss
+
+
+@pytest.fixture
+def run(small_run):
+    outcome = small_run("--out", "run")
+    assert outcome.code == 0
+    return outcome
+
+
+def test_every_evaluation_is_a_line(run):
+    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["step"] for row in rows] == [0, 4, 8, 12]
+    assert [row["tokens"] for row in rows] == [0, 128, 256, 384]
+    names = {"step", "train_loss", "val_loss", "bits_per_byte", "perplexity", "learning_rate", "grad_norm"}
+    for row in rows:
+        assert set(row) == names | {"tokens", "tokens_per_second", "seconds"}
+        assert row["bits_per_byte"] == pytest.approx(row["val_loss"] / math.log(2))
+        assert row["perplexity"] == pytest.approx(math.exp(row["val_loss"]))
+    assert rows[0]["train_loss"] is None
+    for row in rows[1:]:
+        assert all(math.isfinite(value) for value in row.values())
+    assert rows[-1]["val_loss"] < rows[0]["val_loss"]
+
+
+def test_the_first_lines_say_where_and_how(run):
+    first, second, third, *_ = run.out.splitlines()
+    assert first.startswith("preset cpu on cpu, float32: ")
+    assert "run folder run" in second
+    assert third.startswith("step 0: ") and third.endswith("ln V = 5.545")
+
+
+def test_the_run_folder_is_complete(run):
+    assert sorted(path.name for path in Path("run").iterdir()) == [
+        "best",
+        "last",
+        "losses.png",
+        "metrics.jsonl",
+        "sample.txt",
+        "tensorboard",
+    ]
+    for name in ("best", "last"):
+        assert sorted(path.name for path in (Path("run") / name).iterdir()) == [
+            "config.json",
+            "model.safetensors",
+            "optimizer.safetensors",
+            "tokenizer.json",
+            "training.json",
+        ]
+    assert Path("run/losses.png").read_bytes().startswith(b"\x89PNG\r\n")
+    assert Path("run/sample.txt").read_text(encoding="utf-8") in run.out
+
+
+def test_best_is_the_best(run):
+    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    training = json.loads(Path("run/best/training.json").read_bytes())
+    assert training["best_val_loss"] == min(row["val_loss"] for row in rows)
+    assert training["step"] == training["best_step"]
+
+
+def test_tensorboard_sees_the_same_curve_though_the_run_was_resumed(run, cli):
+    assert cli("--resume", "run", "--steps", 14).code == 0
+    curve = EventAccumulator("run/tensorboard").Reload().Scalars("val_loss")
+    rows = MetricsLog(Path("run/metrics.jsonl")).rows()
+    assert [event.step for event in curve] == [row["step"] for row in rows] == [0, 4, 8, 12, 14]
+    assert [event.value for event in curve] == pytest.approx([row["val_loss"] for row in rows], rel=1e-6)
+
+
+def test_runs_of_the_same_second_have_folders_of_their_own(small_run):
+    for _ in range(3):
+        assert small_run("--steps", 1).code == 0
+    assert len(list(Path("runs").iterdir())) == 3
+
+
+def test_a_terminal_that_lacks_a_character_does_not_end_the_run(small_run, monkeypatch):
+    """The sample of an untrained model is full of replacement characters, which ASCII has not."""
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", terminal)
+    assert small_run("--out", "run", "--steps", 1, "--sample-tokens", 50).code == 0
+    assert "\ufffd" in Path("run/sample.txt").read_text(encoding="utf-8")
+
+
+@given(st.floats(0, 20), st.floats(0.1, 1))
+def test_faces_of_a_loss(loss, tokens_per_byte):
+    faces = faces_of_loss(loss, tokens_per_byte)
+    assert 2 ** (faces["bits_per_byte"] / tokens_per_byte) == pytest.approx(faces["perplexity"])
+
+
+def test_a_loss_beyond_all_bounds_still_has_a_perplexity():
+    assert math.isfinite(faces_of_loss(1e4, 1.0)["perplexity"])
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    row = {"step": 1, "train_loss": 1.0, "val_loss": 2.0}
+    log.append(row)
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError):
+        log.append({**row, "step": 2})
+    assert log.rows() == [row]

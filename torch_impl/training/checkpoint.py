@@ -1,0 +1,190 @@
+"""Checkpoints: a folder that holds all a run needs to go on, and nothing that can execute.
+
+    model.safetensors       parameters, float32, under the names of ref_numpy.transformer.parameter_shapes
+    optimizer.safetensors   <parameter>.exp_avg, .exp_avg_sq and .step; empty before the first step
+    config.json             model, training and run settings
+    tokenizer.json          in the format of Hugging Face's tokenizers
+    training.json           Progress
+
+Everything read is checked against the config before it is used: a checkpoint may come from a stranger.
+"""
+
+import errno
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ref_numpy.config import ConfigError, ModelConfig
+from ref_numpy.transformer import parameter_shapes
+from torch_impl.train import TrainState
+from torch_impl.training.config import FORMAT_VERSION, RunConfig, parse_json, read_config
+from torch_impl.training.files import InputError, replaced_folder, whole_folder
+from torch_impl.training.tokenizer import Tokenizer, load_tokenizer
+from torch_impl.transformer import Transformer
+
+Shapes = dict[str, tuple[int, ...]]
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+_LOSS_SCALE = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
+
+
+@dataclass
+class Progress:
+    """How far a run is, beside its weights and moments."""
+
+    corpus: str  # sha256 of the text, which a resumed run must find again
+    step: int = 0  # finished steps
+    best_step: int = 0
+    best_val_loss: float | None = None  # before the first evaluation, None
+    loss_sum: float = 0.0  # of the steps since the last evaluation ...
+    loss_count: int = 0  # ... and how many they are
+    seconds: float = 0.0  # spent so far, in all sessions
+    loss_scale: dict[str, float] | None = None  # of float16's GradScaler
+
+
+class LoadedModel(NamedTuple):
+    config: RunConfig
+    tokenizer: Tokenizer
+    model: Transformer
+
+
+def save_checkpoint(
+    folder: Path, config: RunConfig, tokenizer: Tokenizer, state: TrainState, progress: Progress
+) -> None:
+    """Write a checkpoint in one piece. Raises OSError where it cannot; the one before is then still there."""
+    moments = {
+        f"{name}.{moment}": state.optimizer.state[parameter][moment]
+        for name, parameter in state.model.named_parameters()
+        if parameter in state.optimizer.state
+        for moment in _MOMENTS
+    }
+    training = {"format_version": FORMAT_VERSION, **asdict(progress)}
+    with replaced_folder(folder) as new:
+        (new / "config.json").write_bytes(config.to_json())
+        _write_tensors(new / "model.safetensors", state.model.state_dict())
+        _write_tensors(new / "optimizer.safetensors", moments)
+        for path in new.glob("*.safetensors"):
+            shutil.copymode(new / "config.json", path)  # its library lets nobody else read what it writes
+        (new / "training.json").write_bytes(json.dumps(training, indent=2).encode("utf-8"))
+        tokenizer.save(new / "tokenizer.json")
+
+
+def load_model(folder: Path, compute_dtype: torch.dtype, device: torch.device) -> LoadedModel:
+    """The model of a checkpoint. Raises InputError naming the file that is missing, damaged or another's."""
+    config = read_config(folder)
+    folder = whole_folder(folder)
+    tokenizer = load_tokenizer(folder / "tokenizer.json")
+    if tokenizer.vocab_size != config.model.vocab_size:
+        raise InputError(
+            f"{folder / 'tokenizer.json'} has {tokenizer.vocab_size} tokens, but the model of config.json "
+            f"{config.model.vocab_size}: they do not belong together"
+        )
+    tensors = _read_tensors(folder / "model.safetensors", config.model, ("",))
+    model = Transformer(config.model, compute_dtype)
+    model.load_state_dict(tensors)
+    return LoadedModel(config, tokenizer, model.to(device))
+
+
+def load_progress(folder: Path) -> Progress:
+    """training.json of a checkpoint. Raises InputError where it is missing, damaged or foreign."""
+    path = whole_folder(folder) / "training.json"
+    try:
+        values = parse_json(path.read_bytes())
+        del values["format_version"]
+        _check_progress(values)
+    except FileNotFoundError as error:
+        raise InputError(f"{folder} is incomplete: no {path.name}") from error
+    except ConfigError as error:
+        raise InputError(f"{path}: {error}") from error
+    return Progress(**values)
+
+
+def _check_progress(values: dict[str, Any]) -> None:
+    if set(values) != {field.name for field in fields(Progress)}:
+        raise ConfigError("values are missing or unknown")
+    scale = values["loss_scale"] if isinstance(values["loss_scale"], dict) else {}
+    whole = all(
+        type(values[name]) is int and values[name] >= 0 for name in ("step", "best_step", "loss_count")
+    )
+    numbers = [values["best_val_loss"] or 0.0, values["loss_sum"], values["seconds"]]
+    if not whole or not isinstance(values["corpus"], str) or set(scale) not in (set(), _LOSS_SCALE):
+        raise ConfigError("a value is of the wrong kind")
+    if not all(type(number) in (int, float) for number in [*numbers, *scale.values()]):
+        raise ConfigError("a value is no number")
+
+
+def load_moments(folder: Path, state: TrainState) -> None:
+    """Put the optimizer's moments back. Raises InputError where they are not those of the model."""
+    path = whole_folder(folder) / "optimizer.safetensors"
+    tensors = _read_tensors(path, state.model.config, _MOMENTS, may_be_empty=True)
+    names = {parameter: name for name, parameter in state.model.named_parameters()}
+    ordered = [names[parameter] for group in state.optimizer.param_groups for parameter in group["params"]]
+    state.optimizer.load_state_dict(
+        {
+            "state": {
+                i: {moment: tensors[f"{name}.{moment}"] for moment in _MOMENTS}
+                for i, name in enumerate(ordered if tensors else [])
+            },
+            "param_groups": state.optimizer.state_dict()["param_groups"],
+        }
+    )
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # an OSError in disguise
+        code = re.search(r"os error (\d+)", str(error))
+        number = int(code[1]) if code else errno.EIO
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _read_tensors(
+    path: Path, config: ModelConfig, suffixes: tuple[str, ...], may_be_empty: bool = False
+) -> dict[str, Tensor]:
+    """The tensors of a file that has just those of the model, by name, shape and dtype.
+
+    Suffixes are those of the optimizer's moments, or "" alone for the parameters themselves. The header is
+    checked first: nothing is allocated on the word of a file or of a config that does not fit it.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = set(file.keys())
+            if may_be_empty and not found:
+                return {}
+            # A config that claims a billion layers is not worth a list of their names.
+            expected = _expected(config, suffixes) if config.n_layer <= len(found) else None
+            if expected is None or found != set(expected):
+                odd = sorted(found ^ set(expected or {}))[0]
+                raise InputError(f"{path} does not fit config.json: {odd!r} is missing or too many")
+            for name, shape in expected.items():
+                header = file.get_slice(name)
+                if tuple(header.get_shape()) != shape or header.get_dtype() != "F32":
+                    raise InputError(
+                        f"{path} does not fit config.json: {name} is {header.get_dtype()} "
+                        f"{header.get_shape()}, but must be F32 {list(shape)}"
+                    )
+            return {name: file.get_tensor(name) for name in expected}
+    except FileNotFoundError as error:
+        raise InputError(f"{path.parent} is incomplete: no {path.name}") from error
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+
+
+def _expected(config: ModelConfig, suffixes: tuple[str, ...]) -> Shapes:
+    shapes = parameter_shapes(config)
+    if suffixes == ("",):
+        return shapes
+    return {
+        f"{name}.{suffix}": () if suffix == "step" else shape
+        for name, shape in shapes.items()
+        for suffix in suffixes
+    }

@@ -1,0 +1,159 @@
+"""The command line of train_gpu.py: a preset, and flags that override it.
+
+Nothing here needs torch, so that --help answers at once. The flags are the fields of the configs; tyro makes
+the parser and the help out of them.
+"""
+
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import tyro
+
+from ref_numpy.config import ModelConfig, TrainConfig
+from torch_impl.training.config import RunConfig, RunSettings, read_config
+from torch_impl.training.files import InputError
+from torch_impl.training.flags import dashed, parse_flags
+from torch_impl.training.presets import PRESETS
+
+# What --resume may change. The rest decides which run it is. Other steps mean another schedule from there on;
+# micro_batches, precision, device and compile change the rounding and nothing else.
+CHANGEABLE = {"steps", "micro_batches", *(field.name for field in fields(RunSettings))}
+
+
+# The flags are checked together, once they are all known, and not one dataclass at a time.
+@dataclass(frozen=True)
+class ModelFlags(ModelConfig):
+    vocab_size: tyro.conf.Suppress[int] = 256  # the tokenizer decides it
+
+    def __post_init__(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class TrainFlags(TrainConfig):
+    def __post_init__(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class RunFlags(RunSettings):
+    def __post_init__(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class FolderFlags:
+    out: str = ""
+    """Run folder, which must not exist yet; without it, runs/PRESET-DATE-TIME."""
+    resume: str = ""
+    """Go on with the run in this folder. Its settings hold; only steps, micro-batches and the flags under
+    "run options" can be changed. No PRESET beside it."""
+
+
+@dataclass(frozen=True)
+class Flags:
+    folder: FolderFlags
+    run: RunFlags
+    training: TrainFlags
+    model: ModelFlags
+
+
+class Request(NamedTuple):
+    """What the user asks for."""
+
+    config: RunConfig
+    out: Path | None  # of a new run, where the user names it
+    resume: Path | None  # the run to go on with
+
+
+def parse(arguments: list[str]) -> Request:
+    """Raises InputError or ConfigError on a mistake; exits after --help."""
+    preset = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    if preset is not None and preset not in PRESETS:
+        raise InputError(f"unknown preset {preset!r}; the presets are {', '.join(PRESETS)}")
+    rest = arguments[0 if preset is None else 1 :]
+    start = PRESETS[preset or "cpu"]
+    flags = _parse_flags(rest, start, preset)
+    if flags.folder.resume:
+        return _resume(rest, preset, Path(flags.folder.resume))
+    if preset is None:
+        start = PRESETS[_preset_for(flags.run.device)]
+        flags = _parse_flags(rest, start, preset)
+    out = Path(flags.folder.out) if flags.folder.out else None
+    if out is not None and (out.exists() or out.is_symlink()):
+        raise InputError(f"{out} exists, and a run is never overwritten; name another --out, or --resume it")
+    return Request(_configure(flags, start), out, None)
+
+
+def _resume(arguments: list[str], preset: str | None, folder: Path) -> Request:
+    if preset is not None:
+        raise InputError(f"--resume goes on with the preset of {folder}; leave out {preset!r}")
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no run folder")
+    start = read_config(folder / "last")
+    flags = _parse_flags(arguments, start, preset)
+    if flags.folder.out:
+        raise InputError(f"--resume goes on in {folder}; leave out --out")
+    config = RunConfig(
+        start.preset,
+        ModelConfig(**asdict(flags.model)),
+        TrainConfig(**asdict(flags.training)),
+        _settings(flags),
+    )
+    for old, new in ((start.model, config.model), (start.training, config.training)):
+        for field in fields(old):
+            before, now = getattr(old, field.name), getattr(new, field.name)
+            if before != now and field.name not in CHANGEABLE:
+                raise InputError(
+                    f"--{dashed(field.name)} {now}: the run in {folder} has {before}; leave the flag out, "
+                    "or start a new run"
+                )
+    return Request(config, None, folder)
+
+
+def _configure(flags: Flags, preset: RunConfig) -> RunConfig:
+    """The preset with the flags laid over it.
+
+    What the preset sets and the flags make impossible becomes a tenth of its limit: the warm-up of a run that
+    is now shorter, the last learning rate of one whose peak is now lower.
+    """
+    training = flags.training
+    if training.warmup_steps == preset.training.warmup_steps > training.steps:
+        training = replace(training, warmup_steps=training.steps // 10)
+    if training.min_learning_rate == preset.training.min_learning_rate > training.learning_rate:
+        training = replace(training, min_learning_rate=training.learning_rate / 10)
+    return RunConfig(
+        preset.preset,
+        ModelConfig(**asdict(flags.model)),
+        TrainConfig(**asdict(training)),
+        _settings(flags),
+    )
+
+
+def _settings(flags: Flags) -> RunSettings:
+    """The run settings, with whole paths: the run can be resumed from another folder."""
+    run = RunSettings(**asdict(flags.run))
+    files = {name: getattr(run, name) for name in ("train_file", "valid_file")}
+    return replace(run, **{name: str(Path(file).absolute()) for name, file in files.items() if file})
+
+
+def _preset_for(device: str) -> str:
+    """The preset that fits a device; auto means the best one here."""
+    if device == "auto":
+        from torch_impl.training.device import best_device  # imports torch
+
+        device = best_device()
+    return {"cuda": "gpu", "mps": "mps"}.get(device.split(":")[0], "cpu")
+
+
+def _parse_flags(arguments: list[str], start: RunConfig, preset: str | None) -> Flags:
+    """The flags, with those of `start` where none are given."""
+    default = Flags(
+        FolderFlags(),
+        RunFlags(**asdict(start.run)),
+        TrainFlags(**asdict(start.training)),
+        ModelFlags(**asdict(start.model)),
+    )
+    description = (
+        f"Train a language model on text. Presets: {', '.join(PRESETS)}. Without one: gpu with CUDA, mps on "
+        f"Apple's GPUs, else cpu. The defaults below are those of {start.preset}; PRESET --help shows others."
+    )
+    return parse_flags(default, arguments, f"train_gpu.py {preset or '[PRESET]'}", description)

@@ -1,0 +1,119 @@
+"""Everything that describes a run: its model, its training, and where and how it runs; as JSON and back."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from ref_numpy.config import ConfigError, ModelConfig, TrainConfig
+from torch_impl.training.files import InputError, whole_folder
+
+FORMAT_VERSION = 1  # of the files in a checkpoint
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Where a run computes and what it reports. Raises ConfigError on a value out of range."""
+
+    train_file: str = ""
+    """UTF-8 text to train on; without it, the Python language reference that ships with the interpreter."""
+    valid_file: str = ""
+    """UTF-8 text to evaluate on; without it, the last tenth of the training text is held out."""
+    device: str = "auto"
+    """auto (CUDA, else MPS, else the CPU), cpu, cuda, cuda:1, mps."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the computation; weights are float32. auto: on CUDA bfloat16, or float16 where the GPU
+    lacks it, else float32. float16 scales the loss."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the model with torch.compile; auto: on CUDA only."""
+    eval_every: int = 100
+    """Steps between two evaluations on the held-out text."""
+    eval_tokens: int = 0
+    """Held-out tokens that an evaluation reads; 0 means all of them."""
+    checkpoint_every: int = 100
+    """Steps between two checkpoints."""
+    log_every: int = 10
+    """Steps between two readings of the loss, for the progress bar; each makes the device wait."""
+    sample_tokens: int = 500
+    """Length in tokens of the passage that the model writes at the end; 0 for none."""
+
+    def __post_init__(self) -> None:
+        for name in ("eval_every", "checkpoint_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, but must be at least 1")
+        for name in ("eval_tokens", "sample_tokens"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}, but must not be negative")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A run, as a preset names it and as config.json keeps it."""
+
+    preset: str
+    model: ModelConfig
+    training: TrainConfig
+    run: RunSettings
+
+    def to_json(self) -> bytes:
+        """config.json: the parts by name, under a format version."""
+        return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=2).encode("utf-8")
+
+    @classmethod
+    def from_json(cls, content: bytes) -> "RunConfig":
+        """Raises ConfigError where a part or a value is missing, foreign or of the wrong kind."""
+        config = parse_json(content)
+        return cls(
+            preset=_text(config, "preset"),
+            model=_part(config, "model", ModelConfig),
+            training=_part(config, "training", TrainConfig),
+            run=_part(config, "run", RunSettings),
+        )
+
+
+def read_config(checkpoint: Path) -> RunConfig:
+    """The config of a checkpoint folder. Raises InputError where it is missing, damaged or foreign."""
+    path = whole_folder(checkpoint) / "config.json"
+    try:
+        return RunConfig.from_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise InputError(f"{checkpoint} holds no finished checkpoint (no {path.name})") from error
+    except ConfigError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def parse_json(content: bytes) -> dict[str, Any]:
+    """A JSON object of the format version that this program reads. Raises ConfigError for anything else."""
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"not JSON: {error}") from error
+    if not isinstance(values, dict) or "format_version" not in values:
+        raise ConfigError("no format_version: not written by this program")
+    if values["format_version"] != FORMAT_VERSION:
+        raise ConfigError(
+            f"format_version is {values['format_version']!r}, but this program reads {FORMAT_VERSION}"
+        )
+    return values
+
+
+def _text(values: dict[str, Any], name: str) -> str:
+    if not isinstance(values.get(name), str):
+        raise ConfigError(f"{name} is missing or no text")
+    return values[name]
+
+
+def _part(config: dict[str, Any], name: str, kind: type) -> Any:
+    values = config.get(name)
+    expected = {field.name for field in fields(kind)}
+    if not isinstance(values, dict) or set(values) != expected:
+        given = set(values) if isinstance(values, dict) else set()
+        odd = ", ".join(sorted(given ^ expected)) or "all of it"
+        raise ConfigError(f"{name}: missing or unknown: {odd}")
+    for field in fields(kind):
+        value, wanted = values[field.name], type(field.default)
+        if type(value) is not wanted and (type(value), wanted) != (int, float):
+            raise ConfigError(f"{field.name} is {value!r}, but must be a {wanted.__name__}")
+        if get_origin(field.type) is Literal and value not in get_args(field.type):
+            raise ConfigError(f"{field.name} is {value!r}, but must be one of {get_args(field.type)}")
+    return kind(**values)

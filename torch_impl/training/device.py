@@ -1,0 +1,66 @@
+"""Where a run computes, and in which number format."""
+
+from typing import NamedTuple
+
+import torch
+
+from torch_impl.training.config import RunSettings
+from torch_impl.training.files import InputError
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Place(NamedTuple):
+    """The answers to a run's `device`, `precision` and `compile`."""
+
+    device: torch.device
+    dtype: torch.dtype  # of the computation
+    compile: bool
+
+    def __str__(self) -> str:
+        kind = (
+            f"{self.device} ({torch.cuda.get_device_name(self.device)})"
+            if self.device.type == "cuda"
+            else self.device
+        )
+        return f"{kind}, {str(self.dtype).removeprefix('torch.')}" + (", compiled" if self.compile else "")
+
+
+def best_device() -> str:
+    """cuda, else mps, else cpu: the first that is here."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name, "auto" for the best. Raises InputError where there is none."""
+    try:
+        device = torch.device(best_device() if name == "auto" else name)
+    except RuntimeError as error:
+        raise InputError(f"--device {name} is no device; use auto, cpu, cuda, cuda:1 or mps") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise InputError(
+            f"--device {name}: CUDA finds {count} GPUs here" + ("; use --device cpu" * (count == 0))
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError(f"--device {name}: MPS is not available here; use --device cpu")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise InputError(f"--device {name} is not supported; use auto, cpu, cuda, cuda:1 or mps")
+    return device
+
+
+def choose_place(run: RunSettings) -> Place:
+    """Device, number format and compilation of a run. Raises InputError for a device that is not here."""
+    device = choose_device(run.device)
+    on_cuda = device.type == "cuda"
+    if run.precision != "auto":
+        dtype = _DTYPES[run.precision]
+    elif on_cuda:
+        with torch.cuda.device(device):
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = torch.bfloat16 if native else torch.float16
+    else:
+        dtype = torch.float32
+    return Place(device, dtype, on_cuda if run.compile == "auto" else run.compile == "on")

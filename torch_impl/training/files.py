@@ -1,0 +1,92 @@
+"""Files and folders that are whole or absent: written beside, flushed to disk, renamed into place."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used. The message is one line: the value, the limit, the mend."""
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file or a folder's list of names is on the disk; folders only where the system can."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Put content at path, in one piece: a reader sees the old file or the new one, and never a half.
+
+    Raises OSError where the disk is full or not writable; the old file is then still there.
+    """
+    temporary = path.with_name(path.name + ".new")
+    try:
+        temporary.write_bytes(content)
+        flush_to_disk(temporary)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    flush_to_disk(path.parent)
+
+
+def _beside(folder: Path) -> tuple[Path, Path]:
+    """Where the next content of a folder is written, and where the last one waits to be removed."""
+    return folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """A new, empty folder to write into, which takes the place of `folder` when the block ends well.
+
+    Two renames do it, since no system swaps folders everywhere: folder -> .old, .new -> folder. At every
+    moment one of folder and .old is whole; `settle_folder` and `whole_folder` know which. If the block or
+    the disk fails, the new folder is removed, the old one stays, and the error goes on.
+    """
+    new, old = _beside(folder)
+    settle_folder(folder)
+    try:
+        new.mkdir()
+        yield new
+        for path in new.iterdir():
+            flush_to_disk(path)
+        flush_to_disk(new)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    except BaseException:
+        settle_folder(folder)
+        raise
+    flush_to_disk(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def settle_folder(folder: Path) -> None:
+    """Clean up after a writer that was killed: a whole folder in its place, and nothing beside it."""
+    new, old = _beside(folder)
+    if old.exists() and not folder.exists():  # killed between the two renames
+        old.rename(folder)
+    for stale in (new, old):
+        if stale.exists():
+            shutil.rmtree(stale)
+
+
+def whole_folder(folder: Path) -> Path:
+    """Where the content of a folder can be read right now, even if a writer was killed or is at work."""
+    old = _beside(folder)[1]
+    return old if old.exists() and not folder.exists() else folder
+
+
+def refuse_links(folder: Path) -> None:
+    """Raises InputError if a folder holds a symbolic link, which would lead a write out of it."""
+    for path in folder.rglob("*"):
+        if path.is_symlink():
+            raise InputError(f"{path} is a symbolic link; a run folder must hold its own files")

@@ -1,0 +1,78 @@
+"""Command line flags out of dataclasses, by tyro; a mistake is one line."""
+
+import difflib
+import io
+import re
+from collections.abc import Iterator
+from contextlib import redirect_stderr
+from dataclasses import fields, is_dataclass
+from itertools import dropwhile, takewhile
+from typing import TypeVar
+
+import tyro
+
+from torch_impl.training.files import InputError
+
+T = TypeVar("T")
+
+
+def parse_flags(default: T, arguments: list[str], program: str, description: str) -> T:
+    """A dataclass like `default`, with what the arguments change; nested ones need no prefix.
+
+    Prints the help and exits for --help. Raises InputError for arguments that do not fit.
+    """
+    _refuse_unknown(type(default), arguments)
+    errors = io.StringIO()
+    try:
+        with redirect_stderr(errors):
+            return tyro.cli(
+                tyro.conf.OmitArgPrefixes[type(default)],
+                prog=program,
+                description=description,
+                args=arguments,
+                default=default,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise InputError(_one_line(errors.getvalue())) from stop
+
+
+def dashed(name: str) -> str:
+    """A field's name as a flag."""
+    return name.replace("_", "-")
+
+
+def _flag_names(kind: type) -> Iterator[str]:
+    for field in fields(kind):
+        if is_dataclass(field.type):
+            yield from _flag_names(field.type)
+        elif tyro.conf.Suppress not in getattr(field.type, "__metadata__", ()):
+            yield dashed(field.name)
+            if field.type is bool:
+                yield f"no-{dashed(field.name)}"
+
+
+def _refuse_unknown(kind: type, arguments: list[str]) -> None:
+    known = ["help", *_flag_names(kind)]
+    for argument in arguments:
+        name = dashed(argument[2:].split("=")[0])
+        if argument.startswith("--") and name not in known:
+            near = [flag for flag in known if flag.startswith(name)] or difflib.get_close_matches(
+                name, known, 1
+            )
+            raise InputError(f"unknown flag --{name}" + (f"; did you mean --{near[0]}?" if near else ""))
+
+
+def _one_line(box: str) -> str:
+    """The message out of the box that tyro draws around it, below the title and above the next rule.
+
+    The box has colours on a terminal, and is of ASCII where the encoding is no UTF-8.
+    """
+    lines = [line.strip("│ ") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
+
+    def is_rule(line: str) -> bool:
+        return set(line) <= set("─-╰╯")
+
+    message = takewhile(lambda line: not is_rule(line), dropwhile(is_rule, lines[1:]))
+    return " ".join(message).removesuffix(".")

@@ -1,0 +1,62 @@
+"""Runs that are known to work, by name. The vocabulary of each comes from its tokenizer."""
+
+from ref_numpy.config import ModelConfig, TrainConfig
+from torch_impl.training.config import RunConfig, RunSettings
+
+PRESETS: dict[str, RunConfig] = {
+    config.preset: config
+    for config in (
+        # The default without a GPU: well below three minutes on two cores, evaluations and all.
+        RunConfig(
+            "cpu",
+            ModelConfig(context_length=128, n_layer=3, n_head=4, d_model=128),
+            TrainConfig(steps=1400, batch_size=12, learning_rate=4e-3, min_learning_rate=2e-4),
+            RunSettings(eval_every=200, checkpoint_every=200, log_every=10, sample_tokens=500),
+        ),
+        # The default with CUDA: a model that half a megabyte of text can still teach something.
+        RunConfig(
+            "gpu",
+            ModelConfig(context_length=256, n_layer=6, n_head=6, d_model=384, dropout=0.2),
+            TrainConfig(steps=3000, batch_size=64, learning_rate=1e-3, min_learning_rate=1e-4),
+            RunSettings(eval_every=250, checkpoint_every=250, log_every=50, sample_tokens=1000),
+        ),
+        # The default on Apple's GPUs.
+        RunConfig(
+            "mps",
+            ModelConfig(context_length=128, n_layer=6, n_head=6, d_model=192, dropout=0.1),
+            TrainConfig(steps=3000, batch_size=32, learning_rate=1e-3, min_learning_rate=1e-4),
+            RunSettings(eval_every=250, checkpoint_every=250, log_every=20, sample_tokens=500),
+        ),
+        # The line for CPUs in nanoGPT's README: its model (exact GELU, no biases) and its training.
+        RunConfig(
+            "nanogpt-cpu",
+            ModelConfig(context_length=64, n_layer=4, n_head=4, d_model=128, bias=False, activation="gelu"),
+            TrainConfig(
+                steps=2000,
+                batch_size=12,
+                learning_rate=1e-3,
+                min_learning_rate=1e-4,
+                warmup_steps=100,
+                beta2=0.99,
+                weight_decay=0.1,
+                clip=1.0,
+            ),
+            RunSettings(device="cpu", eval_every=250, checkpoint_every=250, log_every=10, sample_tokens=500),
+        ),
+        # GPT-2's smallest model, trained as nanoGPT trains it: half a million tokens a step.
+        RunConfig(
+            "gpt2-124m",
+            ModelConfig(context_length=1024, n_layer=12, n_head=12, d_model=768),
+            TrainConfig(
+                steps=600_000,
+                batch_size=480,
+                micro_batches=40,
+                learning_rate=6e-4,
+                min_learning_rate=6e-5,
+                warmup_steps=2000,
+                beta2=0.95,
+            ),
+            RunSettings(eval_every=1000, eval_tokens=2**20, checkpoint_every=1000, log_every=10),
+        ),
+    )
+}

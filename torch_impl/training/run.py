@@ -1,0 +1,283 @@
+"""A run, from its text to its last checkpoint: begin or resume, train, evaluate, save, tell.
+
+The order of the writes at a step is what makes a killed run resumable: first the line in metrics.jsonl, then
+best/, then last/. A resumed run goes on from last/ and drops the lines beyond it, so it makes them again.
+"""
+
+import math
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from torch_impl.generate import generate
+from torch_impl.train import StepMetrics, TrainState, evaluate, start, train_steps
+from torch_impl.training.checkpoint import Progress, load_model, load_moments, load_progress, save_checkpoint
+from torch_impl.training.command_line import Request
+from torch_impl.training.config import RunConfig
+from torch_impl.training.corpus import encode_corpus, load_corpus
+from torch_impl.training.device import choose_place
+from torch_impl.training.files import InputError, refuse_links, settle_folder, write_file
+from torch_impl.training.stopping import StopRequest, stop_requests
+from torch_impl.training.telemetry import MetricsLog, TensorBoardEvents, draw_losses, faces_of_loss
+from torch_impl.training.tokenizer import ByteTokenizer, Tokenizer
+from torch_impl.transformer import initialised
+
+
+class Diverged(ArithmeticError):
+    """The loss or the gradient is no finite number any more. The message is one line."""
+
+
+@dataclass
+class Run:
+    """What a run holds while it trains."""
+
+    folder: Path
+    config: RunConfig
+    tokenizer: Tokenizer
+    state: TrainState
+    progress: Progress
+    train_tokens: Tensor
+    valid_tokens: Tensor
+    tokens_per_byte: float  # of the held-out text
+    before: float  # seconds spent in the sessions before this one
+    metrics: MetricsLog
+    events: TensorBoardEvents
+    pending: list[StepMetrics] = field(default_factory=list)  # steps whose metrics are not read yet
+    started: float = field(default_factory=time.perf_counter)  # this session
+
+    def seconds(self) -> float:
+        """Time that the run has taken so far, in all sessions."""
+        return self.before + time.perf_counter() - self.started
+
+
+def train(request: Request) -> int:
+    """Carry out what the command line asks for; the exit code."""
+    run = prepare(request)
+    try:
+        with stop_requests() as stop:
+            _train(run, stop)
+        draw_losses(
+            run.folder / "losses.png", run.metrics.rows(), run.config.model.vocab_size, str(run.folder)
+        )
+        if stop.signal is not None and run.progress.step < run.config.training.steps:
+            print(f"stopped after step {run.progress.step}; to go on: {how_to_resume(run.folder)}")
+            return stop.exit_code
+        _write_sample(run)
+        print(
+            f"finished; talk to it: python -m torch_impl.generate --model {_quoted(run.folder)} --prompt TEXT"
+        )
+        return 0
+    finally:
+        run.events.close()
+
+
+def how_to_resume(folder: Path) -> str:
+    """The command that goes on with a run."""
+    return f"python train_gpu.py --resume {_quoted(folder)}"
+
+
+def _quoted(folder: Path) -> str:
+    return f'"{folder}"' if " " in str(folder) else str(folder)
+
+
+def prepare(request: Request) -> Run:
+    """Everything before the first step. Raises InputError or ConfigError where the request cannot be met."""
+    config, folder = request.config, request.resume
+    place = choose_place(config.run)
+    last = folder / "last" if folder else None
+    if last is not None:
+        refuse_links(folder)
+        settle_folder(last)
+        settle_folder(folder / "best")
+        loaded = load_model(last, place.dtype, place.device)
+        progress, tokenizer, model = load_progress(last), loaded.tokenizer, loaded.model
+    else:
+        tokenizer = ByteTokenizer()
+        config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
+
+    corpus = load_corpus(config.run.train_file, config.run.valid_file)
+    train_ids, valid_ids = encode_corpus(corpus, tokenizer, config)
+    if last is None:
+        progress = Progress(corpus.sha256())
+        model = initialised(config.model, config.training.seed, place.dtype, place.device)
+    elif progress.corpus != corpus.sha256():
+        source = config.run.train_file or "the Python reference, which each Python version has its own of"
+        raise InputError(
+            f"the text has changed since the run in {folder} began ({source}); give it the same "
+            "--train-file and --valid-file"
+        )
+
+    if progress.step > config.training.steps:
+        raise InputError(f"--steps {config.training.steps}, but the run in {folder} has done {progress.step}")
+    state = start(model, config.training, place.compile)
+    if last is None:
+        folder = _create_folder(request.out, config)
+    else:
+        load_moments(last, state)
+        state.step = progress.step
+        if progress.loss_scale and state.scaler.is_enabled():
+            state.scaler.load_state_dict(progress.loss_scale)
+    metrics = MetricsLog(folder / "metrics.jsonl")
+    if last is not None:
+        metrics.forget_after(-1 if progress.best_val_loss is None else progress.step)
+
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"preset {config.preset} on {place}: {parameters:,} parameters")
+    print(f"{len(train_ids):,} tokens to train on, {len(valid_ids):,} held out; run folder {folder}")
+    if last is not None:
+        finished = progress.step == config.training.steps
+        print(
+            f"finished already, at step {progress.step}; a larger --steps trains on"
+            if finished
+            else f"going on after step {progress.step} of {config.training.steps}"
+        )
+    return Run(
+        folder=folder,
+        config=config,
+        tokenizer=tokenizer,
+        state=state,
+        progress=progress,
+        train_tokens=torch.from_numpy(train_ids).to(place.device),
+        valid_tokens=torch.from_numpy(valid_ids).to(place.device),
+        before=progress.seconds,
+        tokens_per_byte=len(valid_ids) / len(corpus.valid.encode("utf-8")),
+        metrics=metrics,
+        events=TensorBoardEvents(folder / "tensorboard", progress.step),
+    )
+
+
+def _create_folder(out: Path | None, config: RunConfig) -> Path:
+    name = f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = out or Path("runs") / name
+    attempt = 1
+    while out is None and folder.exists():  # another run of the same second
+        attempt += 1
+        folder = folder.with_name(f"{name}-{attempt}")
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"cannot create the run folder {folder}: {error.strerror}") from error
+    return folder
+
+
+def _train(run: Run, stop: StopRequest) -> None:
+    """All steps that are left, with their evaluations and checkpoints.
+
+    The device is read every log_every steps and where something is written; between, the host runs ahead.
+    """
+    config, settings, progress = run.config.training, run.config.run, run.progress
+    if progress.best_val_loss is None:
+        _save(run, "last")  # from here on, a killed run can be resumed
+        _evaluate(run, None, None)
+    tokens_per_step = config.batch_size * run.config.model.context_length
+    training_seconds, steps_before = 0.0, progress.step  # since the last evaluation
+    mark = time.perf_counter()
+    with tqdm(total=config.steps, initial=progress.step, unit="step", dynamic_ncols=True) as bar:
+        for metrics in train_steps(run.state, run.train_tokens, config):
+            run.pending.append(metrics)
+            step, done = run.state.step, run.state.step == config.steps
+            evaluating = done or step % settings.eval_every == 0
+            saving = done or step % settings.checkpoint_every == 0 or stop.signal is not None
+            if not (evaluating or saving or step % settings.log_every == 0):
+                continue
+
+            loss = _read_pending(run)
+            training_seconds += time.perf_counter() - mark
+            speed = (step - steps_before) * tokens_per_step / training_seconds
+            bar.update(step - bar.n)
+            bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
+            if evaluating:
+                _evaluate(run, metrics, speed)
+                training_seconds, steps_before = 0.0, step
+            if saving:
+                _save(run, "last")
+            if stop.signal is not None:
+                break
+            mark = time.perf_counter()
+
+
+def _read_pending(run: Run) -> float:
+    """Read the metrics of the steps since the last reading, and return the last loss.
+
+    Raises Diverged at the first step whose loss is no finite number, or whose gradient is none where no loss
+    scaler watches over it.
+    """
+    progress, pending, scaler = run.progress, run.pending, run.state.scaler
+    losses = torch.stack([metrics.loss for metrics in pending]).tolist()
+    norms = torch.stack([metrics.grad_norm for metrics in pending]).tolist()
+    for step, (loss, norm) in enumerate(zip(losses, norms, strict=True), progress.step + 1):
+        if not math.isfinite(loss):
+            raise _diverged(run, step, f"the loss is {loss}")
+        if not math.isfinite(norm) and not scaler.is_enabled():
+            raise _diverged(run, step, f"the norm of the gradient is {norm}")
+    if scaler.is_enabled() and scaler.get_scale() == 0:
+        raise _diverged(run, run.state.step, "the gradient overflows float16 at any loss scale")
+    progress.loss_sum += sum(losses)
+    progress.loss_count += len(losses)
+    progress.step = run.state.step
+    pending.clear()
+    return losses[-1]
+
+
+def _diverged(run: Run, step: int, what: str) -> Diverged:
+    config = run.config.training
+    clip = "" if 0 < config.clip <= 1 else ", --clip 1"
+    return Diverged(
+        f"step {step}: {what}; stopped. The last good checkpoint is {run.folder / 'last'}. Try a run with "
+        f"--learning-rate below {config.learning_rate}, --warmup-steps above {config.warmup_steps}{clip}"
+    )
+
+
+def _evaluate(run: Run, metrics: StepMetrics | None, tokens_per_second: float | None) -> None:
+    """Measure the held-out text, write it down, and keep the model in best/ if none was better."""
+    progress, config = run.progress, run.config
+    loss = evaluate(run.state.model, run.valid_tokens, max_tokens=config.run.eval_tokens or None)
+    if not math.isfinite(loss):
+        raise _diverged(run, progress.step, f"the loss on the held-out text is {loss}")
+    faces = faces_of_loss(loss, run.tokens_per_byte)
+    row = {
+        "step": progress.step,
+        "train_loss": progress.loss_sum / progress.loss_count if progress.loss_count else None,
+        **faces,
+        "learning_rate": metrics and metrics.learning_rate.item(),
+        "grad_norm": metrics and metrics.grad_norm.item(),
+        "tokens": progress.step * config.training.batch_size * config.model.context_length,
+        "tokens_per_second": tokens_per_second and round(tokens_per_second),
+        "seconds": round(run.seconds(), 3),
+    }
+    progress.loss_sum, progress.loss_count = 0.0, 0
+    run.metrics.append(row)
+    run.events.scalars(progress.step, row)
+    known = f"; ln V = {math.log(config.model.vocab_size):.3f}" if progress.step == 0 else ""
+    tqdm.write(
+        f"step {progress.step}: held-out text {loss:.4f} nats per token, "
+        f"{faces['bits_per_byte']:.4f} bits per byte, perplexity {faces['perplexity']:.2f}{known}"
+    )
+    if progress.best_val_loss is None or loss < progress.best_val_loss:
+        progress.best_step, progress.best_val_loss = progress.step, loss
+        _save(run, "best")
+
+
+def _save(run: Run, name: str) -> None:
+    """Write the checkpoint of that name, unless a weight is no finite number."""
+    weights = [parameter.isfinite().all() for parameter in run.state.model.parameters()]
+    if not torch.stack(weights).all():
+        raise _diverged(run, run.progress.step, "a weight is no finite number")
+    run.progress.seconds = run.seconds()
+    run.progress.loss_scale = run.state.scaler.state_dict() or None
+    save_checkpoint(run.folder / name, run.config, run.tokenizer, run.state, run.progress)
+
+
+def _write_sample(run: Run) -> None:
+    """Print a passage that the model writes after an empty line, and keep it in sample.txt."""
+    length = run.config.run.sample_tokens
+    if not length:
+        return
+    prompt = torch.from_numpy(run.tokenizer.encode("\n\n"))
+    passage = run.tokenizer.decode(list(generate(run.state.model, prompt, length, temperature=0.8)))
+    write_file(run.folder / "sample.txt", passage.encode("utf-8"))
+    print(f"\n{passage}\n")

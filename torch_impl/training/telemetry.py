@@ -1,0 +1,121 @@
+"""What a run tells of itself: metrics.jsonl, TensorBoard events, and a picture of the losses.
+
+All is written at once and in the calling thread, so that a full disk shows where it happens.
+"""
+
+import io
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from torch_impl.training.files import InputError, write_file
+
+Row = dict[str, float | int | None]  # an evaluation; at step 0, what comes from training is None
+
+
+def faces_of_loss(loss: float, tokens_per_byte: float) -> Row:
+    """A loss in nats per token, as bits per byte of text and as perplexity."""
+    return {
+        "val_loss": loss,
+        "bits_per_byte": loss / math.log(2) * tokens_per_byte,
+        "perplexity": math.exp(min(loss, 700.0)),  # beyond, a float has no room
+    }
+
+
+class MetricsLog:
+    """metrics.jsonl: a line for each evaluation."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def rows(self) -> list[Row]:
+        """All evaluations so far. A last line without its end is one that a killed run was writing: left out.
+
+        Raises InputError for any other line that cannot be read.
+        """
+        rows = []
+        *lines, _unfinished = self.path.read_bytes().split(b"\n") if self.path.exists() else [b""]
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                row["step"] + row["val_loss"] + (row["train_loss"] or 0.0)  # numbers, all of them
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                raise InputError(f"{self.path}, line {number} is damaged: {error}") from error
+            rows.append(row)
+        return rows
+
+    def append(self, row: Row) -> None:
+        """Add a line, whole or not at all. Raises OSError where the disk is full."""
+        with self.path.open("ab") as file:
+            size = file.tell()
+            try:
+                file.write(json.dumps(row).encode("ascii") + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            except OSError:
+                os.truncate(self.path, size)
+                raise
+
+    def forget_after(self, step: int) -> None:
+        """Drop the evaluations that come after a step: the run goes on from there and makes them again."""
+        kept = [json.dumps(row) + "\n" for row in self.rows() if row["step"] <= step]
+        write_file(self.path, "".join(kept).encode("ascii"))
+
+
+class TensorBoardEvents:
+    """An event file, as TensorBoard reads it. A resumed run adds one, which purges what follows its step."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        folder.mkdir(exist_ok=True)
+        self.file = (folder / f"events.out.tfevents.{time.time_ns():020d}").open("xb")
+        self.records = RecordWriter(self.file)
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        if step:
+            session = SessionLog(status=SessionLog.START)
+            self._write(Event(wall_time=time.time(), step=step + 1, session_log=session))
+
+    def _write(self, event: Any) -> None:
+        self.records.write(event.SerializeToString())
+        self.file.flush()
+
+    def scalars(self, step: int, values: Row) -> None:
+        """One point on each named curve that has a value."""
+        points = [
+            Summary.Value(tag=name, simple_value=value) for name, value in values.items() if value is not None
+        ]
+        self._write(Event(wall_time=time.time(), step=step, summary=Summary(value=points)))
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def draw_losses(path: Path, rows: list[Row], vocab_size: int, title: str) -> None:
+    """A PNG of the training and held-out losses over the steps, from ln V, the loss of knowing nothing."""
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    steps = [row["step"] for row in rows]
+    trained = [row for row in rows if row["train_loss"] is not None]
+    axes.plot([row["step"] for row in trained], [row["train_loss"] for row in trained], label="training text")
+    axes.plot(steps, [row["val_loss"] for row in rows], marker=".", label="held-out text")
+    best = min(rows, key=lambda row: row["val_loss"])
+    axes.plot(
+        best["step"], best["val_loss"], "o", mfc="none", color="C1", label=f"best: {best['val_loss']:.3f}"
+    )
+    nothing = math.log(vocab_size)
+    axes.axhline(nothing, linestyle=":", color="grey", label=f"ln V = {nothing:.3f}")
+    axes.set(title=title, xlabel="step", ylabel="loss, nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    write_file(path, picture.getvalue())

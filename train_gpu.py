@@ -1,0 +1,62 @@
+"""Train a language model on text: `python train_gpu.py [PRESET] [--flags]`. See --help."""
+
+import errno
+import sys
+
+from ref_numpy.config import ConfigError
+from torch_impl.training.command_line import Request, parse
+from torch_impl.training.files import InputError
+
+
+def main(arguments: list[str]) -> int:
+    """Carry out a command line. The exit code is 0, 1 for a run that failed, 2 for a request that cannot be
+    met, and 128 + the signal for a run that was stopped; a failure is one line on stderr."""
+    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character still shows the rest
+    try:
+        request = parse(arguments)
+    except (InputError, ConfigError) as error:
+        return _fail(f"{error}; see --help", 2)
+    try:
+        from torch_impl.training.run import Diverged, train  # imports torch, which --help can do without
+
+        return train(request)
+    except (InputError, ConfigError) as error:
+        return _fail(str(error), 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except Diverged as error:
+        return _fail(str(error), 1)
+    except (OSError, MemoryError, RuntimeError) as error:
+        message = _explain(error, request)
+        if message is None:
+            raise
+        return _fail(message, 1)
+
+
+def _explain(error: Exception, request: Request) -> str | None:
+    """One line for what can go wrong on a sound machine; None for what cannot."""
+    if isinstance(error, OSError):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            place = error.filename or "the run folder"
+            return (
+                f"the disk is full, writing {place}; what was saved before is whole. Make room, then --resume"
+            )
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    out_of_memory = "out of memory" in str(error) or "can't allocate memory" in str(error)
+    if isinstance(error, MemoryError) or out_of_memory:
+        model, training = request.config.model, request.config.training
+        return (
+            f"out of memory with batch_size {training.batch_size} in {training.micro_batches} micro_batches "
+            f"and context_length {model.context_length}: raise --micro-batches (same result), or reduce "
+            "--batch-size, --context-length, --d-model or --n-layer"
+        )
+    return None
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"train_gpu.py: error: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
