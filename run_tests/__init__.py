@@ -1,0 +1,1 @@
+"""What a real run does: command line, run folders, checkpoints, telemetry, generation."""

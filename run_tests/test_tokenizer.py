@@ -1,0 +1,55 @@
+"""The byte tokenizer and its file."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torch_impl.training.files import InputError
+from torch_impl.training.tokenizer import ByteTokenizer, byte_characters, load_tokenizer
+
+
+@given(st.text())
+def test_decoding_what_was_encoded_gives_the_text(text):
+    ids = ByteTokenizer().encode(text)
+    assert ids.dtype == np.uint8
+    assert ByteTokenizer().decode(ids) == text
+    assert ByteTokenizer().decode(list(map(int, ids))) == text
+
+
+def test_bytes_that_are_no_text_decode_with_a_replacement_character():
+    assert ByteTokenizer().decode([0x61, 0xC3, 0x62]) == "a\ufffdb"
+    assert ByteTokenizer().decode_bytes([0x61, 0xC3, 0x62]) == b"a\xc3b"
+
+
+def test_byte_characters_are_those_of_gpt2():
+    characters = byte_characters()
+    assert len(set(characters)) == 256
+    assert characters[ord(" ")] == "Ġ" and characters[ord("\n")] == "Ċ" and characters[ord("A")] == "A"
+    assert characters[0xAD] == "Ń" and characters[0] == "Ā"
+
+
+def test_saved_file_loads_again(tmp_path):
+    ByteTokenizer().save(tmp_path / "tokenizer.json")
+    assert isinstance(load_tokenizer(tmp_path / "tokenizer.json"), ByteTokenizer)
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer.json"]
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"null", b'{"model": 3}', b"\xff\xfe", b"[" * 100_000])
+def test_damaged_file_is_named(tmp_path, damage):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(damage)
+    with pytest.raises(InputError, match=r"tokenizer\.json is no tokenizer\.json"):
+        load_tokenizer(path)
+
+
+def test_vocabulary_of_another_kind_is_refused(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    ByteTokenizer().save(path)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["model"]["vocab"]["A"] = 7
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(InputError, match="not the byte tokenizer"):
+        load_tokenizer(path)
