@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 class InputError(ValueError):
-    """Something that the user gave cannot be used. The message is one line: the value, the limit, the mend."""
+    """What the user gave cannot be used. The message is one line: the value, the limit, the mend."""
 
 
 def flush_to_disk(path: Path) -> None:

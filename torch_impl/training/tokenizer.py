@@ -6,7 +6,7 @@ merges, so that the ecosystem's libraries read it too.
 
 import json
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt
@@ -15,6 +15,7 @@ from numpy import ndarray as Array
 from torch_impl.training.files import InputError, write_file
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What a run asks of a tokenizer."""
 
@@ -101,7 +102,7 @@ class ByteTokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer that a tokenizer.json describes. Raises InputError where the file is damaged or foreign."""
+    """The tokenizer that a tokenizer.json describes. Raises InputError for a damaged or foreign file."""
     try:
         content = json.loads(Path(path).read_bytes())
         model = content["model"]
