@@ -73,11 +73,10 @@ class Vocabulary:
         for byte in range(256):
             _require(bytes([byte]) in ordinary, f"byte {byte} has no token; all 256 bytes need one")
         for left, right in self.merges:
-            for token in (left, right, left + right):
-                _require(
-                    token in ordinary,
-                    f"merge {printable(left)} {printable(right)} needs {printable(token)}, "
-                    "which is not in the vocabulary",
+            if not (left in ordinary and right in ordinary and left + right in ordinary):
+                raise TokenizerError(
+                    f"merge {printable(left)} {printable(right)} needs both of them and what they make "
+                    "in the vocabulary"
                 )
         for text in self.special_tokens:
             clash = bytes(_TO_BYTE[character] for character in text if character in _TO_BYTE)

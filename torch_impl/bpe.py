@@ -200,9 +200,7 @@ class BPETokenizer:
         for word in unknown.difference(short):
             self._words[word] = np.array(self._merges.encode_word(word), self.dtype).tobytes()
 
-    def encode_iterable(
-        self, texts: Iterable[str], allowed_special: Collection[str] = ()
-    ) -> Iterator[int]:
+    def encode_iterable(self, texts: Iterable[str], allowed_special: Collection[str] = ()) -> Iterator[int]:
         """The ids of texts one after the other, such as the lines of an open file; each text stands for itself."""
         for text in texts:
             yield from self.encode(text, allowed_special).tolist()
@@ -226,3 +224,9 @@ class BPETokenizer:
     def save(self, path: Path) -> None:
         """Write tokenizer.json, in one piece."""
         write_file(Path(path), to_json(self.vocabulary).encode("utf-8"))
+
+
+if __name__ == "__main__":
+    from torch_impl.training.bpe_command import main
+
+    sys.exit(main(sys.argv[1:]))

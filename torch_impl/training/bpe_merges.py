@@ -18,7 +18,7 @@ from numpy import ndarray as Array
 from ref_numpy.bpe_format import BYTE_ORDER
 
 _BORDER, _DEAD = -1, -2  # between words; merged into the token before
-_MANY = 48  # places from which whole arrays are faster than a loop; measured
+_MANY = 64  # places from which whole arrays are faster than a loop; measured
 _NO_RANK = 2**31 - 1
 _LOW = 2**32 - 1
 
@@ -53,7 +53,9 @@ class _Corpus:
         places = np.flatnonzero((self.token[:-1] >= 0) & (self.token[1:] >= 0))
         self._add(_pair(self.token[places], self.token[places + 1]), self.weight[places], places)
 
-    def _add(self, pairs: Int64[Array, "N"], weights: Int64[Array, "N"], places: Int[Array, "N"]) -> list[int]:
+    def _add(
+        self, pairs: Int64[Array, "N"], weights: Int64[Array, "N"], places: Int[Array, "N"]
+    ) -> list[int]:
         """Count new pairs and note their places; returns the pairs, each once."""
         if not pairs.size:
             return []
@@ -74,8 +76,10 @@ class _Corpus:
         """Replace each neighbouring (a, b) by `new`, from left to right; returns the pairs that came to be."""
         pair = a << 32 | b
         places = self.where.pop(pair)
-        changed = self._merge_arrays(a, b, new, places) if len(places) > _MANY else self._merge_loop(
-            a, b, new, sorted(places) if a == b else places
+        changed = (
+            self._merge_arrays(a, b, new, places)
+            if len(places) > _MANY
+            else self._merge_loop(a, b, new, sorted(places) if a == b else places)
         )
         self.count[pair] = 0
         return changed
@@ -146,6 +150,40 @@ def _pair(left: Int[Array, "N"] | int, right: Int[Array, "N"] | int) -> Int64[Ar
     return np.asarray(left, np.int64) << 32 | np.asarray(right, np.int64)
 
 
+def _last_first(token: bytes) -> list[int]:
+    """Sorts bytes from the end of the dictionary, a token before its own beginnings."""
+    return [-byte for byte in token] + [1]
+
+
+class _Queue:
+    """Entries by falling count, and among equal counts in rising order.
+
+    A heap for each count: most pairs of a corpus share a few small counts, and heaps of plain numbers are fast.
+    """
+
+    def __init__(self):
+        self.heaps: dict[int, list] = {}
+        self.counts: list[int] = []  # a heap too, of the negative counts
+
+    def put(self, count: int, entry: int | tuple) -> None:
+        heap = self.heaps.get(count)
+        if heap is None:
+            self.heaps[count] = [entry]
+            heapq.heappush(self.counts, -count)
+        else:
+            heapq.heappush(heap, entry)
+
+    def take(self) -> tuple[int, int | tuple] | None:
+        """The first entry and its count; None where there is none left."""
+        while self.counts:
+            count = -self.counts[0]
+            if heap := self.heaps[count]:
+                return count, heapq.heappop(heap)
+            heapq.heappop(self.counts)
+            del self.heaps[count]
+        return None
+
+
 def learn_merges(
     words: Mapping[str, int], ties: Literal["smallest ids", "greatest bytes"] = "smallest ids"
 ) -> Iterator[tuple[bytes, bytes]]:
@@ -157,23 +195,21 @@ def learn_merges(
     id_of = {token: id for id, token in enumerate(tokens)}
     corpus = _Corpus(words, np.argsort(np.frombuffer(BYTE_ORDER, np.uint8)))
     count = corpus.count
-    if ties == "smallest ids":
-        entry = lambda pair: (-count[pair], pair)  # noqa: E731
-    else:
+    by_ids = ties == "smallest ids"
+    queue = _Queue()
 
-        def entry(pair: int) -> tuple:
+    def put(pair: int) -> None:
+        if count[pair]:
             left, right = tokens[pair >> 32], tokens[pair & _LOW]
-            return -count[pair], [-byte for byte in left] + [1], [-byte for byte in right] + [1], pair
+            queue.put(count[pair], pair if by_ids else (_last_first(left), _last_first(right), pair))
 
-    queue = [entry(pair) for pair in count]
-    heapq.heapify(queue)
-    while queue:
-        negative_count, *_, pair = heapq.heappop(queue)
-        if count[pair] != -negative_count:  # it has changed since; counts of old pairs only fall
-            if count[pair] > 0:
-                heapq.heappush(queue, entry(pair))
-            continue
-        if not negative_count:
+    for pair in count:
+        put(pair)
+    while (front := queue.take()) is not None:
+        expected, entry = front
+        pair = entry if by_ids else entry[-1]
+        if count[pair] != expected:  # it has changed since; counts of old pairs only fall
+            put(pair)
             continue
         a, b = pair >> 32, pair & _LOW
         yield tokens[a], tokens[b]
@@ -182,8 +218,7 @@ def learn_merges(
         if new == len(tokens):
             tokens.append(token)
         for made in corpus.merge(a, b, new):
-            if count[made] > 0:
-                heapq.heappush(queue, entry(made))
+            put(made)
 
 
 class MergeTable:
@@ -243,9 +278,7 @@ class MergeTable:
         token.append(_BORDER)
         previous, next = list(range(-1, n)), list(range(1, n + 2))
         rank_of = self.rank.get
-        queue = [
-            (rank, p) for p in range(n) if (rank := rank_of(token[p] << 32 | token[p + 1])) is not None
-        ]
+        queue = [(rank, p) for p in range(n) if (rank := rank_of(token[p] << 32 | token[p + 1])) is not None]
         heapq.heapify(queue)
         while queue:
             rank, p = heapq.heappop(queue)
