@@ -12,7 +12,15 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from ref_numpy.bpe_format import SPLITS, TokenizerError, Vocabulary, from_gpt2_files, from_json, to_gpt2_files
+from ref_numpy.bpe_format import (
+    SPLITS,
+    TokenizerError,
+    Vocabulary,
+    from_gpt2_files,
+    from_json,
+    to_gpt2_files,
+    to_json,
+)
 from torch_impl.bpe import BPETokenizer, check_training, train_on_words
 from torch_impl.training.bpe_corpus import count_files, encode_files
 from torch_impl.training.files import InputError, write_file
@@ -94,17 +102,16 @@ class Train:
             vocabulary = train_on_words(
                 words, self.vocab_size, self.special_tokens, split, self.ties, bar.update
             )
-        contents = [BPETokenizer(vocabulary).save]
-        contents[0](self.out)
+        if len(vocabulary.tokens) < self.vocab_size:
+            raise InputError(
+                f"--vocab-size is {self.vocab_size}, but the text runs out of pairs after "
+                f"{len(vocabulary.merges)} merges; give it more text, or --vocab-size {len(vocabulary.tokens)}"
+            )
+        write_file(self.out, to_json(vocabulary).encode("utf-8"))
         if self.out_gpt2 is not None:
             for target, content in zip(targets[1:], to_gpt2_files(vocabulary), strict=True):
                 write_file(target, content.encode("utf-8"))
         print(f"{self.out}: {len(vocabulary.tokens)} tokens, {len(vocabulary.merges)} merges")
-        if len(vocabulary.tokens) < self.vocab_size:
-            raise InputError(
-                f"the text has pairs for {len(vocabulary.merges)} merges only, so the vocabulary has "
-                f"{len(vocabulary.tokens)} tokens and not {self.vocab_size}; {self.out} is written with those"
-            )
 
 
 @dataclass
@@ -246,6 +253,8 @@ def _refuse_existing(path: Path | None, force: bool) -> None:
 
 
 def _bytes_bar(paths: tuple[Path, ...]) -> tqdm:
+    if not paths:
+        raise InputError("no text is given; name one file or more")
     for path in paths:
         if path.is_dir():
             raise InputError(f"{path} is a folder; name the text files in it")

@@ -25,7 +25,7 @@ _LOW = 2**32 - 1
 
 def _row(words: Iterable[str], id_of_byte: Int64[Array, "256"]) -> Int[Array, "N"]:
     """Ids of the words' bytes, with a border before, between and after them: 0xFF, which UTF-8 never holds."""
-    raw = np.frombuffer(b"\xff" + b"\xff".join(map(str.encode, words)) + b"\xff", np.uint8)
+    raw = np.frombuffer(b"\xff".join([b"", *map(str.encode, words), b""]), np.uint8)
     ids = id_of_byte.astype(np.int32)
     ids[0xFF] = _BORDER
     return ids[raw]
@@ -72,22 +72,22 @@ class _Corpus:
             self.where[pair] = here if known is None else np.concatenate([known, here])
         return distinct
 
-    def merge(self, a: int, b: int, new: int) -> Iterable[int]:
+    def merge(self, a: int, b: int, new: int) -> list[int]:
         """Replace each neighbouring (a, b) by `new`, from left to right; returns the pairs that came to be."""
         pair = a << 32 | b
         places = self.where.pop(pair)
-        changed = (
-            self._merge_arrays(a, b, new, places)
-            if len(places) > _MANY
-            else self._merge_loop(a, b, new, sorted(places) if a == b else places)
-        )
+        if len(places) > _MANY:
+            changed = self._merge_arrays(a, b, new, np.asarray(places))
+        else:
+            one_by_one = places.tolist() if isinstance(places, Array) else places
+            changed = self._merge_loop(a, b, new, sorted(one_by_one) if a == b else one_by_one)
         self.count[pair] = 0
         return changed
 
-    def _merge_loop(self, a: int, b: int, new: int, places: Iterable[int]) -> list[int]:
+    def _merge_loop(self, a: int, b: int, new: int, places: list[int]) -> list[int]:
         token, previous, next, weight = self.views
         count, made = self.count, defaultdict(list)
-        for p in places.tolist() if isinstance(places, Array) else places:
+        for p in places:
             if token[p] != a or token[q := next[p]] != b:
                 continue  # stale: another merge has taken one of the two
             w, left, right = weight[p], previous[p], next[q]
@@ -108,9 +108,9 @@ class _Corpus:
             self.where[pair] = here if known is None else [*known, *here]
         return list(made)
 
-    def _merge_arrays(self, a: int, b: int, new: int, places: Iterable[int]) -> list[int]:
+    def _merge_arrays(self, a: int, b: int, new: int, places: Int[Array, "_"]) -> list[int]:
         token, previous, next = self.token, self.previous, self.next
-        p = np.unique(np.asarray(places))
+        p = np.unique(places)
         p = p[(token[p] == a) & (token[next[p]] == b)]
         q = next[p]
         if a == b:  # of overlapping places, a a a a, every second one of a run is merged
