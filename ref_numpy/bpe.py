@@ -1,4 +1,4 @@
-"""Byte-level byte pair encoding (Sennrich, Haddow, Birch 2016, section 3.2; Radford et al. 2019, section 2.2).
+"""Byte-level byte pair encoding (Sennrich et al. 2016, section 3.2; Radford et al. 2019, section 2.2).
 
     text -> documents, between special tokens -> pre-tokens, by a regular expression -> bytes -> tokens
 
@@ -11,14 +11,16 @@ frequent in the corpus. Encoding replays the merges in the order in which they w
     merge 2 lo+w (3)                                       low, _ low, _ low e r
     merge 3 _+low (2)                                      low, _low, _low e r
 
-Ties: among the most frequent pairs the one with the smallest ids wins, the left id first; this is the rule of
-Hugging Face's `tokenizers`. Ids are those of GPT-2: bytes in `BYTE_ORDER`, then the merges as they were learned.
+Ties: among the most frequent pairs the one with the smallest ids wins, the left id first; this is the rule
+of Hugging Face's `tokenizers`. Ids are given as in GPT-2: the bytes in `BYTE_ORDER`, then what the merges make,
+then the special tokens.
 Not here: speed (each side of a merge is rebuilt word by word), corpora beyond memory, dropout of merges.
 """
 
 import heapq
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -45,7 +47,7 @@ class Merge(NamedTuple):
     words: list[str]  # a few pre-tokens that it stood in
 
 
-# --- cutting text ---------------------------------------------------------------------------------------------
+# --- cutting text ---------------------------------------------------------------------------------
 
 
 def cut_at_special_tokens(text: str, special_tokens: Collection[str]) -> list[str]:
@@ -77,7 +79,7 @@ def as_bytes(word: str) -> list[bytes]:
 
 def pairs_of(tokens: list[bytes]) -> list[Pair]:
     """Neighbours. In a a a the pair a+a stands twice, although only one of the two can be merged."""
-    return list(zip(tokens, tokens[1:], strict=False))
+    return list(pairwise(tokens))
 
 
 def merged(tokens: list[bytes], pair: Pair) -> list[bytes]:
@@ -93,7 +95,7 @@ def merged(tokens: list[bytes], pair: Pair) -> list[bytes]:
     return result
 
 
-# --- training ------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 def count_words(texts: Iterable[str], special_tokens: Collection[str], pattern: str | None) -> Counter[str]:
@@ -160,10 +162,10 @@ def train(
     ties: Literal["smallest ids", "greatest bytes"] = "smallest ids",
     trace: Callable[[Merge], object] | None = None,
 ) -> Vocabulary:
-    """Learns a vocabulary of vocab_size tokens: 256 bytes, merges, special tokens.
+    """Learns a vocabulary of vocab_size tokens: 256 bytes, merges, special tokens; fewer if the pairs run out.
 
-    `trace` is called with each merge as it happens; print will do. The vocabulary is smaller where the corpus runs out of pairs. Raises TokenizerError for a vocab_size below 256 plus the
-    special tokens, for a bad pattern and for special tokens that cannot be.
+    `trace` is called with each merge as it happens; print will do. Raises TokenizerError for a vocab_size below
+    256 plus the special tokens, for a bad pattern and for special tokens that cannot be.
     """
     special_tokens = list(dict.fromkeys(special_tokens))
     new_vocabulary([], special_tokens, split)  # says what is wrong with them before the work begins
@@ -184,11 +186,11 @@ def train(
     return new_vocabulary(merges, special_tokens, split)
 
 
-# --- encoding and decoding ------------------------------------------------------------------------------------
+# --- encoding and decoding ------------------------------------------------------------------------
 
 
 def encode_word(word: str, rank: dict[Pair, int]) -> list[bytes]:
-    """Of all neighbours take the pair that was learned first, the leftmost if it stands twice; merge; repeat."""
+    """Of all neighbours take the pair that was learned first, leftmost if it stands twice; merge; repeat."""
     tokens = as_bytes(word)
     while len(tokens) > 1:
         ranks = [rank.get(pair, len(rank)) for pair in pairs_of(tokens)]
@@ -203,7 +205,8 @@ def encode_word(word: str, rank: dict[Pair, int]) -> list[bytes]:
 def encode(text: str, vocabulary: Vocabulary, allowed_special: Collection[str] = ()) -> list[int]:
     """The ids of a text. Special tokens are read as such only if named in allowed_special, otherwise as text.
 
-    Raises TokenizerError if allowed_special names an unknown one, UnicodeEncodeError for half a surrogate pair.
+    Raises TokenizerError if allowed_special names an unknown one, UnicodeEncodeError for half of a surrogate
+    pair.
     """
     for name in allowed_special:
         if name not in vocabulary.special_tokens:
@@ -236,11 +239,11 @@ def decode_bytes(ids: Iterable[int], vocabulary: Vocabulary) -> bytes:
 def decode(
     ids: Iterable[int], vocabulary: Vocabulary, errors: Literal["replace", "strict"] = "replace"
 ) -> str:
-    """The text of the tokens. Bytes that are not UTF-8 become U+FFFD; with "strict" UnicodeDecodeError is raised."""
+    """The text of the tokens. Bytes that are not UTF-8 become U+FFFD; "strict" raises UnicodeDecodeError."""
     return decode_bytes(ids, vocabulary).decode("utf-8", errors=errors)
 
 
-# --- files ---------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def save(vocabulary: Vocabulary, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a byte-level BPE tokenizer is, and the two ways to write it down. Described here once, read by both sides.
+"""What a byte-level BPE tokenizer is, and the two ways to write it down; described once, for both sides.
 
     tokenizer.json               one file, that of Hugging Face's tokenizers
     vocab.json and merges.txt    two files, those of GPT-2; they name no split pattern (it is GPT-2's)
@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import regex
 
-# How text is cut into pre-tokens, which no token crosses. In all of these a new pre-token starts at every
+# How text is cut into pre-tokens, which no token crosses. What a letter is changes with each Unicode version, and
+# so do the ids of new characters: requirements.txt pins the version of `regex`. In all of these a new pre-token starts at every
 # space that follows anything but whitespace, so a long text can be cut there into parts of its own.
 SPLITS = {
     # Radford et al. 2019: words and numbers with the space before them, contractions, punctuation, spaces.
@@ -135,7 +136,7 @@ def vocabulary_of(
     special_tokens: Iterable[str] = (),
     split: str | None = SPLITS["gpt2"],
 ) -> Vocabulary:
-    """A vocabulary from tokens by id. A special token whose UTF-8 is a token takes its id, others are appended.
+    """A vocabulary from tokens by id. A special token that is among them keeps its id, others are appended.
 
     Raises TokenizerError where the ids have gaps or the parts contradict each other.
     """
@@ -182,7 +183,7 @@ def _damage_is_named() -> Iterator[None]:
         raise TokenizerError(f"it is damaged: {type(error).__name__} {error}") from None
 
 
-# --- tokenizer.json -----------------------------------------------------------------------------------------
+# --- tokenizer.json -------------------------------------------------------------------------------
 
 
 def to_json(vocabulary: Vocabulary) -> str:
@@ -251,7 +252,7 @@ def _pattern_of(pre_tokenizer: dict | None) -> str | None:
     raise TokenizerError(f"its pre_tokenizer {pre_tokenizer} is not supported here")
 
 
-# --- vocab.json and merges.txt ------------------------------------------------------------------------------
+# --- vocab.json and merges.txt --------------------------------------------------------------------
 
 
 def to_gpt2_files(vocabulary: Vocabulary) -> tuple[str, str]:

@@ -29,7 +29,7 @@ _FEW, _LONG = 32, 64  # words, bytes: below and above, a loop is faster than who
 
 
 def _within_ascii(pattern: str) -> re.Pattern:
-    """The same pattern for text in ASCII, where letters are A-Za-z; Python's own `re` is twice as fast as regex."""
+    """The same pattern for ASCII, where the letters are A-Za-z, in Python's own `re`: twice as fast."""
     classes = re.compile(r"\[[^]]*\]|\\p\{[LN]\}")
     spelled = classes.sub(lambda found: f"[{found[0].strip('[]')}]", pattern)  # \p{L} alone: [\p{L}]
     return re.compile(spelled.replace(r"\p{L}", "A-Za-z").replace(r"\p{N}", "0-9"), re.ASCII)
@@ -129,11 +129,11 @@ def train(
     split: str | None = SPLITS["gpt2"],
     ties: Literal["smallest ids", "greatest bytes"] = "smallest ids",
 ) -> Vocabulary:
-    """Learns a vocabulary of vocab_size tokens: 256 bytes, merges, special tokens; fewer if the pairs run out.
+    """Learns vocab_size tokens: 256 bytes, merges, special tokens; fewer if the text runs out of pairs.
 
     Each text stands for itself: no pre-token crosses from one to the next. Texts may come from a generator.
-    Raises TokenizerError for a vocab_size below 256 plus the special tokens, for a bad pattern and for special
-    tokens that cannot be.
+    Raises TokenizerError for a vocab_size below 256 plus the special tokens, for a bad pattern and for
+    special tokens that cannot be.
     """
     check_training(vocab_size, special_tokens, split)
     return train_on_words(count_words(texts, special_tokens, split), vocab_size, special_tokens, split, ties)
@@ -201,7 +201,7 @@ class BPETokenizer:
             self._words[word] = np.array(self._merges.encode_word(word), self.dtype).tobytes()
 
     def encode_iterable(self, texts: Iterable[str], allowed_special: Collection[str] = ()) -> Iterator[int]:
-        """The ids of texts one after the other, such as the lines of an open file; each text stands for itself."""
+        """The ids of texts one after the other, such as the lines of a file; each stands for itself."""
         for text in texts:
             yield from self.encode(text, allowed_special).tolist()
 
@@ -218,7 +218,7 @@ class BPETokenizer:
     def decode(
         self, ids: Integer[Array, "N"] | Iterable[int], errors: Literal["replace", "strict"] = "replace"
     ) -> str:
-        """The text of the tokens. Bytes that are not UTF-8 become U+FFFD; "strict" raises UnicodeDecodeError."""
+        """The text of the tokens. Bytes that are no UTF-8 become U+FFFD; "strict" raises UnicodeDecodeError."""
         return self.decode_bytes(ids).decode("utf-8", errors=errors)
 
     def save(self, path: Path) -> None:

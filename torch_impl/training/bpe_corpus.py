@@ -1,8 +1,8 @@
 """Files larger than memory for the tokenizer: read in parts, each worked on by any of several processes.
 
-A part ends where splitting the text anew cannot differ from splitting the whole: before a space that follows
-anything but whitespace (see ref_numpy.bpe_format.SPLITS), never inside a special token. A split pattern of the
-user's own promises no such place, so there parts end at special tokens, and a text without any is one part.
+A part ends where splitting the rest anew gives what splitting the whole would: before a space that follows
+anything but whitespace (see ref_numpy.bpe_format.SPLITS), and never inside a special token. A split pattern of
+the user's own promises no such place, so there parts end at special tokens; a text without any is one part.
 
 The processes are spawned, which imports the caller's main module again: with more than one worker that module
 needs the usual `if __name__ == "__main__":`.
@@ -34,12 +34,12 @@ def _nothing(amount: int) -> None: ...
 
 def last_cut(text: str, special_tokens: Collection[str], split: str | None) -> int:
     """The last place where the text can be cut in two; 0 if there is none. See the top of this file."""
+    last = len(text) - max(map(len, special_tokens), default=1) + 1  # what begins before it is here in full
     if split not in SPLITS.values():
         pattern = special_pattern(special_tokens)
-        longest = max(map(len, special_tokens), default=0)
         ends = [found.end() for found in pattern.finditer(text)] if pattern else []
-        return max((end for end in ends if end <= len(text) - longest), default=0)
-    cut = text.rfind(" ")
+        return max((end for end in ends if end < last), default=0)
+    cut = text.rfind(" ", 0, max(last, 0))
     while cut > 0 and (text[cut - 1].isspace() or _inside(text, cut, special_tokens)):
         cut = text.rfind(" ", 0, cut)
     return max(cut, 0)

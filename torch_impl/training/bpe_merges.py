@@ -1,4 +1,4 @@
-"""Learning merges and applying them, over arrays: all words lie in one row of token ids, with borders between.
+"""Learning merges and applying them, over arrays: all words lie in one row of ids, with borders between.
 
 A row is a doubly linked list in arrays. A merge of (a, b) at position p writes the new token at p and takes
 the position of b out of the list, so the cost of a merge is the number of places it happens at and never the
