@@ -22,8 +22,8 @@ from ref_numpy.bpe_format import SPLITS, TokenizerError, Vocabulary, new_vocabul
 from torch_impl.training.bpe_merges import MergeTable, learn_merges
 from torch_impl.training.files import write_file
 
-_BLOCK = 2048  # characters that are split as ASCII or not
-_BATCH = 1 << 18  # characters whose unknown words are encoded together
+_PART = 1 << 16  # characters that are split and looked up before the next ones
+_BLOCK = 1 << 11  # characters that are split as ASCII or not
 _WORDS_KEPT = 1 << 17  # encoded words that are remembered
 _FEW, _LONG = 32, 64  # words, bytes: below and above, a loop is faster than whole arrays
 
@@ -35,8 +35,7 @@ def _within_ascii(pattern: str) -> re.Pattern:
     return re.compile(spelled.replace(r"\p{L}", "A-Za-z").replace(r"\p{N}", "0-9"), re.ASCII)
 
 
-_ASCII = {pattern: _within_ascii(pattern).findall for pattern in SPLITS.values()}
-_SAFE_CUT = re.compile(r"(?<=\S)(?= )")  # see SPLITS
+_SAFE_CUT = re.compile(r"(?<=\S)(?= )")
 
 
 class Splitter:
@@ -44,34 +43,42 @@ class Splitter:
 
     def __init__(self, pattern: str | None):
         self.pattern = pattern
-        self._compiled = regex.compile(pattern) if pattern is not None else None
-        self.cuttable = pattern in _ASCII
-
-    def __call__(self, text: str) -> list[str]:
+        self.cuttable = pattern in SPLITS.values()
         if self.cuttable:
-            pieces = []
-            for block in self._blocks(text):
-                pieces += (_ASCII[self.pattern] if block.isascii() else self._compiled.findall)(block)
-            return pieces
-        if self._compiled is None:
-            return [text] if text else []
-        pieces, end = [], 0
-        for match in self._compiled.finditer(text):
-            pieces += (text[end : match.start()], match.group())
-            end = match.end()
-        pieces.append(text[end:])
-        return [piece for piece in pieces if piece]
+            self._ascii, self._any = _within_ascii(pattern).findall, regex.compile(pattern).findall
 
-    def _blocks(self, text: str) -> Iterator[str]:
-        """Parts that can be split on their own; where the whole is ASCII or short, the whole."""
-        if text.isascii() or len(text) <= _BLOCK:
-            yield text
-            return
-        start = 0
-        while (cut := _SAFE_CUT.search(text, start + _BLOCK)) is not None:
-            yield text[start : cut.start()]
-            start = cut.start()
-        yield text[start:]
+    def __call__(self, text: str) -> Iterator[list[str]]:
+        """The pre-tokens in order, some ten thousand at a time: so few stay in the processor's cache."""
+        if self.cuttable:
+            for part in _parts(text, _PART):
+                if part.isascii():
+                    yield self._ascii(part)
+                else:
+                    blocks = ((block, block.isascii()) for block in _parts(part, _BLOCK))
+                    yield [w for block, ascii in blocks for w in (self._ascii if ascii else self._any)(block)]
+        else:
+            yield pre_tokens(text, self.pattern)
+
+
+def _parts(text: str, size: int) -> Iterator[str]:
+    """Parts of about `size` characters that can be split on their own; see SPLITS."""
+    start = 0
+    while (cut := _SAFE_CUT.search(text, start + size)) is not None:
+        yield text[start : cut.start()]
+        start = cut.start()
+    yield text[start:]
+
+
+def pre_tokens(text: str, pattern: str | None) -> list[str]:
+    """The matches of any pattern, and whatever stands between them."""
+    if pattern is None:
+        return [text] if text else []
+    pieces, end = [], 0
+    for match in regex.finditer(pattern, text):
+        pieces += (text[end : match.start()], match.group())
+        end = match.end()
+    pieces.append(text[end:])
+    return [piece for piece in pieces if piece]
 
 
 def special_pattern(special_tokens: Collection[str]) -> re.Pattern | None:
@@ -86,7 +93,8 @@ def count_words(texts: Iterable[str], special_tokens: Collection[str], split: st
     words = Counter()
     for text in texts:
         for document in special.split(text)[::2] if special else [text]:
-            words.update(splitter(document))
+            for some in splitter(document):
+                words.update(some)
     return words
 
 
@@ -176,19 +184,18 @@ class BPETokenizer:
         return np.frombuffer(bytearray().join(packed), self.dtype)
 
     def _encode_text(self, text: str) -> Iterator[bytes]:
-        words = self._split(text)
-        for start in range(0, len(words), _BATCH):
-            batch = words[start : start + _BATCH]
+        known = self._words.__getitem__
+        for words in self._split(text):
             try:
-                yield b"".join(map(self._words.__getitem__, batch))
+                yield b"".join(map(known, words))
             except KeyError:
-                self._learn(set(batch))
-                yield b"".join(map(self._words.__getitem__, batch))
+                self._learn(set(words))
+                yield b"".join(map(known, words))
 
     def _learn(self, words: set[str]) -> None:
         """Encode those of the words that are not known yet."""
         if len(self._words) > _WORDS_KEPT:
-            self._words.clear()
+            self.forget()
         unknown = words.difference(self._words)
         short = [word for word in unknown if len(word) <= _LONG] if len(unknown) > _FEW else []
         if short:
@@ -199,6 +206,10 @@ class BPETokenizer:
                 self._words[word] = packed[start:end]
         for word in unknown.difference(short):
             self._words[word] = np.array(self._merges.encode_word(word), self.dtype).tobytes()
+
+    def forget(self) -> None:
+        """Drop the encoded words that are remembered, and their memory."""
+        self._words.clear()
 
     def encode_iterable(self, texts: Iterable[str], allowed_special: Collection[str] = ()) -> Iterator[int]:
         """The ids of texts one after the other, such as the lines of a file; each stands for itself."""
@@ -227,6 +238,10 @@ class BPETokenizer:
 
 
 if __name__ == "__main__":
+    import gc
+
+    gc.disable()  # words and merges make no cycles, and looking for some would take a tenth of the time
+
     from torch_impl.training.bpe_command import main
 
     sys.exit(main(sys.argv[1:]))

@@ -12,9 +12,7 @@ import math
 import signal
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +23,7 @@ from ref_numpy.bpe_format import SPLITS, Vocabulary
 from torch_impl.bpe import BPETokenizer, count_words, special_pattern
 from torch_impl.training.files import InputError
 
-_PART = 1 << 22  # characters
+_PART = 1 << 23  # characters
 _SAMPLED_PART = 1 << 16  # smaller, so that a sample is spread over the text
 
 
@@ -86,6 +84,9 @@ def ordered_map(
             initializer(*arguments)
         yield from map(function, items)
         return
+    from concurrent.futures import ProcessPoolExecutor  # slow to import, and seldom needed
+    from multiprocessing import get_context
+
     with ProcessPoolExecutor(workers, get_context("spawn"), _start, (initializer, arguments)) as pool:
         waiting = deque()
         try:
