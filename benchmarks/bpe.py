@@ -1,8 +1,8 @@
 """The tokenizer beside its peers, in one run: python -m benchmarks.bpe [--text FILE] [--json FILE].
 
-Training to 10,000 tokens, encoding and decoding, against `tokenizers`, `tiktoken` and, where they are installed,
-`rustbpe`. Each figure is the best of several rounds, in which all take turns, so that a busy machine slows all
-alike. "whole process" starts a Python of its own, imports and reads the file; the others are inner times.
+Training to 10,000 tokens, encoding and decoding, against `tokenizers`, `tiktoken` and, where it is installed,
+`rustbpe`. Each figure is the best of several rounds, in which all take turns, so that a busy machine slows
+all alike. "whole process" starts a Python of its own, imports and reads the file; the others are inner times.
 Encoding starts from an empty cache each time, as the first text of a process does.
 """
 
@@ -183,7 +183,8 @@ def main() -> None:
         rows += coding(text, vocabulary, options.rounds, options.copies)
     for each in rows:
         print(
-            f"{each['name']:60} {each['ours']:9.3f} {each['peer']:9.3f} {each['unit']:5} {each['ratio']:6.2f}x"
+            f"{each['name']:66} {each['ours']:9.3f} {each['peer']:9.3f} {each['unit']:4}"
+            f" {each['ratio']:6.2f}x"
         )
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")

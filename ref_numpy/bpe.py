@@ -12,8 +12,8 @@ frequent in the corpus. Encoding replays the merges in the order in which they w
     merge 3 _+low (2)                                      low, _low, _low e r
 
 Ties: among the most frequent pairs the one with the smallest ids wins, the left id first; this is the rule
-of Hugging Face's `tokenizers`. Ids are given as in GPT-2: the bytes in `BYTE_ORDER`, then what the merges make,
-then the special tokens.
+of Hugging Face's `tokenizers`. Ids are given as in GPT-2: the bytes in `BYTE_ORDER`, then what the merges
+make, then the special tokens.
 Not here: speed (each side of a merge is rebuilt word by word), corpora beyond memory, dropout of merges.
 """
 
@@ -162,10 +162,10 @@ def train(
     ties: Literal["smallest ids", "greatest bytes"] = "smallest ids",
     trace: Callable[[Merge], object] | None = None,
 ) -> Vocabulary:
-    """Learns a vocabulary of vocab_size tokens: 256 bytes, merges, special tokens; fewer if the pairs run out.
+    """Learns vocab_size tokens: 256 bytes, merges, special tokens; fewer if the texts run out of pairs.
 
-    `trace` is called with each merge as it happens; print will do. Raises TokenizerError for a vocab_size below
-    256 plus the special tokens, for a bad pattern and for special tokens that cannot be.
+    `trace` is called with each merge as it happens; print will do. Raises TokenizerError for a vocab_size
+    below 256 plus the special tokens, for a bad pattern and for special tokens that cannot be.
     """
     special_tokens = list(dict.fromkeys(special_tokens))
     new_vocabulary([], special_tokens, split)  # says what is wrong with them before the work begins

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import regex
 
-# How text is cut into pre-tokens, which no token crosses. What a letter is changes with each Unicode version, and
-# so do the ids of new characters: requirements.txt pins the version of `regex`. In all of these a new pre-token starts at every
-# space that follows anything but whitespace, so a long text can be cut there into parts of its own.
+# How text is cut into pre-tokens, which no token crosses. What counts as a letter changes with the version of
+# Unicode, and so do the ids of new characters: requirements.txt pins the `regex` package. In all of these a
+# new pre-token starts at every space that follows anything but whitespace, so a long text can be cut there.
 SPLITS = {
     # Radford et al. 2019: words and numbers with the space before them, contractions, punctuation, spaces.
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",

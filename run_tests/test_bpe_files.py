@@ -1,8 +1,6 @@
 """The tokenizer on files: parts, processes, the command line, and what is said about bad input."""
 
 import json
-from collections import Counter
-from pathlib import Path
 from pydoc_data.topics import topics
 
 import numpy as np
@@ -11,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ref_numpy import bpe as ref
-from ref_numpy.bpe_format import SPLITS, to_gpt2_files
+from ref_numpy.bpe_format import SPLITS
 from torch_impl import bpe
 from torch_impl.training import bpe_corpus
 from torch_impl.training.bpe_command import coloured, main
@@ -84,7 +82,7 @@ def test_a_sample_is_a_part_spread_over_the_text(corpus):
     assert not part - whole
 
 
-# --- the command line -------------------------------------------------------------------------------------------
+# --- the command line -----------------------------------------------------------------------------
 
 
 def test_train_encode_decode(corpus, tmp_path, capsys):
@@ -181,7 +179,7 @@ def test_bad_requests_are_one_line_and_write_nothing(vocabulary, corpus, tmp_pat
     assert sorted(tmp_path.iterdir()) == before
 
 
-# --- the simpler tokenizers -------------------------------------------------------------------------------------
+# --- the simpler tokenizers -----------------------------------------------------------------------
 
 
 @given(st.text())

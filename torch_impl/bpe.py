@@ -229,7 +229,7 @@ class BPETokenizer:
     def decode(
         self, ids: Integer[Array, "N"] | Iterable[int], errors: Literal["replace", "strict"] = "replace"
     ) -> str:
-        """The text of the tokens. Bytes that are no UTF-8 become U+FFFD; "strict" raises UnicodeDecodeError."""
+        """The text of the tokens. Bytes that are no UTF-8 become U+FFFD; "strict" raises an error."""
         return self.decode_bytes(ids).decode("utf-8", errors=errors)
 
     def save(self, path: Path) -> None:

@@ -105,7 +105,7 @@ class Train:
         if len(vocabulary.tokens) < self.vocab_size:
             raise InputError(
                 f"--vocab-size is {self.vocab_size}, but the text runs out of pairs after "
-                f"{len(vocabulary.merges)} merges; give it more text, or --vocab-size {len(vocabulary.tokens)}"
+                f"{len(vocabulary.merges)} merges; give it more text, or ask for {len(vocabulary.tokens)}"
             )
         write_file(self.out, to_json(vocabulary).encode("utf-8"))
         if self.out_gpt2 is not None:

@@ -1,8 +1,8 @@
 """Files larger than memory for the tokenizer: read in parts, each worked on by any of several processes.
 
 A part ends where splitting the rest anew gives what splitting the whole would: before a space that follows
-anything but whitespace (see ref_numpy.bpe_format.SPLITS), and never inside a special token. A split pattern of
-the user's own promises no such place, so there parts end at special tokens; a text without any is one part.
+anything but whitespace (see ref_numpy.bpe_format.SPLITS), and never inside a special token. A split pattern
+of the user's own promises no such place: parts end at special tokens there; a text without any is one part.
 
 The processes are spawned, which imports the caller's main module again: with more than one worker that module
 needs the usual `if __name__ == "__main__":`.
@@ -78,7 +78,7 @@ def read_parts(
 def ordered_map(
     function: Callable, items: Iterable, workers: int, initializer: Callable | None = None, *arguments: object
 ) -> Iterator:
-    """The results of function(item) in order, from `workers` processes; few items are in memory at any time."""
+    """The results of function(item) in order, from `workers` processes; few items are in memory at a time."""
     if workers == 1:
         if initializer:
             initializer(*arguments)

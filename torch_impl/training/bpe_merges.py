@@ -1,9 +1,9 @@
 """Learning merges and applying them, over arrays: all words lie in one row of ids, with borders between.
 
 A row is a doubly linked list in arrays. A merge of (a, b) at position p writes the new token at p and takes
-the position of b out of the list, so the cost of a merge is the number of places it happens at and never the
-length of the text. Where a pair stands in many places, one merge is some twenty whole-array operations; where it
-stands in few, a loop over them is faster than NumPy's calls. Both give the same arrays.
+the position of b out of the list, so a merge costs as much as the number of places it happens at, whatever
+the length of the text. Where a pair stands in many places, one merge is some twenty whole-array operations; where
+it stands in few, a loop over them is faster than NumPy's calls. Both give the same arrays.
 """
 
 import heapq
@@ -24,7 +24,7 @@ _LOW = 2**32 - 1
 
 
 def _row(words: Iterable[str], id_of_byte: Int64[Array, "256"]) -> Int[Array, "N"]:
-    """Ids of the words' bytes, with a border before, between and after them: 0xFF, which UTF-8 never holds."""
+    """Ids of the words' bytes, with borders around each: the byte 0xFF, which UTF-8 never holds."""
     raw = np.frombuffer(b"\xff".join([b"", *map(str.encode, words), b""]), np.uint8)
     ids = id_of_byte.astype(np.int32)
     ids[0xFF] = _BORDER
@@ -73,7 +73,7 @@ class _Corpus:
         return distinct
 
     def merge(self, a: int, b: int, new: int) -> list[int]:
-        """Replace each neighbouring (a, b) by `new`, from left to right; returns the pairs that came to be."""
+        """Replace each neighbouring (a, b) by `new`, left to right; returns the pairs that came to be."""
         pair = a << 32 | b
         places = self.where.pop(pair)
         if len(places) > _MANY:
@@ -158,7 +158,7 @@ def _last_first(token: bytes) -> list[int]:
 class _Queue:
     """Entries by falling count, and among equal counts in rising order.
 
-    A heap for each count: most pairs of a corpus share a few small counts, and heaps of plain numbers are fast.
+    A heap for each count: most pairs share a few small counts, and heaps of plain numbers are fast.
     """
 
     def __init__(self):
@@ -245,7 +245,7 @@ class MergeTable:
         return ranks
 
     def encode_words(self, words: list[str]) -> tuple[Int[Array, "N"], Int[Array, "W"]]:
-        """All ids, and how many of them each word has; a round makes one merge in every word that has one left."""
+        """All ids, and how many of them each word has. A round makes one merge in each word with one left."""
         token = _row(words, self.id_of_byte)
         previous, next = _links(token)
         border = token == _BORDER

@@ -1,8 +1,8 @@
 """Text to token ids and back, and the file that says how: Hugging Face's tokenizer.json.
 
 Byte pair encoding has a file of its own, torch_impl.bpe; here are the simpler tokenizers behind the same
-interface: bytes, characters, words. Bytes are saved as a byte-level BPE without merges, so that the ecosystem's
-libraries read them too.
+interface: bytes, characters, words. Bytes are saved as a byte-level BPE without merges, so that the
+ecosystem's libraries read them too.
 """
 
 import json
@@ -148,7 +148,7 @@ class CharacterTokenizer(_WordLevel):
 
 
 class WordTokenizer(_WordLevel):
-    """Words and runs of punctuation, for pretrained word vectors; spaces are not kept, decode puts one between."""
+    """Words and runs of punctuation, for pretrained word vectors; spaces are not kept."""
 
     split = {"type": "Whitespace"}  # noqa: RUF012
     decoder = None
