@@ -2,8 +2,8 @@
 
 A row is a doubly linked list in arrays. A merge of (a, b) at position p writes the new token at p and takes
 the position of b out of the list, so a merge costs as much as the number of places it happens at, whatever
-the length of the text. Where a pair stands in many places, one merge is some twenty whole-array operations; where
-it stands in few, a loop over them is faster than NumPy's calls. Both give the same arrays.
+the length of the text. Where a pair stands in many places, one merge is some twenty whole-array operations;
+where it stands in few, a loop over them is faster than NumPy's calls. Both give the same arrays.
 """
 
 import heapq
