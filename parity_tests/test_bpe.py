@@ -217,6 +217,16 @@ def test_merges_go_by_rank_and_not_by_place():
         assert [learned.tokens[id] for id in ids] == [b"a", b"bc"]
 
 
+@given(texts, st.integers(0, 6), st.integers(1, 3))
+def test_what_is_remembered_does_not_matter(vocabulary, text, kept, waiting):
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("_WORDS_KEPT", kept), ("_WAITING", waiting), ("_PART", 10), ("_FEW", kept)):
+            patch.setattr(f"torch_impl.bpe.{name}", value)
+        tokenizer = bpe.BPETokenizer(vocabulary)
+        for _ in range(2):
+            assert tokenizer.encode(text).tolist() == ref.encode(text, vocabulary)
+
+
 def test_a_megabyte_without_a_space_is_encoded(tokenizer):
     text = "ab" * 500_000
     assert tokenizer.decode(tokenizer.encode(text)) == text

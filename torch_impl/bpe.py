@@ -24,6 +24,7 @@ from torch_impl.training.files import write_file
 
 _PART = 1 << 16  # characters that are split and looked up before the next ones
 _BLOCK = 1 << 11  # characters that are split as ASCII or not
+_WAITING = 4  # parts whose unknown words are encoded together
 _WORDS_KEPT = 1 << 17  # encoded words that are remembered
 _FEW, _LONG = 32, 64  # words, bytes: below and above, a loop is faster than whole arrays
 
@@ -32,6 +33,7 @@ def _within_ascii(pattern: str) -> re.Pattern:
     """The same pattern for ASCII, where the letters are A-Za-z, in Python's own `re`: twice as fast."""
     classes = re.compile(r"\[[^]]*\]|\\p\{[LN]\}")
     spelled = classes.sub(lambda found: f"[{found[0].strip('[]')}]", pattern)  # \p{L} alone: [\p{L}]
+    spelled = spelled.replace("]+", "]++")  # what follows a run is never part of it, so no way back is kept
     return re.compile(spelled.replace(r"\p{L}", "A-Za-z").replace(r"\p{N}", "0-9"), re.ASCII)
 
 
@@ -183,14 +185,25 @@ class BPETokenizer:
                 packed += self._encode_text(part)
         return np.frombuffer(bytearray().join(packed), self.dtype)
 
-    def _encode_text(self, text: str) -> Iterator[bytes]:
+    def _encode_text(self, text: str) -> list[bytes]:
         known = self._words.__getitem__
+        packed, waiting = [], {}  # parts with unknown words wait, so that many words are encoded together
         for words in self._split(text):
             try:
-                yield b"".join(map(known, words))
+                packed.append(b"".join(map(known, words)))
             except KeyError:
-                self._learn(set(words))
-                yield b"".join(map(known, words))
+                waiting[len(packed)] = words
+                packed.append(b"")
+            if len(waiting) == _WAITING:
+                self._finish(packed, waiting)
+        self._finish(packed, waiting)
+        return packed
+
+    def _finish(self, packed: list[bytes], waiting: dict[int, list[str]]) -> None:
+        self._learn(set().union(*waiting.values()))
+        for place, words in waiting.items():
+            packed[place] = b"".join(map(self._words.__getitem__, words))
+        waiting.clear()
 
     def _learn(self, words: set[str]) -> None:
         """Encode those of the words that are not known yet."""

@@ -1,9 +1,11 @@
 """The command line of the tokenizer: python -m torch_impl.bpe train | encode | decode | inspect."""
 
+import io
 import os
+import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -300,11 +302,23 @@ Command = (
 )
 
 
+def _parse(arguments: list[str]) -> Train | Encode | Decode | Inspect:
+    """Exits after --help; raises InputError with the first line of tyro's box on a mistake."""
+    box = io.StringIO()
+    try:
+        with redirect_stderr(box):
+            return tyro.cli(Command, prog="python -m torch_impl.bpe", args=arguments)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        first = re.sub(r"\x1b\[[0-9;]*m", "", box.getvalue()).splitlines()[1]
+        raise InputError(f"{first.strip('│| ')}; see --help") from None
+
+
 def main(arguments: list[str]) -> int:
     """Carry out a command line; 2 and one line on stderr where that cannot be done."""
-    command = tyro.cli(Command, prog="python -m torch_impl.bpe", args=arguments)
     try:
-        command.run()
+        _parse(arguments).run()
     except (TokenizerError, InputError) as error:
         message, code = str(error), 2
     except BrokenPipeError:  # the reader, such as head, has seen enough
