@@ -311,8 +311,9 @@ def _parse(arguments: list[str]) -> Train | Encode | Decode | Inspect:
     except SystemExit as stop:
         if not stop.code:
             raise
-        first = re.sub(r"\x1b\[[0-9;]*m", "", box.getvalue()).splitlines()[1]
-        raise InputError(f"{first.strip('│| ')}; see --help") from None
+        lines = re.sub(r"\x1b\[[0-9;]*m", "", box.getvalue()).splitlines()
+        first = next(line for line in lines[1:] if any(map(str.isalpha, line)))
+        raise InputError(f"{first.strip('│| .')}; see --help") from None
 
 
 def main(arguments: list[str]) -> int:
