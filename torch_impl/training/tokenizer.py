@@ -1,17 +1,23 @@
 """Text to token ids and back, and the file that says how: Hugging Face's tokenizer.json.
 
-The tokenizer here takes each byte of the text's UTF-8 as a token. In the file it is a byte-level BPE without
-merges, so that the ecosystem's libraries read it too.
+Byte pair encoding has a file of its own, torch_impl.bpe; here are the simpler tokenizers behind the same
+interface: bytes, characters, words. Bytes are saved as a byte-level BPE without merges, so that the
+ecosystem's libraries read them too.
 """
 
 import json
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+import regex
 from jaxtyping import UInt
 from numpy import ndarray as Array
 
+from ref_numpy.bpe_format import TokenizerError, Vocabulary, from_json, to_json
+from torch_impl.bpe import BPETokenizer
 from torch_impl.training.files import InputError, write_file
 
 
@@ -38,16 +44,6 @@ class Tokenizer(Protocol):
         ...
 
 
-def byte_characters() -> list[str]:
-    """The printable character that stands for each byte in vocabulary files (GPT-2's encoder.py).
-
-    A byte whose Latin-1 character is visible stands for itself, the others for U+0100 and up, in order.
-    """
-    visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    invisible = [byte for byte in range(256) if byte not in visible]
-    return [chr(byte) if byte in visible else chr(256 + invisible.index(byte)) for byte in range(256)]
-
-
 class ByteTokenizer:
     """Each byte is a token, and its id is its value."""
 
@@ -71,47 +67,116 @@ class ByteTokenizer:
 
     def save(self, path: Path) -> None:
         """Write tokenizer.json: a byte-level BPE that has no merges, id b for byte b."""
-        byte_level = {
-            "type": "ByteLevel",
-            "add_prefix_space": False,
-            "trim_offsets": True,
-            "use_regex": False,
-        }
+        write_file(Path(path), to_json(_BYTES).encode("utf-8"))
+
+
+_BYTES = Vocabulary([bytes([byte]) for byte in range(256)], [], {}, None)
+_UNKNOWN = "<unk>"
+
+
+class _WordLevel:
+    """A list of known strings, and <unk>, id 0, for all others; how many were unknown is counted."""
+
+    split: dict  # how the file format says that text is cut
+    decoder: dict | None
+    joint: str  # what stands between tokens
+
+    def __init__(self, known: Iterable[str]):
+        self.tokens = [_UNKNOWN, *(token for token in dict.fromkeys(known) if token != _UNKNOWN)]
+        self.vocab_size = len(self.tokens)
+        self.dtype = np.min_scalar_type(self.vocab_size - 1)
+        self.seen = self.unknown = 0
+        self._ids = {token: id for id, token in enumerate(self.tokens)}
+
+    def _cut(self, text: str) -> Iterable[str]:
+        raise NotImplementedError
+
+    def encode(self, text: str) -> UInt[Array, "N"]:
+        """Ids of the text's parts; `seen` and `unknown` count them over all calls."""
+        ids = np.array([self._ids.get(part, 0) for part in self._cut(text)], self.dtype)
+        self.seen += ids.size
+        self.unknown += int(np.count_nonzero(ids == 0))
+        return ids
+
+    def report(self) -> str:
+        """How much of the text so far was known."""
+        share = self.unknown / max(self.seen, 1)
+        return f"{self.unknown} of {self.seen} tokens are unknown ({share:.2%})"
+
+    def decode(self, ids: UInt[Array, "N"] | list[int]) -> str:
+        """The text of the ids, as far as it was known. Raises InputError for an id that no token has."""
+        ids = [int(id) for id in ids]
+        for id in ids:
+            if not 0 <= id < self.vocab_size:
+                raise InputError(f"id {id} is no token; ids run from 0 to {self.vocab_size - 1}")
+        return self.joint.join(self.tokens[id] for id in ids)
+
+    def decode_bytes(self, ids: UInt[Array, "N"] | list[int]) -> bytes:
+        """The UTF-8 of `decode`."""
+        return self.decode(ids).encode("utf-8")
+
+    def save(self, path: Path) -> None:
+        """Write tokenizer.json, in one piece: the ecosystem's WordLevel model."""
         content = {
             "version": "1.0",
             "truncation": None,
             "padding": None,
             "added_tokens": [],
             "normalizer": None,
-            "pre_tokenizer": byte_level,
+            "pre_tokenizer": self.split,
             "post_processor": None,
-            "decoder": byte_level,
-            "model": {
-                "type": "BPE",
-                "dropout": None,
-                "unk_token": None,
-                "continuing_subword_prefix": None,
-                "end_of_word_suffix": None,
-                "fuse_unk": False,
-                "byte_fallback": False,
-                "vocab": {character: byte for byte, character in enumerate(byte_characters())},
-                "merges": [],
-            },
+            "decoder": self.decoder,
+            "model": {"type": "WordLevel", "vocab": self._ids, "unk_token": _UNKNOWN},
         }
         write_file(Path(path), json.dumps(content, ensure_ascii=False, indent=1).encode("utf-8"))
 
 
+class CharacterTokenizer(_WordLevel):
+    """Each character is a token: an alphabet of its own, small for plain text."""
+
+    split = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}  # noqa: RUF012
+    decoder = {"type": "Fuse"}  # noqa: RUF012
+    joint = ""
+
+    @classmethod
+    def train(cls, texts: Iterable[str]) -> "CharacterTokenizer":
+        """All characters of the texts, in the order of their code points."""
+        return cls(sorted(set().union(*texts)))
+
+    def _cut(self, text: str) -> str:
+        return text
+
+
+class WordTokenizer(_WordLevel):
+    """Words and runs of punctuation, for pretrained word vectors; spaces are not kept."""
+
+    split = {"type": "Whitespace"}  # noqa: RUF012
+    decoder = None
+    joint = " "
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "WordTokenizer":
+        """The most frequent words; among equals the one that comes first in the texts."""
+        counts = Counter(word for text in texts for word in cls._cut(cls, text))
+        return cls(word for word, _ in counts.most_common(vocab_size - 1))
+
+    def _cut(self, text: str) -> list[str]:
+        return regex.findall(r"\w+|[^\w\s]+", text)
+
+
 def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer that a tokenizer.json describes. Raises InputError for a damaged or foreign file."""
+    content = Path(path).read_bytes()
     try:
-        content = json.loads(Path(path).read_bytes())
-        model = content["model"]
-        kind, vocabulary, merges = model["type"], model["vocab"], model["merges"]
-    except FileNotFoundError as error:
-        raise InputError(f"{path} is missing") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path} is no tokenizer.json: {str(error) or type(error).__name__}") from error
-    expected = {character: byte for byte, character in enumerate(byte_characters())}
-    if kind != "BPE" or merges or vocabulary != expected:
-        raise InputError(f"{path} holds a {kind} tokenizer that is not the byte tokenizer of this program")
-    return ByteTokenizer()
+        described = json.loads(content)
+        model = described["model"]
+        if model["type"] == "WordLevel":
+            for kind in (CharacterTokenizer, WordTokenizer):
+                if described["pre_tokenizer"] == kind.split:
+                    return kind(sorted(model["vocab"], key=model["vocab"].__getitem__))
+        vocabulary = from_json(content)
+    except TokenizerError as error:
+        raise InputError(f"{path} cannot be read as a tokenizer: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path} is no tokenizer.json: {type(error).__name__} {error}") from None
+    return ByteTokenizer() if vocabulary == _BYTES else BPETokenizer(vocabulary)

@@ -1,0 +1,232 @@
+"""The tokenizer on files: parts, processes, the command line, and what is said about bad input."""
+
+import json
+from pydoc_data.topics import topics
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ref_numpy import bpe as ref
+from ref_numpy.bpe_format import SPLITS
+from torch_impl import bpe
+from torch_impl.training import bpe_corpus
+from torch_impl.training.bpe_command import coloured, main
+from torch_impl.training.files import InputError
+from torch_impl.training.tokenizer import (
+    ByteTokenizer,
+    CharacterTokenizer,
+    Tokenizer,
+    WordTokenizer,
+    load_tokenizer,
+)
+
+CORPUS = "\n".join(topics.values())
+SPECIAL = ["<end of text>", "<a>", "<a><b>", " <c> "]
+pieces = st.one_of(
+    st.sampled_from([*SPECIAL, " ", "  ", "\n", "\r\n", "\x1c", "\u00a0", "end of", "it's", "...\n", "é"]),
+    st.text(max_size=4),
+)
+
+
+@pytest.fixture(scope="module")
+def vocabulary():
+    return bpe.train([CORPUS], 1000, SPECIAL)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "corpus.txt"
+    path.write_text(CORPUS, encoding="utf-8", newline="")
+    return path
+
+
+@given(
+    st.lists(pieces).map("".join),
+    st.integers(1, 9),
+    st.sampled_from([*SPLITS.values(), r"\w+\s*", None]),
+    st.sets(st.sampled_from(SPECIAL)),
+)
+def test_parts_of_a_file_count_and_encode_as_the_whole(tmp_path_factory, text, size, split, special):
+    path = tmp_path_factory.mktemp("parts") / "text.txt"
+    path.write_text(text, encoding="utf-8", newline="")
+    told = []
+    parts = list(bpe_corpus.read_parts([path], special, split, size, told.append))
+    assert "".join(parts) == text and sum(told) == path.stat().st_size
+    assert bpe.count_words(parts, special, split) == ref.count_words([text], special, split)
+    cut = [ref.cut_at_special_tokens(part, special) for part in parts]
+    assert [t for c in cut for t in c[1::2]] == ref.cut_at_special_tokens(text, special)[1::2]
+
+
+def test_parts_are_small():
+    text = "word " * 1000
+    assert bpe_corpus.last_cut(text, [], SPLITS["gpt2"]) == len(text) - 1
+
+
+def test_processes_count_and_encode_as_one(vocabulary, tmp_path):
+    path = tmp_path / "long.txt"
+    path.write_text(CORPUS * (2 * 2**23 // len(CORPUS) + 1), encoding="utf-8", newline="")
+    assert bpe_corpus.worth_spawning([path], 2) == 2
+    one, two = (bpe_corpus.count_files([path], SPECIAL, workers=n) for n in (1, 2))
+    assert one == two
+    tokenizer = bpe.BPETokenizer(vocabulary)
+    one, two = (np.concatenate(list(bpe_corpus.encode_files(tokenizer, [path], (), n))) for n in (1, 2))
+    assert np.array_equal(one, two) and one.dtype == two.dtype == np.uint16
+
+
+def test_a_sample_is_a_part_spread_over_the_text(corpus):
+    whole = bpe_corpus.count_files([corpus])
+    part = bpe_corpus.count_files([corpus], sample=0.25)
+    assert 0.2 < part.total() / whole.total() < 0.45
+    assert not part - whole
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+def test_train_encode_decode(corpus, tmp_path, capsys):
+    out = tmp_path / "tokenizer.json"
+    special = ["--special-tokens", "<user>"]
+    assert main(["train", str(corpus), "--vocab-size", "500", *special, "--out", str(out)]) == 0
+    assert ref.load(out) == ref.train([CORPUS], 500, ["<user>"])
+    source = ["--tokenizer", str(out)]
+    ids = tmp_path / "ids.npy"
+    assert main(["encode", str(corpus), *source, "--out", str(ids)]) == 0
+    stored = np.load(ids)
+    assert stored.dtype == np.uint16 and stored.tolist() == ref.encode(CORPUS, ref.load(out))
+    capsys.readouterr()
+    assert main(["encode", str(corpus), *source, "--count"]) == 0
+    assert capsys.readouterr().out == f"{stored.size}\n"
+    back = tmp_path / "back.txt"
+    assert main(["decode", str(ids), *source, "--out", str(back)]) == 0
+    assert back.read_bytes() == corpus.read_bytes()
+
+
+def test_ids_can_be_text(vocabulary, tmp_path, capfdbinary):
+    bpe.BPETokenizer(vocabulary).save(tmp_path / "t.json")
+    (tmp_path / "text.txt").write_text("plain <a> text\r\n", encoding="utf-8", newline="")
+    source = ["--tokenizer", str(tmp_path / "t.json")]
+    assert main(["encode", str(tmp_path / "text.txt"), *source, "--special-tokens", "<a>"]) == 0
+    printed = capfdbinary.readouterr().out
+    assert str(vocabulary.special_tokens["<a>"]).encode() in printed.split()
+    (tmp_path / "ids.txt").write_bytes(printed)
+    assert main(["decode", str(tmp_path / "ids.txt"), *source]) == 0
+    assert capfdbinary.readouterr().out == b"plain <a> text\r\n"
+
+
+def test_gpt2_files_are_written_and_read(corpus, tmp_path, capsys):
+    arguments = [str(corpus), "--vocab-size", "400", "--out", str(tmp_path / "t.json"), "--workers", "1"]
+    assert main(["train", *arguments, "--out-gpt2", str(tmp_path)]) == 0
+    capsys.readouterr()
+    source = ["--vocab", str(tmp_path / "vocab.json"), "--merges", str(tmp_path / "merges.txt")]
+    assert main(["encode", str(corpus), *source, "--count"]) == 0
+    assert int(capsys.readouterr().out) == len(ref.encode(CORPUS, ref.load(tmp_path / "t.json")))
+
+
+def test_inspect_shows_compression_and_tokens(vocabulary, corpus, tmp_path, capsys):
+    bpe.BPETokenizer(vocabulary).save(tmp_path / "t.json")
+    source = ["--tokenizer", str(tmp_path / "t.json")]
+    assert main(["inspect", str(corpus), *source, "--text", "the statement é"]) == 0
+    shown = capsys.readouterr().out
+    n = len(ref.encode(CORPUS, vocabulary))
+    assert f"{n} tokens, {corpus.stat().st_size / n:.3f} bytes per token" in shown
+    assert "the| statement|" in shown
+    assert "\x1b[41" in coloured(bpe.BPETokenizer(vocabulary), "the", colour=True)
+
+
+def test_bad_requests_are_one_line_and_write_nothing(vocabulary, corpus, tmp_path, capsys):
+    out, good = tmp_path / "out.json", tmp_path / "good.json"
+    bpe.BPETokenizer(vocabulary).save(good)
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    (tmp_path / "damaged.json").write_text("{", encoding="utf-8")
+    (tmp_path / "ids.txt").write_text("5 99999", encoding="utf-8")
+    (tmp_path / "words.txt").write_text("five", encoding="utf-8")
+    (tmp_path / "small.txt").write_text("aaa", encoding="utf-8")
+    (tmp_path / "half.txt").write_text(str(vocabulary.ordinary_ids[b"\xff"]), encoding="utf-8")
+    np.save(tmp_path / "floats.npy", np.zeros(3))
+    train = ["train", "--out", str(out)]
+    source = ["--tokenizer", str(good)]
+    cases = [
+        ([*train, str(corpus), "--vocab-size", "255"], "vocab_size is 255, but must be at least 256"),
+        ([*train, str(corpus), "--split", "("], "no regular expression"),
+        ([*train, str(corpus), "--sample", "0"], "--sample is 0.0"),
+        ([*train, str(corpus), "--workers", "-1"], "--workers is -1"),
+        ([*train, str(tmp_path / "small.txt")], "runs out of pairs after 2 merges"),
+        ([*train, str(tmp_path / "none.txt")], "No such file"),
+        ([*train, str(tmp_path)], "is a folder"),
+        ([*train, str(tmp_path / "latin.txt")], "latin.txt is not UTF-8"),
+        (train, "name one file or more"),
+        ([*train, str(corpus), "--vocab-sise", "300"], "--vocab-sise"),
+        ([*train, str(corpus), "--vocab-size", "many"], "many"),
+        (["tran", str(corpus)], "tran"),
+        (["train", str(corpus), "--out", str(good)], "good.json exists already"),
+        (["train", str(corpus), "--out", str(tmp_path / "no" / "t.json")], "is no folder"),
+        (["encode", str(corpus)], "name one tokenizer"),
+        (["encode", str(corpus), "--vocab", str(good)], "name one tokenizer"),
+        (
+            ["encode", str(corpus), "--tokenizer", str(tmp_path / "damaged.json")],
+            "damaged.json cannot be read",
+        ),
+        (["encode", str(corpus), *source, "--special-tokens", "<x>"], "'<x>' is no special token"),
+        (["decode", str(tmp_path / "ids.txt"), *source], "id 99999 is no token"),
+        (["decode", str(tmp_path / "words.txt"), *source], "words.txt holds no ids"),
+        (["decode", str(tmp_path / "floats.npy"), *source], "one row of integers"),
+        (["decode", str(tmp_path / "half.txt"), *source, "--strict"], "not UTF-8"),
+    ]
+    before = sorted(tmp_path.iterdir())
+    for arguments, message in cases:
+        assert main(arguments) != 0, arguments
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: ") and message in error
+    assert sorted(tmp_path.iterdir()) == before
+
+
+# --- the simpler tokenizers -----------------------------------------------------------------------
+
+
+@given(st.text())
+def test_characters_come_back(text):
+    tokenizer = CharacterTokenizer.train([text])
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.vocab_size == 1 + len(set(text)) and tokenizer.unknown == 0
+
+
+def test_words_count_what_they_do_not_know():
+    tokenizer = WordTokenizer.train(["the cat, the dog. the end"], vocab_size=4)
+    assert tokenizer.tokens == ["<unk>", "the", "cat", ","]
+    assert tokenizer.decode(tokenizer.encode("the cat, the bird!")) == "the cat , the <unk> <unk>"
+    assert tokenizer.report() == "2 of 6 tokens are unknown (33.33%)"
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        ByteTokenizer(),
+        CharacterTokenizer.train(["some text\n"]),
+        WordTokenizer.train(["some text"], 10),
+        bpe.BPETokenizer(bpe.train(["some text some"], 260, ["<a b>"])),
+    ],
+    ids=lambda tokenizer: type(tokenizer).__name__,
+)
+def test_every_tokenizer_survives_its_file(tokenizer, tmp_path):
+    import tokenizers
+
+    assert isinstance(tokenizer, Tokenizer)
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(path)
+    loaded = load_tokenizer(path)
+    assert type(loaded) is type(tokenizer) and loaded.vocab_size == tokenizer.vocab_size
+    text = "some text, xyz"
+    assert loaded.encode(text).tolist() == tokenizer.encode(text).tolist()
+    assert loaded.encode(text).dtype == np.uint8 if tokenizer.vocab_size <= 256 else np.uint16
+    oracle = tokenizers.Tokenizer.from_file(str(path))
+    assert oracle.encode(text).ids == tokenizer.encode(text).tolist()
+    assert oracle.decode(oracle.encode("some text").ids) == tokenizer.decode(tokenizer.encode("some text"))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", json.dumps({"model": {"type": "WordLevel", "vocab": 3}})])
+def test_damaged_tokenizer_is_named(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
+    with pytest.raises(InputError, match=r"tokenizer\.json"):
+        load_tokenizer(tmp_path / "tokenizer.json")

@@ -1,0 +1,260 @@
+"""Byte-level byte pair encoding for gigabytes: the twin of ref_numpy.bpe, equal to the last merge and id.
+
+Splitting text is most of the work, so the rest is arranged around it: text that is ASCII is split by a
+simpler pattern that means the same there; training counts each distinct pre-token once and works on those;
+encoding looks a pre-token up among those seen before, as packed ids, and joins what it finds.
+The merges themselves are in torch_impl.training.bpe_merges, reading files in torch_impl.training.bpe_corpus.
+"""
+
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import regex
+from jaxtyping import Integer, UInt
+from numpy import ndarray as Array
+
+from ref_numpy.bpe_format import SPLITS, TokenizerError, Vocabulary, new_vocabulary, to_json
+from torch_impl.training.bpe_merges import MergeTable, learn_merges
+from torch_impl.training.files import write_file
+
+_PART = 1 << 16  # characters that are split and looked up before the next ones
+_BLOCK = 1 << 11  # characters that are split as ASCII or not
+_WAITING = 4  # parts whose unknown words are encoded together
+_WORDS_KEPT = 1 << 17  # encoded words that are remembered
+_FEW, _LONG = 32, 64  # words, bytes: below and above, a loop is faster than whole arrays
+
+
+def _within_ascii(pattern: str) -> re.Pattern:
+    """The same pattern for ASCII, where the letters are A-Za-z, in Python's own `re`: twice as fast."""
+    classes = re.compile(r"\[[^]]*\]|\\p\{[LN]\}")
+    spelled = classes.sub(lambda found: f"[{found[0].strip('[]')}]", pattern)  # \p{L} alone: [\p{L}]
+    spelled = spelled.replace("]+", "]++")  # what follows a run is never part of it, so no way back is kept
+    return re.compile(spelled.replace(r"\p{L}", "A-Za-z").replace(r"\p{N}", "0-9"), re.ASCII)
+
+
+_SAFE_CUT = re.compile(r"(?<=\S)(?= )")
+
+
+class Splitter:
+    """Cuts text into pre-tokens by a pattern, as ref_numpy.bpe.pre_tokens does."""
+
+    def __init__(self, pattern: str | None):
+        self.pattern = pattern
+        self.cuttable = pattern in SPLITS.values()
+        if self.cuttable:
+            self._ascii, self._any = _within_ascii(pattern).findall, regex.compile(pattern).findall
+
+    def __call__(self, text: str) -> Iterator[list[str]]:
+        """The pre-tokens in order, some ten thousand at a time: so few stay in the processor's cache."""
+        if self.cuttable:
+            for part in _parts(text, _PART):
+                if part.isascii():
+                    yield self._ascii(part)
+                else:
+                    blocks = ((block, block.isascii()) for block in _parts(part, _BLOCK))
+                    yield [w for block, ascii in blocks for w in (self._ascii if ascii else self._any)(block)]
+        else:
+            yield pre_tokens(text, self.pattern)
+
+
+def _parts(text: str, size: int) -> Iterator[str]:
+    """Parts of about `size` characters that can be split on their own; see SPLITS."""
+    start = 0
+    while (cut := _SAFE_CUT.search(text, start + size)) is not None:
+        yield text[start : cut.start()]
+        start = cut.start()
+    yield text[start:]
+
+
+def pre_tokens(text: str, pattern: str | None) -> list[str]:
+    """The matches of any pattern, and whatever stands between them."""
+    if pattern is None:
+        return [text] if text else []
+    pieces, end = [], 0
+    for match in regex.finditer(pattern, text):
+        pieces += (text[end : match.start()], match.group())
+        end = match.end()
+    pieces.append(text[end:])
+    return [piece for piece in pieces if piece]
+
+
+def special_pattern(special_tokens: Collection[str]) -> re.Pattern | None:
+    """Matches special tokens, the longest of those that begin at a place; None where there are none."""
+    longest_first = sorted(special_tokens, key=len, reverse=True)
+    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
+
+
+def count_words(texts: Iterable[str], special_tokens: Collection[str], split: str | None) -> Counter[str]:
+    """How often each pre-token stands in the texts; special tokens are borders and do not count."""
+    splitter, special = Splitter(split), special_pattern(special_tokens)
+    words = Counter()
+    for text in texts:
+        for document in special.split(text)[::2] if special else [text]:
+            for some in splitter(document):
+                words.update(some)
+    return words
+
+
+def check_training(vocab_size: int, special_tokens: Collection[str], split: str | None) -> None:
+    """Raises TokenizerError for what `train` could not do, before any work is done."""
+    new_vocabulary([], special_tokens, split)
+    smallest = 256 + len(set(special_tokens))
+    if vocab_size < smallest:
+        raise TokenizerError(
+            f"vocab_size is {vocab_size}, but must be at least {smallest}: 256 bytes and "
+            f"{smallest - 256} special tokens"
+        )
+
+
+def train_on_words(
+    words: Counter[str],
+    vocab_size: int,
+    special_tokens: Collection[str] = (),
+    split: str | None = SPLITS["gpt2"],
+    ties: Literal["smallest ids", "greatest bytes"] = "smallest ids",
+    progress: Callable[[int], object] = lambda merges: None,
+) -> Vocabulary:
+    """As `train`, from pre-tokens that are counted already; `progress` is told of each merge."""
+    check_training(vocab_size, special_tokens, split)
+    merges, made = [], set()
+    room = vocab_size - 256 - len(set(special_tokens))
+    for left, right in learn_merges(words, ties) if room else ():
+        merges.append((left, right))
+        made.add(left + right)  # two merges can make the same token
+        progress(1)
+        if len(made) == room:
+            break
+    return new_vocabulary(merges, special_tokens, split)
+
+
+def train(
+    texts: Iterable[str],
+    vocab_size: int,
+    special_tokens: Collection[str] = (),
+    split: str | None = SPLITS["gpt2"],
+    ties: Literal["smallest ids", "greatest bytes"] = "smallest ids",
+) -> Vocabulary:
+    """Learns vocab_size tokens: 256 bytes, merges, special tokens; fewer if the text runs out of pairs.
+
+    Each text stands for itself: no pre-token crosses from one to the next. Texts may come from a generator.
+    Raises TokenizerError for a vocab_size below 256 plus the special tokens, for a bad pattern and for
+    special tokens that cannot be.
+    """
+    check_training(vocab_size, special_tokens, split)
+    return train_on_words(count_words(texts, special_tokens, split), vocab_size, special_tokens, split, ties)
+
+
+class BPETokenizer:
+    """Encodes and decodes with a vocabulary. See torch_impl.training.tokenizer for the interface."""
+
+    def __init__(self, vocabulary: Vocabulary):
+        self.vocabulary = vocabulary
+        self.vocab_size = len(vocabulary.tokens)
+        self.special_tokens = vocabulary.special_tokens
+        self.dtype = np.min_scalar_type(self.vocab_size - 1)
+        ids = vocabulary.ordinary_ids
+        self._merges = MergeTable(
+            [(ids[left], ids[right]) for left, right in vocabulary.merges],
+            [ids[left + right] for left, right in vocabulary.merges],
+            np.array([ids[bytes([byte])] for byte in range(256)]),
+        )
+        self._split = Splitter(vocabulary.split)
+        self._words: dict[str, bytes] = {}  # ids of a word in the bytes of dtype
+        self._tokens = np.array([*vocabulary.tokens, b""], object)[:-1]
+
+    def encode(self, text: str, allowed_special: Collection[str] = ()) -> UInt[Array, "N"]:
+        """The ids of a text. Special tokens are read as such only if named in allowed_special, else as text.
+
+        Raises TokenizerError if allowed_special names an unknown one, UnicodeEncodeError for half of a
+        surrogate pair.
+        """
+        for name in allowed_special:
+            if name not in self.special_tokens:
+                raise TokenizerError(f"{name!r} is no special token of this vocabulary")
+        special = special_pattern(allowed_special)
+        packed = []
+        for place, part in enumerate(special.split(text) if special else [text]):
+            if place % 2:
+                packed.append(self.special_tokens[part].to_bytes(self.dtype.itemsize, sys.byteorder))
+            else:
+                packed += self._encode_text(part)
+        return np.frombuffer(bytearray().join(packed), self.dtype)
+
+    def _encode_text(self, text: str) -> list[bytes]:
+        known = self._words.__getitem__
+        packed, waiting = [], {}  # parts with unknown words wait, so that many words are encoded together
+        for words in self._split(text):
+            try:
+                packed.append(b"".join(map(known, words)))
+            except KeyError:
+                waiting[len(packed)] = words
+                packed.append(b"")
+            if len(waiting) == _WAITING:
+                self._finish(packed, waiting)
+        self._finish(packed, waiting)
+        return packed
+
+    def _finish(self, packed: list[bytes], waiting: dict[int, list[str]]) -> None:
+        self._learn(set().union(*waiting.values()))
+        for place, words in waiting.items():
+            packed[place] = b"".join(map(self._words.__getitem__, words))
+        waiting.clear()
+
+    def _learn(self, words: set[str]) -> None:
+        """Encode those of the words that are not known yet."""
+        if len(self._words) > _WORDS_KEPT:
+            self.forget()
+        unknown = words.difference(self._words)
+        short = [word for word in unknown if len(word) <= _LONG] if len(unknown) > _FEW else []
+        if short:
+            ids, lengths = self._merges.encode_words(short)
+            packed = ids.astype(self.dtype).tobytes()
+            ends = (np.cumsum(lengths) * self.dtype.itemsize).tolist()
+            for word, start, end in zip(short, [0, *ends], ends, strict=False):
+                self._words[word] = packed[start:end]
+        for word in unknown.difference(short):
+            self._words[word] = np.array(self._merges.encode_word(word), self.dtype).tobytes()
+
+    def forget(self) -> None:
+        """Drop the encoded words that are remembered, and their memory."""
+        self._words.clear()
+
+    def encode_iterable(self, texts: Iterable[str], allowed_special: Collection[str] = ()) -> Iterator[int]:
+        """The ids of texts one after the other, such as the lines of a file; each stands for itself."""
+        for text in texts:
+            yield from self.encode(text, allowed_special).tolist()
+
+    def decode_bytes(self, ids: Integer[Array, "N"] | Iterable[int]) -> bytes:
+        """The bytes of the tokens, one after the other. Raises TokenizerError for an id that no token has."""
+        ids = np.asarray(ids if isinstance(ids, Array) else list(ids))
+        if not ids.size:
+            return b""
+        for id in (int(ids.min()), int(ids.max())):
+            if not 0 <= id < self.vocab_size:
+                raise TokenizerError(f"id {id} is no token; ids run from 0 to {self.vocab_size - 1}")
+        return b"".join(self._tokens[ids].tolist())
+
+    def decode(
+        self, ids: Integer[Array, "N"] | Iterable[int], errors: Literal["replace", "strict"] = "replace"
+    ) -> str:
+        """The text of the tokens. Bytes that are no UTF-8 become U+FFFD; "strict" raises an error."""
+        return self.decode_bytes(ids).decode("utf-8", errors=errors)
+
+    def save(self, path: Path) -> None:
+        """Write tokenizer.json, in one piece."""
+        write_file(Path(path), to_json(self.vocabulary).encode("utf-8"))
+
+
+if __name__ == "__main__":
+    import gc
+
+    gc.disable()  # words and merges make no cycles, and looking for some would take a tenth of the time
+
+    from torch_impl.training.bpe_command import main
+
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,335 @@
+"""The command line of the tokenizer: python -m torch_impl.bpe train | encode | decode | inspect."""
+
+import io
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from ref_numpy.bpe_format import (
+    SPLITS,
+    TokenizerError,
+    Vocabulary,
+    from_gpt2_files,
+    from_json,
+    to_gpt2_files,
+    to_json,
+)
+from torch_impl.bpe import BPETokenizer, check_training, train_on_words
+from torch_impl.training.bpe_corpus import count_files, encode_files
+from torch_impl.training.files import InputError, write_file
+
+Files = tyro.conf.Positional[tuple[Path, ...]]
+_COLOURS = (41, 42, 44, 45, 46)  # backgrounds of a terminal
+_DECODED_AT_ONCE = 1 << 20  # ids
+
+
+@dataclass
+class Source:
+    """Where the tokenizer comes from: --tokenizer, or --vocab with --merges."""
+
+    tokenizer: Path | None = None
+    """A tokenizer.json."""
+    vocab: Path | None = None
+    """GPT-2's vocab.json ..."""
+    merges: Path | None = None
+    """... and merges.txt."""
+
+    def load(self) -> BPETokenizer:
+        pair = (self.vocab, self.merges)
+        if (self.tokenizer is None) == (pair == (None, None)) or (self.tokenizer is None and None in pair):
+            raise InputError("name one tokenizer: --tokenizer FILE, or --vocab FILE with --merges FILE")
+        named = self.tokenizer or f"{self.vocab} with {self.merges}"
+        try:
+            if self.tokenizer is not None:
+                return BPETokenizer(from_json(self.tokenizer.read_bytes()))
+            merges = self.merges.read_bytes().decode("utf-8")
+            return BPETokenizer(from_gpt2_files(self.vocab.read_bytes(), merges))
+        except (TokenizerError, UnicodeDecodeError) as error:
+            raise InputError(f"{named} cannot be read as a tokenizer: {error}") from None
+
+
+@dataclass
+class Train:
+    """Learn a vocabulary from text files."""
+
+    files: Files
+    """UTF-8 text; no token crosses from one file to the next."""
+    vocab_size: int = 10000
+    """Tokens in all: 256 bytes, merges, special tokens."""
+    special_tokens: tuple[str, ...] = ()
+    """Names that are one token each and never split; in the files they are borders between documents."""
+    out: Path = Path("tokenizer.json")
+    """File to write, in the format of Hugging Face's tokenizers."""
+    out_gpt2: Path | None = None
+    """Folder for vocab.json and merges.txt as well."""
+    split: str = "gpt2"
+    """How text is cut into pre-tokens: gpt2, gpt4, whitespace, or a regular expression."""
+    sample: float = 1.0
+    """Part of the text to learn from, spread evenly; above 0, at most 1."""
+    ties: Literal["smallest ids", "greatest bytes"] = "smallest ids"
+    """Which of equally frequent pairs is merged first."""
+    workers: int = 0
+    """Processes that split text; 0 means one per core."""
+    force: bool = False
+    """Replace files that exist."""
+
+    def run(self) -> None:
+        split = SPLITS.get(self.split, self.split)
+        check_training(self.vocab_size, self.special_tokens, split)
+        if not 0 < self.sample <= 1:
+            raise InputError(f"--sample is {self.sample}, but must be above 0 and at most 1")
+        targets = [self.out]
+        if self.out_gpt2 is not None:
+            targets += [self.out_gpt2 / "vocab.json", self.out_gpt2 / "merges.txt"]
+        for target in targets:
+            if target.exists() and not self.force:
+                raise InputError(f"{target} exists already; choose another name, or replace it with --force")
+            if not target.parent.is_dir():
+                raise InputError(f"{target.parent} is no folder; make it first, or write elsewhere")
+        with _bytes_bar(self.files) as bar:
+            words = count_files(
+                list(self.files), self.special_tokens, split, _workers(self.workers), self.sample, bar.update
+            )
+        wanted = self.vocab_size - 256 - len(set(self.special_tokens))
+        with tqdm(total=wanted, unit=" merges", disable=None, file=sys.stderr) as bar:
+            vocabulary = train_on_words(
+                words, self.vocab_size, self.special_tokens, split, self.ties, bar.update
+            )
+        if len(vocabulary.tokens) < self.vocab_size:
+            raise InputError(
+                f"--vocab-size is {self.vocab_size}, but the text runs out of pairs after "
+                f"{len(vocabulary.merges)} merges; give it more text, or ask for {len(vocabulary.tokens)}"
+            )
+        write_file(self.out, to_json(vocabulary).encode("utf-8"))
+        if self.out_gpt2 is not None:
+            for target, content in zip(targets[1:], to_gpt2_files(vocabulary), strict=True):
+                write_file(target, content.encode("utf-8"))
+        print(f"{self.out}: {len(vocabulary.tokens)} tokens, {len(vocabulary.merges)} merges")
+
+
+@dataclass
+class Encode:
+    """Turn text files into ids."""
+
+    files: Files
+    """UTF-8 text."""
+    source: tyro.conf.OmitArgPrefixes[Source] = field(default_factory=Source)
+    count: bool = False
+    """Print only how many tokens there are."""
+    out: Path | None = None
+    """A .npy file for the ids, in the smallest unsigned dtype; without it they are printed."""
+    special_tokens: tuple[str, ...] = ()
+    """Special tokens that the text may contain; any other is read as ordinary text."""
+    workers: int = 0
+    """Processes; 0 means one per core."""
+    force: bool = False
+    """Replace a file that exists."""
+
+    def run(self) -> None:
+        tokenizer = self.source.load()
+        _refuse_existing(self.out, self.force)
+        n = 0
+        with _bytes_bar(self.files) as bar, _id_writer(self.out, tokenizer.dtype) as write:
+            for ids in encode_files(
+                tokenizer, list(self.files), self.special_tokens, _workers(self.workers), bar.update
+            ):
+                n += ids.size
+                if self.out is not None:
+                    write(ids)
+                elif not self.count:
+                    print(" ".join(map(str, ids.tolist())))
+        if self.count:
+            print(n)
+
+
+@dataclass
+class Decode:
+    """Turn ids into text."""
+
+    ids: tyro.conf.Positional[Path]
+    """A .npy file of ids, or a text file with numbers."""
+    source: tyro.conf.OmitArgPrefixes[Source] = field(default_factory=Source)
+    out: Path | None = None
+    """File for the text; without it the text is printed."""
+    strict: bool = False
+    """Refuse ids whose bytes are not UTF-8; otherwise the bytes are written as they are."""
+    force: bool = False
+    """Replace a file that exists."""
+
+    def run(self) -> None:
+        tokenizer = self.source.load()
+        _refuse_existing(self.out, self.force)
+        try:
+            if self.ids.suffix == ".npy":
+                ids = np.load(self.ids, mmap_mode="r", allow_pickle=False)
+            else:
+                ids = np.array(self.ids.read_text(encoding="utf-8").split(), np.int64)
+        except (ValueError, OverflowError) as error:
+            raise InputError(f"{self.ids} holds no ids: {error}") from None
+        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+            raise InputError(
+                f"{self.ids} holds {ids.dtype} of shape {ids.shape}, but ids are one row of integers"
+            )
+        text = b"".join(
+            tokenizer.decode_bytes(np.asarray(ids[start : start + _DECODED_AT_ONCE]))
+            for start in range(0, ids.size, _DECODED_AT_ONCE)
+        )
+        if self.strict:
+            try:
+                text.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise InputError(f"{self.ids} decodes to bytes that are not UTF-8: {error}") from None
+        if self.out is not None:
+            write_file(self.out, text)
+        else:
+            sys.stdout.buffer.write(text)
+
+
+@dataclass
+class Inspect:
+    """Show a tokenizer: its size and longest tokens, its compression of files, a text coloured by token."""
+
+    files: Files = ()
+    """UTF-8 text to measure the compression on."""
+    source: tyro.conf.OmitArgPrefixes[Source] = field(default_factory=Source)
+    text: str = ""
+    """Text to show coloured by token; where colours are off, with a bar after each token."""
+    longest: int = 10
+    """How many of the longest tokens to show."""
+
+    def run(self) -> None:
+        tokenizer = self.source.load()
+        vocabulary = tokenizer.vocabulary
+        specials = ", ".join(vocabulary.special_tokens) or "none"
+        print(f"{tokenizer.vocab_size} tokens, {len(vocabulary.merges)} merges, special tokens: {specials}")
+        print(f"split: {_name_of(vocabulary)}")
+        print("longest tokens:")
+        for id, token in sorted(enumerate(vocabulary.tokens), key=lambda item: -len(item[1]))[: self.longest]:
+            print(f"  {id:>8}  {token.decode('utf-8', errors='replace')!r}")
+        for path in self.files:
+            n = sum(ids.size for ids in encode_files(tokenizer, [path], (), _workers(0)))
+            size = path.stat().st_size
+            print(f"{path}: {size} bytes, {n} tokens, {size / max(n, 1):.3f} bytes per token")
+        if self.text:
+            print(coloured(tokenizer, self.text, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
+
+
+def coloured(tokenizer: BPETokenizer, text: str, colour: bool) -> str:
+    """The text with each token on a background of its own, or with a bar after each."""
+    parts = [
+        tokenizer.decode([id])
+        if "\ufffd" not in tokenizer.decode([id])
+        else str(tokenizer.decode_bytes([id]))
+        for id in tokenizer.encode(text).tolist()
+    ]
+    if not colour:
+        return "".join(part + "|" for part in parts)
+    shades = (_COLOURS[i % len(_COLOURS)] for i in range(len(parts)))
+    return "".join(f"\x1b[{shade};97m{part}\x1b[0m" for shade, part in zip(shades, parts, strict=True))
+
+
+def _name_of(vocabulary: Vocabulary) -> str:
+    return next(
+        (name for name, pattern in SPLITS.items() if pattern == vocabulary.split), str(vocabulary.split)
+    )
+
+
+def _workers(asked: int) -> int:
+    if asked < 0:
+        raise InputError(f"--workers is {asked}, but must be 0 (one per core) or more")
+    return asked or os.cpu_count() or 1
+
+
+def _refuse_existing(path: Path | None, force: bool) -> None:
+    if path is not None and path.exists() and not force:
+        raise InputError(f"{path} exists already; choose another name, or replace it with --force")
+
+
+def _bytes_bar(paths: tuple[Path, ...]) -> tqdm:
+    if not paths:
+        raise InputError("no text is given; name one file or more")
+    for path in paths:
+        if path.is_dir():
+            raise InputError(f"{path} is a folder; name the text files in it")
+    total = sum(path.stat().st_size for path in paths)
+    return tqdm(total=total, unit="B", unit_scale=True, disable=None, file=sys.stderr)
+
+
+@contextmanager
+def _npy_rows(path: Path, dtype: np.dtype) -> Iterator:
+    """Writes arrays one after the other into one .npy file, renamed into place when it is whole."""
+    temporary = path.with_name(path.name + ".new")
+    n = 0
+
+    def header() -> None:
+        described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (n,)}
+        np.lib.format.write_array_header_1_0(file, described)  # leaves room for the number to grow
+
+    def write(ids: np.ndarray) -> None:
+        nonlocal n
+        file.write(ids.tobytes())
+        n += ids.size
+
+    try:
+        with temporary.open("wb") as file:
+            header()
+            yield write
+            file.seek(0)
+            header()
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _id_writer(path: Path | None, dtype: np.dtype):
+    return nullcontext() if path is None else _npy_rows(path, dtype)
+
+
+Command = (
+    Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Encode, tyro.conf.subcommand("encode")]
+    | Annotated[Decode, tyro.conf.subcommand("decode")]
+    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+)
+
+
+def _parse(arguments: list[str]) -> Train | Encode | Decode | Inspect:
+    """Exits after --help; raises InputError with the first line of tyro's box on a mistake."""
+    box = io.StringIO()
+    try:
+        with redirect_stderr(box):
+            return tyro.cli(Command, prog="python -m torch_impl.bpe", args=arguments)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        lines = re.sub(r"\x1b\[[0-9;]*m", "", box.getvalue()).splitlines()
+        first = next(line for line in lines[1:] if any(map(str.isalpha, line)))
+        raise InputError(f"{first.strip('│| .')}; see --help") from None
+
+
+def main(arguments: list[str]) -> int:
+    """Carry out a command line; 2 and one line on stderr where that cannot be done."""
+    try:
+        _parse(arguments).run()
+    except (TokenizerError, InputError) as error:
+        message, code = str(error), 2
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        message, code = f"{error.filename}: {error.strerror}" if error.filename else str(error), 1
+    except KeyboardInterrupt:
+        message, code = "interrupted; nothing was written", 130
+    else:
+        return 0
+    print(f"error: {message}", file=sys.stderr)
+    return code

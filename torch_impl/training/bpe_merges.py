@@ -1,0 +1,296 @@
+"""Learning merges and applying them, over arrays: all words lie in one row of ids, with borders between.
+
+A row is a doubly linked list in arrays. A merge of (a, b) at position p writes the new token at p and takes
+the position of b out of the list, so a merge costs as much as the number of places it happens at, whatever
+the length of the text. Where a pair stands in many places, one merge is some twenty whole-array operations;
+where it stands in few, a loop over them is faster than NumPy's calls. Both give the same arrays.
+"""
+
+import heapq
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Int, Int64
+from numpy import ndarray as Array
+
+from ref_numpy.bpe_format import BYTE_ORDER
+
+_BORDER, _DEAD = -1, -2  # between words; merged into the token before
+_MANY = 64  # places from which whole arrays are faster than a loop; measured
+_NO_RANK = 2**31 - 1
+_LOW = 2**32 - 1
+
+
+def _row(words: Iterable[str], id_of_byte: Int64[Array, "256"]) -> Int[Array, "N"]:
+    """Ids of the words' bytes, with borders around each: the byte 0xFF, which UTF-8 never holds."""
+    raw = np.frombuffer(b"\xff".join([b"", *map(str.encode, words), b""]), np.uint8)
+    ids = id_of_byte.astype(np.int32)
+    ids[0xFF] = _BORDER
+    return ids[raw]
+
+
+def _links(row: Int[Array, "N"]) -> tuple[Int[Array, "N"], Int[Array, "N"]]:
+    """Position of the token before and of the token after each position."""
+    place = np.arange(-1, row.size + 1, dtype=np.int32 if row.size < 2**31 - 1 else np.int64)
+    return place[:-2].copy(), place[2:].copy()
+
+
+class _Corpus:
+    """The words of a corpus while their merges are learned: where each pair stands, and how often."""
+
+    def __init__(self, words: Mapping[str, int], id_of_byte: Int64[Array, "256"]):
+        self.token = _row(words, id_of_byte)
+        self.previous, self.next = _links(self.token)
+        counts = np.fromiter(words.values(), np.int64, len(words))
+        word = np.cumsum(self.token == _BORDER)
+        self.weight = np.concatenate([[0], counts, [0]])[word]
+        # The same memory once more, for loops: reading one number from a memoryview is far faster.
+        self.views = tuple(map(memoryview, (self.token, self.previous, self.next, self.weight)))
+        self.count: dict[int, int] = defaultdict(int)  # by pair: left id * 2^32 + right id
+        self.where: dict[int, list[int] | Array] = {}  # left positions, some perhaps stale
+        places = np.flatnonzero((self.token[:-1] >= 0) & (self.token[1:] >= 0))
+        self._add(_pair(self.token[places], self.token[places + 1]), self.weight[places], places)
+
+    def _add(
+        self, pairs: Int64[Array, "N"], weights: Int64[Array, "N"], places: Int[Array, "N"]
+    ) -> list[int]:
+        """Count new pairs and note their places; returns the pairs, each once."""
+        if not pairs.size:
+            return []
+        order = np.argsort(pairs, kind="stable")
+        pairs, places = pairs[order], places[order]
+        starts = np.flatnonzero(np.concatenate([[True], pairs[1:] != pairs[:-1]]))
+        distinct = pairs[starts].tolist()
+        ends = [*starts[1:].tolist(), pairs.size]
+        sums = np.add.reduceat(weights[order], starts).tolist()
+        for pair, start, end, total in zip(distinct, starts.tolist(), ends, sums, strict=True):
+            self.count[pair] += total
+            known = self.where.get(pair)
+            here = places[start:end]
+            self.where[pair] = here if known is None else np.concatenate([known, here])
+        return distinct
+
+    def merge(self, a: int, b: int, new: int) -> list[int]:
+        """Replace each neighbouring (a, b) by `new`, left to right; returns the pairs that came to be."""
+        pair = a << 32 | b
+        places = self.where.pop(pair)
+        if len(places) > _MANY:
+            changed = self._merge_arrays(a, b, new, np.asarray(places))
+        else:
+            one_by_one = places.tolist() if isinstance(places, Array) else places
+            changed = self._merge_loop(a, b, new, sorted(one_by_one) if a == b else one_by_one)
+        self.count[pair] = 0
+        return changed
+
+    def _merge_loop(self, a: int, b: int, new: int, places: list[int]) -> list[int]:
+        token, previous, next, weight = self.views
+        count, made = self.count, defaultdict(list)
+        for p in places:
+            if token[p] != a or token[q := next[p]] != b:
+                continue  # stale: another merge has taken one of the two
+            w, left, right = weight[p], previous[p], next[q]
+            token[p], token[q] = new, _DEAD
+            next[p], previous[right] = right, p
+            if (x := token[left]) >= 0:
+                count[x << 32 | a] -= w
+                pair = x << 32 | new
+                count[pair] += w
+                made[pair].append(left)
+            if (y := token[right]) >= 0:
+                count[b << 32 | y] -= w
+                pair = new << 32 | y
+                count[pair] += w
+                made[pair].append(p)
+        for pair, here in made.items():
+            known = self.where.get(pair)
+            self.where[pair] = here if known is None else [*known, *here]
+        return list(made)
+
+    def _merge_arrays(self, a: int, b: int, new: int, places: Int[Array, "_"]) -> list[int]:
+        token, previous, next = self.token, self.previous, self.next
+        p = np.unique(places)
+        p = p[(token[p] == a) & (token[next[p]] == b)]
+        q = next[p]
+        if a == b:  # of overlapping places, a a a a, every second one of a run is merged
+            run_starts = np.concatenate([[True], p[1:] != q[:-1]])
+            index = np.arange(p.size)
+            in_run = index - np.maximum.accumulate(np.where(run_starts, index, 0))
+            p, q = p[in_run % 2 == 0], q[in_run % 2 == 0]
+        right = next[q]
+        token[p], token[q] = new, _DEAD
+        next[p], previous[right] = right, p
+        left = previous[p]
+        follows = np.zeros(p.size + 1, bool)  # whether a place begins where the one before it ended
+        follows[1:-1] = right[:-1] == p[1:]
+        x, y, w = token[left].astype(np.int64), token[right].astype(np.int64), self.weight[p]
+        has_left, has_right = x >= 0, (y >= 0) & ~follows[1:]
+        was_left = np.where(follows[:-1], b, x)  # its token before this merge
+        self._subtract(
+            np.concatenate([_pair(was_left, a)[has_left], _pair(b, y)[has_right]]),
+            np.concatenate([w[has_left], w[has_right]]),
+        )
+        return self._add(
+            np.concatenate([_pair(x, new)[has_left], _pair(new, y)[has_right]]),
+            np.concatenate([w[has_left], w[has_right]]),
+            np.concatenate([left[has_left], p[has_right]]),
+        )
+
+    def _subtract(self, pairs: Int64[Array, "N"], weights: Int64[Array, "N"]) -> None:
+        distinct, index = np.unique(pairs, return_inverse=True)
+        sums = np.zeros(distinct.size, np.int64)
+        np.add.at(sums, index, weights)
+        for pair, total in zip(distinct.tolist(), sums.tolist(), strict=True):
+            self.count[pair] -= total
+
+
+def _pair(left: Int[Array, "N"] | int, right: Int[Array, "N"] | int) -> Int64[Array, "N"]:
+    """Two ids as one number, which sorts by the left id and then by the right one."""
+    return np.asarray(left, np.int64) << 32 | np.asarray(right, np.int64)
+
+
+def _last_first(token: bytes) -> list[int]:
+    """Sorts bytes from the end of the dictionary, a token before its own beginnings."""
+    return [-byte for byte in token] + [1]
+
+
+class _Queue:
+    """Entries by falling count, and among equal counts in rising order.
+
+    A heap for each count: most pairs share a few small counts, and heaps of plain numbers are fast.
+    """
+
+    def __init__(self):
+        self.heaps: dict[int, list] = {}
+        self.counts: list[int] = []  # a heap too, of the negative counts
+
+    def put(self, count: int, entry: int | tuple) -> None:
+        heap = self.heaps.get(count)
+        if heap is None:
+            self.heaps[count] = [entry]
+            heapq.heappush(self.counts, -count)
+        else:
+            heapq.heappush(heap, entry)
+
+    def take(self) -> tuple[int, int | tuple] | None:
+        """The first entry and its count; None where there is none left."""
+        while self.counts:
+            count = -self.counts[0]
+            if heap := self.heaps[count]:
+                return count, heapq.heappop(heap)
+            heapq.heappop(self.counts)
+            del self.heaps[count]
+        return None
+
+
+def learn_merges(
+    words: Mapping[str, int], ties: Literal["smallest ids", "greatest bytes"] = "smallest ids"
+) -> Iterator[tuple[bytes, bytes]]:
+    """Yields merges, the most frequent pair first, until no pair is left; `words` are counted pre-tokens.
+
+    The time grows with the distinct words and the merges, not with the counts. Ties as in ref_numpy.bpe.
+    """
+    tokens = [bytes([byte]) for byte in BYTE_ORDER]
+    id_of = {token: id for id, token in enumerate(tokens)}
+    corpus = _Corpus(words, np.argsort(np.frombuffer(BYTE_ORDER, np.uint8)))
+    count = corpus.count
+    by_ids = ties == "smallest ids"
+    queue = _Queue()
+
+    def put(pair: int) -> None:
+        if count[pair]:
+            left, right = tokens[pair >> 32], tokens[pair & _LOW]
+            queue.put(count[pair], pair if by_ids else (_last_first(left), _last_first(right), pair))
+
+    for pair in count:
+        put(pair)
+    while (front := queue.take()) is not None:
+        expected, entry = front
+        pair = entry if by_ids else entry[-1]
+        if count[pair] != expected:  # it has changed since; counts of old pairs only fall
+            put(pair)
+            continue
+        a, b = pair >> 32, pair & _LOW
+        yield tokens[a], tokens[b]
+        token = tokens[a] + tokens[b]
+        new = id_of.setdefault(token, len(tokens))
+        if new == len(tokens):
+            tokens.append(token)
+        for made in corpus.merge(a, b, new):
+            put(made)
+
+
+class MergeTable:
+    """Rank and result of each pair of ids."""
+
+    def __init__(self, pairs: list[tuple[int, int]], results: list[int], id_of_byte: Int64[Array, "256"]):
+        self.rank = {}
+        for rank, (a, b) in enumerate(pairs):
+            self.rank.setdefault(a << 32 | b, rank)
+        self.results = results
+        self.id_of_byte = id_of_byte
+        keys = np.fromiter(self.rank.keys(), np.int64, len(self.rank))
+        order = np.argsort(keys)
+        self._keys = np.append(keys[order], -1)  # the last one is never found
+        self._ranks = np.fromiter(self.rank.values(), np.int64, len(self.rank))[order]
+        self._results = np.array(results, np.int32)
+
+    def _ranks_of(self, left: Int[Array, "N"], right: Int[Array, "N"]) -> Int64[Array, "N"]:
+        pairs = _pair(left, right)
+        place = np.searchsorted(self._keys[:-1], pairs)
+        found = np.flatnonzero(self._keys[place] == pairs)
+        ranks = np.full(pairs.size, _NO_RANK)
+        ranks[found] = self._ranks[place[found]]
+        return ranks
+
+    def encode_words(self, words: list[str]) -> tuple[Int[Array, "N"], Int[Array, "W"]]:
+        """All ids, and how many of them each word has. A round makes one merge in each word with one left."""
+        token = _row(words, self.id_of_byte)
+        previous, next = _links(token)
+        border = token == _BORDER
+        rank = np.append(self._ranks_of(token[:-1], token[1:]), _NO_RANK)
+        live = np.flatnonzero(~border)  # positions in words that may have a merge left
+        word = np.cumsum(border)[live]
+        while live.size:
+            starts = np.flatnonzero(np.concatenate([[True], word[1:] != word[:-1]]))
+            best = np.minimum.reduceat(rank[live] << 32 | live, starts)  # lowest rank, then leftmost
+            merges = best < _NO_RANK << 32
+            p = best[merges] & _LOW
+            q = next[p]
+            token[p], token[q] = self._results[best[merges] >> 32], _DEAD
+            next[p] = right = next[q]
+            previous[right] = p
+            left = previous[p]
+            rank[np.concatenate([left, p])] = self._ranks_of(
+                np.concatenate([token[left], token[p]]), np.concatenate([token[p], token[right]])
+            )
+            stays = np.repeat(merges, np.diff(starts, append=live.size)) & (token[live] != _DEAD)
+            live, word = live[stays], word[stays]
+        token = token[token != _DEAD]
+        ends = np.flatnonzero(token == _BORDER)
+        return np.delete(token, ends), np.diff(ends) - 1
+
+    def encode_word(self, word: str) -> list[int]:
+        """The ids of one word, in n log n steps for n bytes: the pairs wait in a heap, by rank and place."""
+        token = self.id_of_byte[np.frombuffer(word.encode("utf-8"), np.uint8)].tolist()
+        n = len(token)
+        token.append(_BORDER)
+        previous, next = list(range(-1, n)), list(range(1, n + 2))
+        rank_of = self.rank.get
+        queue = [(rank, p) for p in range(n) if (rank := rank_of(token[p] << 32 | token[p + 1])) is not None]
+        heapq.heapify(queue)
+        while queue:
+            rank, p = heapq.heappop(queue)
+            if token[p] < 0 or rank_of(token[p] << 32 | token[next[p]]) != rank:
+                continue  # stale: one of the two has been merged since
+            q, new = next[p], self.results[rank]
+            token[p], token[q] = new, _DEAD
+            next[p] = right = next[q]
+            previous[right] = p
+            if (after := rank_of(new << 32 | token[right])) is not None:
+                heapq.heappush(queue, (after, p))
+            left = previous[p]
+            if left >= 0 and (before := rank_of(token[left] << 32 | new)) is not None:
+                heapq.heappush(queue, (before, left))
+        return [id for id in token if id >= 0]
