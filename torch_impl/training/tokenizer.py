@@ -166,8 +166,8 @@ class WordTokenizer(_WordLevel):
 
 def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer that a tokenizer.json describes. Raises InputError for a damaged or foreign file."""
-    content = Path(path).read_bytes()
     try:
+        content = Path(path).read_bytes()
         described = json.loads(content)
         model = described["model"]
         if model["type"] == "WordLevel":
@@ -175,6 +175,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
                 if described["pre_tokenizer"] == kind.split:
                     return kind(sorted(model["vocab"], key=model["vocab"].__getitem__))
         vocabulary = from_json(content)
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing") from None
     except TokenizerError as error:
         raise InputError(f"{path} cannot be read as a tokenizer: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
