@@ -109,9 +109,9 @@ class Backend:
         import torch
 
         def place(array: Any) -> Any:
-            if not isinstance(array, np.ndarray):
+            if not isinstance(array, np.ndarray | np.floating):
                 return array
-            tensor = torch.from_numpy(np.ascontiguousarray(array)).to(device)
+            tensor = torch.as_tensor(np.array(array), device=device)
             return tensor.to(getattr(torch, dtype)).requires_grad_() if is_floating(array) else tensor
 
         def back(tensor: Any) -> np.ndarray:

@@ -1,7 +1,12 @@
 """Options and profiles of the suite. torch is imported by the tests that need it, not here."""
 
+import os
+
 import pytest
 from hypothesis import HealthCheck, Verbosity, settings
+
+# The cases are small: threads would only wait for each other. torch reads this when it is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 DEFAULT_BACKEND = "parity_tests.backends.fast"
 
@@ -12,7 +17,7 @@ _shared = {
 }
 settings.register_profile("quick", max_examples=8, **_shared)
 settings.register_profile("normal", max_examples=30, **_shared)
-settings.register_profile("thorough", max_examples=2000, verbosity=Verbosity.normal, **_shared)
+settings.register_profile("thorough", max_examples=1000, verbosity=Verbosity.normal, **_shared)
 settings.load_profile("normal")
 
 
@@ -51,9 +56,9 @@ def agree(target):
     """agree(component, **arguments): values and gradients are the reference's, and as well rounded."""
     from parity_tests import parity
 
-    def check(component: str, seed: int = 0, **arguments) -> None:
+    def check(component: str, seed: int = 0, kinked: bool = False, **arguments) -> None:
         if not target.backend.offers(component):
             pytest.skip(f"{component} is not offered by {target.backend.module.__name__}")
-        parity.require_parity(target, component, arguments, seed)
+        parity.require_parity(target, component, arguments, seed, kinked)
 
     return check

@@ -30,21 +30,36 @@ def rounded(arguments: Mapping[str, Any], precision: str) -> dict[str, Any]:
     import torch
 
     dtype = getattr(torch, PRECISIONS[precision].torch_dtype)
-    return map_floats(lambda a: torch.from_numpy(a).to(dtype).to(torch.float64).numpy(), arguments)
+    return map_floats(lambda a: torch.as_tensor(a).to(dtype).to(torch.float64).numpy(), arguments)
 
 
-def _moved(
-    component: str, arguments: Mapping[str, Any], cotangent: np.ndarray, u: float, want: Result
-) -> dict:
-    """How far each result moves when every input moves by +-u of itself; the worst of two random tries."""
+def _uncertainty(
+    target: Target, component: str, arguments: Mapping[str, Any], cotangent: np.ndarray, precision: str
+) -> dict[str, float]:
+    """What each result of a case may honestly be off by: the largest error of the plain implementation, and
+    the largest change of the exact result, over the case and two neighbours.
+
+    A neighbour has every input moved by one or two units in the last place, up or down. In a case of a few
+    numbers the plain implementation may be exact by luck, but hardly in those around it too. And who rounds
+    once more on the way, anywhere, gets the exact result of a neighbour at best.
+    """
+    p = PRECISIONS[precision]
     random = np.random.default_rng(0)
-    worst = dict.fromkeys(want.named(), 0.0)
-    for _ in range(2):
-        nudged = map_floats(lambda a: a * (1 + u * random.choice([-1.0, 1.0], a.shape)), arguments)
-        nudged_cotangent = cotangent * (1 + u * random.choice([-1.0, 1.0], cotangent.shape))
-        for name, value in run_reference(component, nudged, nudged_cotangent).named().items():
-            worst[name] = max(worst[name], np.abs(value - want.named()[name]).max(initial=0.0))
-    return worst
+    exact = run_reference(component, arguments, cotangent).named()
+    error, change = dict.fromkeys(exact, 0.0), dict.fromkeys(exact, 0.0)
+    for size in (0.0, 2 * p.u, 2 * p.u):
+        moved = map_floats(
+            lambda a, size=size: a * (1 + size * random.choice([-1.0, 1.0], a.shape)),
+            {"dy": cotangent, **arguments},
+        )
+        moved = rounded(moved, precision)
+        dy = moved.pop("dy")
+        want = run_reference(component, moved, dy)
+        got = target.plain.run(component, moved, dy, p.torch_dtype, target.device)
+        for name, value in want.named().items():
+            error[name] = max(error[name], np.abs(got.named()[name] - value).max(initial=0.0))
+            change[name] = max(change[name], np.abs(value - exact[name]).max(initial=0.0))
+    return {name: error[name] + change[name] for name in exact}
 
 
 def _scale(arguments: Mapping[str, Any], cotangent: np.ndarray, want: Result) -> float:
@@ -89,21 +104,27 @@ def require_well_rounded(
     arguments, cotangent = rounded(arguments, precision), rounded({"dy": cotangent}, precision)["dy"]
     want = run_reference(component, arguments, cotangent)
     got = target.backend.run(component, arguments, cotangent, p.torch_dtype, target.device)
-    plain = target.plain.run(component, arguments, cotangent, p.torch_dtype, target.device)
-    moved = _moved(component, arguments, cotangent, p.u, want)
+    uncertainty = _uncertainty(target, component, arguments, cotangent, precision)
     scale = _scale(arguments, cotangent, want)
-    bounds = {}
-    for name, value in want.named().items():
-        plain_error = np.abs(plain.named()[name] - value).max(initial=0.0)
-        bounds[name] = tolerances.rounding(value, plain_error, moved[name], scale, p, name != "y")
+    bounds = {
+        name: tolerances.rounding(value, uncertainty[name], scale, p, is_gradient=name != "y")
+        for name, value in want.named().items()
+    }
     _require(component, f"well rounded ({precision} on {target.device})", got, want, bounds)
 
 
-def require_parity(target: Target, component: str, arguments: Mapping[str, Any], seed: int = 0) -> None:
-    """Both questions for one case, with a random cotangent: a cotangent of ones hides whole terms."""
+def require_parity(
+    target: Target, component: str, arguments: Mapping[str, Any], seed: int, kinked: bool
+) -> None:
+    """Both questions for one case, with a random cotangent: a cotangent of ones hides whole terms.
+
+    Where a kink lies behind rounded values (a ReLU after a matrix product) the gradient jumps when a value
+    near the kink is rounded to its other side. No bound tells such luck from a bug, so a kinked case is asked
+    the first question only.
+    """
     forward, _ = reference(component)
     y, _ = forward(*arguments.values())
     cotangent = np.asarray(np.random.default_rng(seed).standard_normal(np.shape(y)))
     require_same_mathematics(target, component, arguments, cotangent)
-    for precision in target.precisions:
+    for precision in () if kinked else target.precisions:
         require_well_rounded(target, component, arguments, cotangent, precision)

@@ -8,9 +8,9 @@
 2. Is it rounded as well as it could be? In float32, TF32, bfloat16 or float16, on any device, the oracle is
    the float64 reference on the same rounded inputs.
    * A contraction is held to the bound of its own condition (`contraction`).
-   * Anything else may err twice as much (a gradient: three times) as two honest measures of the case say
-     (`rounding`): what a plain implementation in the same precision errs, and how far the exact result
-     moves when every input moves by one rounding.
+   * Anything else may err twice as much (a gradient: three times) as two measures of the same case say
+     (`rounding`): what a plain implementation errs in this precision, and what one rounding of the inputs
+     changes.
 """
 
 from typing import NamedTuple
@@ -57,17 +57,16 @@ def contraction(magnitude: np.ndarray, length: int, precision: Precision) -> np.
 
 
 def rounding(
-    want: np.ndarray, plain_error: float, moved: float, scale: float, precision: Precision, is_gradient: bool
+    want: np.ndarray, uncertainty: float, scale: float, precision: Precision, is_gradient: bool
 ) -> float:
-    """Largest error that a precision excuses: f (plain_error + moved) + 4 u max|want| + 16 * 2^-24 scale.
+    """Largest error that a precision excuses: f uncertainty + 4 u max|want| + 16 * 2^-24 scale.
 
-    plain_error: what a formula-by-formula implementation errs on this very case, in this precision.
-    moved:       how far the exact result moves when each input moves by its rounding u: no implementation
-                 that rounds its input once more, anywhere, can be asked to do better.
+    uncertainty: the error of a formula-by-formula implementation in this precision, and the change of the
+                 exact result when the inputs move by a rounding (parity.py measures both).
     f:           2; for a gradient 3, which is made of the rounded values of the forward pass besides.
-    4 u:         a result that is stored is rounded; small arrays may owe their plain_error of 0 to luck.
+    4 u:         a result that is stored is rounded, by each side at its own moment.
     scale:       float32 sums that cancel, as in `mathematics`.
     """
     factor = 3.0 if is_gradient else 2.0
     stored = 4 * precision.u * np.abs(want).max(initial=0.0)
-    return factor * (plain_error + moved) + stored + 16 * 2.0**-24 * scale
+    return factor * uncertainty + stored + 16 * 2.0**-24 * scale

@@ -53,7 +53,9 @@ def cross_entropy_forward(
     return loss, CrossEntropyCache(log_p, t, label_smoothing, count, logits.shape)
 
 
-def cross_entropy_backward(dloss: float, cache: CrossEntropyCache) -> Float[Array, "*places V"]:
+def cross_entropy_backward(
+    dloss: float | Float[Array, ""], cache: CrossEntropyCache
+) -> Float[Array, "*places V"]:
     """dlogits = dloss / count (p - q) at the places that count, 0 elsewhere.
 
     From -sum_v q_v log p_v = -sum_v q_v x_v + log sum_v exp(x_v), since q sums to 1:

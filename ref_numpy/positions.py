@@ -9,9 +9,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 from numpy import ndarray as Array
+from numpy.typing import DTypeLike
 
 
-def sinusoidal_positions(length: int, width: int, dtype: np.dtype) -> Float[Array, "T C"]:
+def sinusoidal_positions(length: int, width: int, dtype: DTypeLike) -> Float[Array, "T C"]:
     """PE(t, 2i) = sin(t / 10000^(2i/C)), PE(t, 2i+1) = cos(t / 10000^(2i/C)) (Vaswani et al. 2017, 3.5).
 
     Computed in float64, then rounded to dtype. Of an odd width the last feature is a sine without its cosine.

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Integer
 from numpy import ndarray as Array
+from numpy.typing import DTypeLike
 
 from ref_numpy.attention import causal_mask
 from ref_numpy.block import BlockCache, Params, block_backward, block_forward, norm_backward, norm_forward
@@ -67,7 +68,7 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def init_params(config: ModelConfig, seed: int, dtype: np.dtype = np.float32) -> Params:
+def init_params(config: ModelConfig, seed: int, dtype: DTypeLike = np.float32) -> Params:
     """GPT-2's initial weights (Radford et al. 2019, section 2.3), the same for both implementations.
 
     Matrices and embeddings ~ N(0, 0.02^2), but those that end a residual branch (attention.proj, ffn.down)

@@ -1,5 +1,7 @@
 """Absolute positions, to be added to the token embedding. The twin of ref_numpy/positions.py."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -40,8 +42,14 @@ class SinusoidalPositions(nn.Module):
 
     def __init__(self, context_length: int, width: int) -> None:
         super().__init__()
-        table = sinusoidal_positions(context_length, width, torch.float64)
-        self.register_buffer("table", table.to(torch.get_default_dtype()), persistent=False)
+        table = sinusoidal_positions(context_length, width, torch.get_default_dtype())
+        self.register_buffer("table", table, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SinusoidalPositions":
+        """A model moved to another precision computes its table anew: a rounded one would stay rounded."""
+        super()._apply(fn, recurse)
+        self.table = sinusoidal_positions(*self.table.shape, self.table.dtype, self.table.device)
+        return self
 
     def forward(self, length: int) -> Float[Tensor, "T C"]:
         return self.table[:length]

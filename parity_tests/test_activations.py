@@ -1,0 +1,51 @@
+"""Activations: parity, and values that tables give."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from parity_tests.strategies import arrays, seeds, sizes
+from ref_numpy import activations
+
+NAMES = ("relu", "gelu", "gelu_tanh", "silu")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@given(shape=sizes(2), data=st.data(), seed=seeds)
+def test_parity(agree, name, shape, data, seed):
+    agree(name, seed, x=data.draw(arrays(tuple(shape))))
+
+
+@pytest.mark.parametrize(
+    ("name", "at_one"),
+    [
+        ("relu", 1.0),
+        ("gelu", 0.8413447460685429),
+        ("gelu_tanh", 0.8411919906082768),
+        ("silu", 0.7310585786300049),
+    ],
+)
+def test_at_one(name, at_one):
+    """The normal distribution at 1, its approximation by Hendrycks and Gimpel, the logistic function at 1."""
+    y, _ = getattr(activations, f"{name}_forward")(np.array([1.0]))
+    assert y[0] == pytest.approx(at_one, abs=1e-15)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_far_from_zero_each_is_the_identity_or_nothing(agree, name):
+    x = np.array([-1e4, -60.0, 60.0, 1e4])
+    y, cache = getattr(activations, f"{name}_forward")(x)
+    np.testing.assert_allclose(y, [0, 0, 60, 1e4], atol=1e-20)
+    gradient = getattr(activations, f"{name}_backward")(np.ones(4), cache)
+    np.testing.assert_allclose(gradient, [0, 0, 1, 1], atol=1e-20)
+    agree(name, x=x)
+
+
+def test_relu_passes_no_gradient_at_zero(target):
+    """The convention of both sides: the derivative at the kink is 0."""
+    zeros = np.zeros(3)
+    assert activations.relu_backward(np.ones(3), zeros).tolist() == [0, 0, 0]
+    if target.backend.offers("relu"):
+        got = target.backend.run("relu", {"x": zeros}, np.ones(3), "float64", "cpu")
+        assert got.gradients["x"].tolist() == [0, 0, 0]

@@ -1,0 +1,146 @@
+"""Attention: parity under any mask, and the laws that a mask states."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from parity_tests.strategies import REGIMES, array, arrays, masks, seeds, sizes
+from ref_numpy.attention import (
+    attention_backward,
+    attention_forward,
+    causal_mask,
+    multi_head_attention_forward,
+)
+from torch_impl import attention as fast
+
+# Where q and k are both large, a rounding moves a score by more than 1, and which key wins is luck.
+SOFT = ("normal", "tiny", "ties", "constant_row", "one_hot")
+
+
+@st.composite
+def attention_cases(draw):
+    B, H, T, S, D = draw(sizes(5))
+    mask = draw(masks(T, S))
+    per_sequence = draw(st.sampled_from(["shared", "by_sequence", "by_head"]))
+    if per_sequence != "shared":  # masks broadcast to (B, H, T, S) from wherever they begin
+        leading = (B, 1) if per_sequence == "by_sequence" else (B, H)
+        flips = np.random.default_rng(draw(seeds)).random((*leading, T, S)) < 0.3
+        mask = mask ^ flips
+    q_regimes, k_regimes = draw(st.permutations([REGIMES, SOFT]))
+    return {
+        "q": draw(arrays((B, H, T, D), q_regimes)),
+        "k": draw(arrays((B, H, S, D), k_regimes)),
+        "v": draw(arrays((B, H, S, D))),
+        "mask": mask,
+    }
+
+
+@given(arguments=attention_cases(), seed=seeds)
+def test_parity(agree, arguments, seed):
+    agree("attention", seed, **arguments)
+
+
+@st.composite
+def multi_head_cases(draw):
+    B, T, n_head, head_width = draw(sizes(4))
+    C, bias = n_head * head_width, draw(st.booleans())
+    return {
+        "x": draw(arrays((B, T, C), SOFT)),
+        "qkv_weight": draw(arrays((3 * C, C), ("normal",))) / C**0.5,
+        "qkv_bias": draw(arrays((3 * C,), ("normal",))) if bias else None,
+        "proj_weight": draw(arrays((C, C), ("normal",))) / C**0.5,
+        "proj_bias": draw(arrays((C,), ("normal",))) if bias else None,
+        "n_head": n_head,
+        "mask": draw(masks(T, T)),
+    }
+
+
+@given(arguments=multi_head_cases(), seed=seeds)
+def test_parity_of_multi_head_attention(agree, arguments, seed):
+    agree("multi_head_attention", seed, **arguments)
+
+
+@given(length=st.integers(1, 40))
+def test_causal_masks_are_equal(length):
+    want = [[key <= query for key in range(length)] for query in range(length)]
+    assert causal_mask(length).tolist() == want
+    assert fast.causal_mask(length).tolist() == want
+
+
+@given(shape=sizes(4), seed=seeds)
+def test_the_causal_kernel_is_attention_under_the_causal_mask(target, shape, seed):
+    random = np.random.default_rng(seed)
+    q, k, v, dy = (array(random, tuple(shape)) for _ in range(4))
+    want, cache = attention_forward(q, k, v, causal_mask(shape[2]))
+    leaves = [torch.from_numpy(value).requires_grad_() for value in (q, k, v)]
+    y = fast.causal_attention(*leaves)
+    gradients = torch.autograd.grad(y, leaves, torch.from_numpy(dy))
+    np.testing.assert_allclose(y.detach(), want, atol=1e-12)
+    for got, exact in zip(gradients, attention_backward(dy, cache), strict=True):
+        np.testing.assert_allclose(got, exact, atol=1e-11)
+
+
+def test_a_query_that_sees_nothing_gets_zero_and_passes_nothing_back(target):
+    """The middle query is blind: a zero vector, and no gradient, while its neighbours are served."""
+    random = np.random.default_rng(0)
+    arguments = {name: array(random, (1, 1, 3, 4)) for name in "qkv"}
+    mask = np.array([[True, False, True], [False, False, False], [True, True, True]])
+    dy = array(random, (1, 1, 3, 4))
+    y, cache = attention_forward(*arguments.values(), mask)
+    assert y[0, 0, 1].tolist() == [0, 0, 0, 0]
+    assert attention_backward(dy, cache)[0][0, 0, 1].tolist() == [0, 0, 0, 0]
+    if target.backend.offers("attention"):
+        got = target.backend.run("attention", arguments | {"mask": mask}, dy, "float64", "cpu")
+        assert got.y[0, 0, 1].tolist() == [0, 0, 0, 0]
+        assert got.gradients["q"][0, 0, 1].tolist() == [0, 0, 0, 0]
+
+
+@given(arguments=attention_cases(), data=st.data())
+def test_what_a_mask_hides_has_no_influence(arguments, data):
+    """Forbidden keys and values may be anything."""
+    q, k, v, mask = arguments.values()
+    hidden = ~np.broadcast_to(mask, (*q.shape[:-1], k.shape[-2])).any(axis=-2)[..., None]  # from every query
+    y, _ = attention_forward(q, k, v, mask)
+    other, _ = attention_forward(q, np.where(hidden, 77.0, k), np.where(hidden, -55.0, v), mask)
+    np.testing.assert_array_equal(y, other)
+
+
+@given(arguments=attention_cases(), seed=seeds)
+def test_keys_have_no_order(arguments, seed):
+    """Keys, values and mask permuted together: the same y, up to the order of the sum."""
+    q, k, v, mask = arguments.values()
+    order = np.random.default_rng(seed).permutation(k.shape[-2])
+    y, _ = attention_forward(q, k, v, mask)
+    permuted, _ = attention_forward(q, k[:, :, order], v[:, :, order], mask[..., order])
+    np.testing.assert_allclose(permuted, y, atol=1e-11 * max(1, np.abs(v).max()))
+
+
+def test_one_key_is_copied_and_equal_scores_are_averaged():
+    v = np.array([[[[1.0, 2.0], [3.0, 6.0]]]])
+    y, _ = attention_forward(np.ones((1, 1, 2, 2)), np.ones((1, 1, 2, 2)), v, causal_mask(2))
+    assert y[0, 0].tolist() == [[1, 2], [2, 4]]
+
+
+def test_scores_are_divided_by_the_root_of_the_head_width():
+    """q k = 8 over width 4: weights 1 : e^4."""
+    q, k = np.full((1, 1, 1, 4), 2.0), np.stack([np.zeros(4), np.ones(4)])[None, None]
+    v = np.array([0.0, 1.0])[None, None, :, None] * np.ones(4)
+    y, _ = attention_forward(q, k, v, np.ones((1, 2), bool))
+    assert y[0, 0, 0, 0] == pytest.approx(np.exp(4) / (1 + np.exp(4)), rel=1e-14)
+
+
+@given(seed=seeds, t=st.integers(0, 5))
+def test_heads_own_consecutive_features(seed, t):
+    """Head h is made from rows h D to (h + 1) D of q, of k and of v: without those of v it is silent."""
+    random = np.random.default_rng(seed)
+    x, qkv, C, head = array(random, (1, 6, 6)), array(random, (18, 6)), 6, t % 3
+    heads_apart = np.eye(C)
+    y, _ = multi_head_attention_forward(x, qkv, None, heads_apart, None, 3, causal_mask(6))
+    silenced = qkv.copy()
+    silenced[2 * C + 2 * head : 2 * C + 2 * head + 2] = 0  # the values of one head
+    other, _ = multi_head_attention_forward(x, silenced, None, heads_apart, None, 3, causal_mask(6))
+    own = slice(2 * head, 2 * head + 2)
+    assert np.abs(other[..., own]).max() == 0
+    np.testing.assert_array_equal(np.delete(other, own, axis=-1), np.delete(y, own, axis=-1))

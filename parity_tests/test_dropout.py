@@ -1,0 +1,58 @@
+"""Dropout: the same units on both sides, at the right rate, wherever a sequence is computed."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from parity_tests.strategies import arrays, dropout_keys, seeds, sizes
+from ref_numpy.dropout import DropoutKey, dropout_forward, keep_mask
+from torch_impl import dropout as fast
+
+rates = st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.9]) | st.floats(0, 0.99)
+
+
+@given(shape=sizes(3), data=st.data(), p=rates, key=st.none() | dropout_keys(), seed=seeds)
+def test_parity(agree, shape, data, p, key, seed):
+    agree("dropout", seed, x=data.draw(arrays(tuple(shape))), p=p, key=key)
+
+
+@given(shape=sizes(3), p=rates, key=dropout_keys())
+def test_masks_are_equal(target, shape, p, key):
+    got = fast.keep_mask(tuple(shape), p, key, target.device)
+    assert got.tolist() == keep_mask(tuple(shape), p, key).tolist()
+
+
+@given(shape=sizes(3, least=2), p=rates, key=dropout_keys(), data=st.data())
+def test_a_sequence_keeps_its_mask_in_any_batch(shape, p, key, data):
+    """So a batch may be cut into micro-batches, or dealt out to devices, anywhere."""
+    cut = data.draw(st.integers(1, shape[0] - 1))
+    whole = keep_mask(tuple(shape), p, key)
+    first = keep_mask((cut, *shape[1:]), p, key)
+    rest = keep_mask((shape[0] - cut, *shape[1:]), p, key._replace(first_row=key.first_row + cut))
+    assert np.concatenate([first, rest]).tolist() == whole.tolist()
+
+
+@given(p=rates, key=dropout_keys())
+def test_the_share_that_is_dropped_is_p_and_the_mean_stays(p, key):
+    """Within six standard deviations, and the half of 2^-16 by which p is rounded."""
+    n = 40_000
+    y, _ = dropout_forward(np.ones((4, n // 4)), p, key)
+    deviation = np.sqrt(p * (1 - p) / n)
+    assert abs((y == 0).mean() - p) <= 6 * deviation + 2.0**-17
+    assert abs(y.mean() - 1) <= (6 * deviation + 2.0**-17) / (1 - p)
+    kept = y[y != 0]
+    assert kept.size == 0 or np.ptp(kept) == 0
+
+
+@given(key=dropout_keys(), field=st.sampled_from(["seed", "step", "site", "first_row"]))
+def test_another_step_site_seed_or_row_drops_other_units(key, field):
+    other = key._replace(**{field: getattr(key, field) + 1 if field != "seed" else key.seed ^ 1})
+    shape = (1, 256)
+    assert keep_mask(shape, 0.5, key).tolist() != keep_mask(shape, 0.5, other).tolist()
+
+
+def test_without_a_key_nothing_is_dropped():
+    x = np.arange(6.0).reshape(2, 3)
+    y, _ = dropout_forward(x, 0.5, None)
+    assert y.tolist() == x.tolist()
+    assert (dropout_forward(np.ones((2, 99)), 0.5, DropoutKey(0, 0))[0] == 0).any()

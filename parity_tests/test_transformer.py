@@ -1,0 +1,88 @@
+"""The whole model: parity over the product of options, one initialiser, and no look into the future."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from parity_tests.strategies import dropout_keys, model_configs, model_params, seeds
+from ref_numpy.config import ModelConfig
+from ref_numpy.transformer import init_params, parameter_shapes, transformer_forward
+from torch_impl.transformer import Transformer, initialised
+
+
+@st.composite
+def cases(draw):
+    config = draw(model_configs())
+    B, T = draw(st.sampled_from([(1, 3), (2, 5), (3, 7), (2, 1)]))
+    return {
+        "params": model_params(config, draw(seeds)),
+        "ids": np.random.default_rng(draw(seeds)).integers(config.vocab_size, size=(B, T)),
+        "config": config,
+        "key": draw(st.none() | dropout_keys()),
+    }
+
+
+@given(arguments=cases(), seed=seeds)
+def test_parity(agree, arguments, seed):
+    agree("transformer", seed, kinked=arguments["config"].activation == "relu", **arguments)
+
+
+@given(config=model_configs())
+def test_parameters_have_one_list_of_names_and_shapes(config):
+    """In the same order too: the number of a parameter decides its initial values."""
+    model = Transformer(config)
+    assert [(name, tuple(p.shape)) for name, p in model.named_parameters()] == list(
+        parameter_shapes(config).items()
+    )
+    assert list(model.state_dict()) == list(parameter_shapes(config))
+
+
+@given(config=model_configs(), seed=st.integers(0, 2**64 - 1))
+def test_both_sides_begin_with_the_same_weights(config, seed):
+    want = init_params(config, seed)
+    got = initialised(config, seed).state_dict()
+    for name, value in want.items():
+        np.testing.assert_array_equal(got[name].numpy(), value)
+
+
+def test_initial_weights_are_those_of_gpt2():
+    """N(0, 0.02), residual projections smaller by sqrt(2 L), biases 0, norms 1; nothing alike by chance."""
+    config = ModelConfig(
+        vocab_size=300, context_length=100, n_layer=3, n_head=2, d_model=60, tied_embeddings=False
+    )
+    params = init_params(config, 7, np.float64)
+    for name, value in params.items():
+        if name.endswith("bias"):
+            assert (value == 0).all()
+        elif "norm" in name:
+            assert (value == 1).all()
+        else:
+            ends_branch = name.endswith(("attention.proj.weight", "ffn.down.weight"))
+            std = 0.02 / np.sqrt(6) if ends_branch else 0.02
+            assert value.std() == pytest.approx(std, rel=6 / np.sqrt(2 * value.size))
+            assert abs(value.mean()) < 6 * std / np.sqrt(value.size)
+    firsts = [float(value.flat[0]) for name, value in params.items() if value.std() > 0]
+    assert len(set(firsts)) == len(firsts)
+
+
+@given(arguments=cases(), place=st.integers(0, 6))
+def test_the_future_leaves_the_past_alone(arguments, place):
+    ids, config = arguments["ids"], arguments["config"]
+    place = min(place, ids.shape[1] - 1)
+    changed = ids.copy()
+    changed[:, place] = (changed[:, place] + 1) % config.vocab_size
+    y, _ = transformer_forward(*arguments.values())
+    other, _ = transformer_forward(*(arguments | {"ids": changed}).values())
+    np.testing.assert_allclose(other[:, :place], y[:, :place], rtol=0, atol=1e-10)
+    assert np.abs(other - y).max() > 1e-9
+
+
+def test_a_sequence_beyond_the_context_is_refused_on_both_sides():
+    config = ModelConfig(vocab_size=5, context_length=3, n_layer=1, n_head=1, d_model=4)
+    message = "a sequence of 4 is longer than the context length of 3"
+    with pytest.raises(ValueError, match=message):
+        transformer_forward(init_params(config, 0), np.zeros((1, 4), int), config)
+    with pytest.raises(ValueError, match=message):
+        initialised(config, 0)(torch.zeros(1, 4, dtype=torch.long))
