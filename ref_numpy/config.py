@@ -72,7 +72,7 @@ class ModelConfig:
             f"d_model {self.d_model} does not divide into n_head {self.n_head} heads; "
             f"try d_model {-(-self.d_model // self.n_head) * self.n_head}",
         )
-        _require(0 <= self.dropout < 1, f"dropout is {self.dropout}, but must lie in [0, 1)")
+        _require(0 <= self.dropout <= 0.99, f"dropout is {self.dropout}, but must lie in [0, 0.99]")
         _require(self.norm_epsilon > 0, f"norm_epsilon is {self.norm_epsilon}, but must be above 0")
 
     @property
