@@ -121,7 +121,7 @@ def evaluate(
     T, predicted = model.config.context_length, tokens.numel() - 1
     if predicted < 1:
         raise ValueError(f"a text of {tokens.numel()} tokens has nothing to predict; it needs 2")
-    starts = torch.arange(0, predicted - T + 1, T, device=tokens.device)  # of the whole windows
+    starts = torch.arange(0, max(predicted - T + 1, 0), T, device=tokens.device)  # of whole windows
     if max_tokens is not None and starts.numel() * T > max_tokens:
         wanted = max(max_tokens // T, 1)
         starts = starts[torch.arange(wanted, device=starts.device) * starts.numel() // wanted]
@@ -129,7 +129,7 @@ def evaluate(
     else:
         rest = predicted % T
     offsets = torch.arange(T + 1, device=tokens.device)
-    windows = [tokens[group[:, None] + offsets] for group in starts.split(batch_size)]
+    windows = [tokens[group[:, None] + offsets] for group in starts.split(batch_size) if len(group)]
     if rest:
         windows.append(tokens[-rest - 1 :][None])
 

@@ -1,0 +1,192 @@
+"""Training: the trajectory of both sides from one seed, and the laws of a step."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from parity_tests.strategies import model_configs, model_params, seeds
+from ref_numpy.config import ModelConfig, TrainConfig
+from ref_numpy.data import sample_batch
+from ref_numpy.loss import IGNORE, cross_entropy_forward
+from ref_numpy.optim import zero_moments
+from ref_numpy.train import loss_and_gradients, train, train_step
+from ref_numpy.transformer import init_params, transformer_forward
+from torch_impl import data as fast_data
+from torch_impl import train as fast
+from torch_impl.transformer import Transformer
+
+MODEL = ModelConfig(vocab_size=29, context_length=11, n_layer=2, n_head=3, d_model=12, dropout=0.1)
+TRAINING = TrainConfig(
+    steps=50,
+    batch_size=6,
+    micro_batches=3,
+    learning_rate=3e-2,
+    min_learning_rate=3e-3,
+    warmup_steps=10,
+    weight_decay=0.1,
+    clip=1.6,
+    seed=1234567890123,
+)
+
+
+def state_of(
+    params: dict[str, np.ndarray], model_config: ModelConfig, config: TrainConfig
+) -> fast.TrainState:
+    model = Transformer(model_config, torch.float64).double()
+    model.load_state_dict({name: torch.from_numpy(value) for name, value in params.items()})
+    return fast.start(model, config)
+
+
+def unevenly_counted(targets: np.ndarray, seed: int) -> np.ndarray:
+    """Targets of which a different share counts in each micro-batch, none at all in the last but one."""
+    random = np.random.default_rng(seed)
+    shares = np.linspace(0.1, 1.0, len(targets))
+    hidden = random.random(targets.shape) > shares[:, None, None]
+    if len(targets) > 2:
+        hidden[-2] = True
+    return np.where(hidden, IGNORE, targets)
+
+
+def values(state: fast.TrainState) -> dict[str, np.ndarray]:
+    return {name: value.detach().numpy() for name, value in state.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_fifty_steps_agree(schedule):
+    """Dropout, decay, clipping, warm-up, uneven micro-batches, tied embeddings."""
+    config = replace(TRAINING, schedule=schedule)
+    params = init_params(MODEL, config.seed, np.float64)
+    tokens = np.random.default_rng(5).integers(MODEL.vocab_size, size=400)
+    tokens[1::2] = tokens[0::2]  # something to learn: every second token repeats the one before it
+    state, moments = state_of(params, MODEL, config), zero_moments(params)
+    losses, norms = [], []
+    for step in range(config.steps):
+        inputs, targets = sample_batch(tokens, MODEL.context_length, step, config)
+        targets = unevenly_counted(targets, step)
+        params, moments, want = train_step(params, moments, inputs, targets, step, MODEL, config)
+
+        clock = torch.tensor(step)
+        fast_inputs, _ = fast_data.sample_batch(torch.from_numpy(tokens), MODEL.context_length, clock, config)
+        got = fast.train_step(state, fast_inputs, torch.from_numpy(targets), clock, config)
+        assert got.loss.item() == pytest.approx(want.loss, rel=1e-9)
+        assert got.grad_norm.item() == pytest.approx(want.grad_norm, rel=1e-8)
+        assert got.learning_rate.item() == want.learning_rate
+        losses.append(want.loss)
+        norms.append(want.grad_norm)
+    for name, value in values(state).items():
+        np.testing.assert_allclose(value, params[name], rtol=1e-8, atol=1e-8 * np.abs(params[name]).max())
+    assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.1, "nothing was learned, so little was tested"
+    assert min(norms) < config.clip < max(norms), "clipping has to act on some steps and not on others"
+
+
+def test_the_loops_agree():
+    """The loops themselves: whole batches of a text, as train and train_steps draw them."""
+    config = replace(TRAINING, steps=7, warmup_steps=2)
+    params = init_params(MODEL, config.seed, np.float64)
+    tokens = np.random.default_rng(6).integers(MODEL.vocab_size, size=300)
+    state = state_of(params, MODEL, config)
+    steps = zip(
+        train(params, tokens, MODEL, config),
+        fast.train_steps(state, torch.from_numpy(tokens), config),
+        strict=True,
+    )
+    for (after, want), got in steps:
+        assert got.loss.item() == pytest.approx(want.loss, rel=1e-9)
+        for name, value in values(state).items():
+            np.testing.assert_allclose(value, after[name], rtol=1e-8, atol=1e-9)
+
+
+@settings(max_examples=10)
+@given(
+    model_config=model_configs(),
+    seed=seeds,
+    smoothing=st.sampled_from([0.0, 0.1]),
+    optimizer=st.sampled_from(["adam", "adamw"]),
+    micro_batches=st.sampled_from([1, 2, 3, 6]),
+)
+def test_a_step_agrees_for_any_model(model_config, seed, smoothing, optimizer, micro_batches):
+    """With an epsilon of 1 the step is as long as the gradient: with a small one, where the gradient is 0 (a
+    bias of keys, which softmax ignores), Adam would take a whole step in the direction of its rounding."""
+    config = replace(
+        TRAINING,
+        label_smoothing=smoothing,
+        optimizer=optimizer,
+        weight_decay=0.1 if optimizer == "adamw" else 0.0,
+        epsilon=1.0,
+        micro_batches=micro_batches,
+        seed=seed,
+    )
+    params = model_params(model_config, seed)
+    tokens = np.random.default_rng(seed).integers(model_config.vocab_size, size=99)
+    inputs, targets = sample_batch(tokens, model_config.context_length, 0, config)
+    targets = unevenly_counted(targets, seed)
+    after, _, want = train_step(params, zero_moments(params), inputs, targets, 0, model_config, config)
+    state = state_of(params, model_config, config)
+    got = fast.train_step(state, torch.from_numpy(inputs), torch.from_numpy(targets), torch.tensor(0), config)
+    assert got.loss.item() == pytest.approx(want.loss, rel=1e-9)
+    assert got.grad_norm.item() == pytest.approx(want.grad_norm, rel=1e-8)
+    for name, value in values(state).items():
+        np.testing.assert_allclose(value, after[name], rtol=1e-8, atol=1e-9)
+
+
+@settings(max_examples=10)
+@given(model_config=model_configs(), seed=seeds, micro_batches=st.sampled_from([2, 3, 6]))
+def test_any_split_into_micro_batches_gives_one_gradient(model_config, seed, micro_batches):
+    """Also where the parts count different numbers of tokens, and with dropout."""
+    params = model_params(model_config, seed)
+    tokens = np.random.default_rng(seed).integers(model_config.vocab_size, size=99)
+    inputs, targets = sample_batch(tokens, model_config.context_length, 3, replace(TRAINING, micro_batches=6))
+    targets = unevenly_counted(targets, seed)
+
+    def cut(ids: np.ndarray, parts: int) -> np.ndarray:
+        return ids.reshape(parts, -1, ids.shape[-1])
+
+    want_loss, want = loss_and_gradients(params, cut(inputs, 1), cut(targets, 1), 3, model_config, TRAINING)
+    parts = cut(inputs, micro_batches), cut(targets, micro_batches)
+    loss, gradients = loss_and_gradients(params, *parts, 3, model_config, TRAINING)
+    assert loss == pytest.approx(want_loss, rel=1e-12)
+    for name, gradient in gradients.items():
+        np.testing.assert_allclose(gradient, want[name], rtol=1e-9, atol=1e-12)
+
+
+def test_dropout_of_a_step_is_its_own():
+    """The same batch at two steps: other units are dropped, so another loss; without dropout, the same."""
+    params = init_params(MODEL, 0, np.float64)
+    inputs, targets = sample_batch(np.arange(29).repeat(20), MODEL.context_length, 0, TRAINING)
+    losses = [loss_and_gradients(params, inputs, targets, step, MODEL, TRAINING)[0] for step in (0, 0, 1)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+@given(length=st.integers(2, 60), seed=seeds, batch_size=st.sampled_from([1, 2, 64]))
+def test_evaluation_predicts_every_token_but_the_first_once(length, seed, batch_size):
+    """By the reference: windows of the context length side by side, the last one shorter."""
+    config = replace(MODEL, n_layer=1)
+    params = model_params(config, seed)
+    tokens = np.random.default_rng(seed).integers(config.vocab_size, size=length)
+    T, total = config.context_length, 0.0
+    for start in range(0, length - 1, T):
+        window = tokens[start : start + T + 1]
+        logits, _ = transformer_forward(params, window[None, :-1], config)
+        total += cross_entropy_forward(logits, window[None, 1:])[0] * (window.size - 1)
+    model = state_of(params, config, TRAINING).model
+    assert fast.evaluate(model, torch.from_numpy(tokens), batch_size) == pytest.approx(total / (length - 1))
+
+
+def test_an_evaluation_of_a_part_spreads_over_the_text():
+    """Four windows' worth of a text whose second half is another language: two come from each half."""
+    config = replace(MODEL, n_layer=1)
+    model = state_of(model_params(config, 1), config, TRAINING).model
+    T = config.context_length
+    tokens = torch.cat([torch.zeros(10 * T, dtype=torch.long), torch.ones(10 * T + 1, dtype=torch.long)])
+    halves = [fast.evaluate(model, tokens[: 5 * T + 1]), fast.evaluate(model, tokens[-5 * T - 1 :])]
+    assert fast.evaluate(model, tokens, max_tokens=4 * T) == pytest.approx(sum(halves) / 2)
+
+
+def test_a_text_with_nothing_to_predict_is_refused():
+    model = state_of(init_params(MODEL, 0), MODEL, TRAINING).model
+    with pytest.raises(ValueError, match="a text of 1 tokens has nothing to predict; it needs 2"):
+        fast.evaluate(model, torch.tensor([3]))
