@@ -5,6 +5,7 @@ Post-norm (Vaswani et al. 3.1): norm(x + dropout(sublayer(x)))
 
 Shapes: B batch, T time, C width. Parameters come as a dict, by their names within the block:
 norm1, attention.qkv, attention.proj, norm2, ffn.up, ffn.down, each with .weight and perhaps .bias.
+Not here: cross-attention, parallel sublayers, dropout inside a sublayer.
 """
 
 from typing import NamedTuple

@@ -1,0 +1,175 @@
+"""The reference against itself: every backward beside differences of its forward. NumPy alone, no torch.
+
+For cotangent c and a direction d in each argument, the gradient g has to satisfy
+
+    sum(g d) = d/dh sum(c f(x + h d)) at h = 0  =  (4 D(h) - D(2 h)) / 3 + O(h^4)
+
+where D(h) is the central difference (Richardson). With h = 1e-4 the rounding 1e-16 / h is 1e-12 of the case's
+size, and the fifth derivatives of a model may be of size 1e8 before O(h^4) shows at 1e-7.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from parity_tests.backend import flat, is_floating, reference, run_reference
+from parity_tests.strategies import array, dropout_keys, masks, model_configs, model_params, seeds, sizes
+from ref_numpy.attention import causal_mask
+from ref_numpy.loss import IGNORE
+
+STEP = 1e-4
+
+
+def replaced(arguments: Mapping[str, Any], name: str, value: np.ndarray) -> dict[str, Any]:
+    """The arguments with one array of them, or of a dict among them, replaced."""
+    outer, _, inner = name.partition(".")
+    return {**arguments, outer: {**arguments[outer], inner: value} if inner else value}
+
+
+def require_derivative(component: str, arguments: Mapping[str, Any], seed: int) -> None:
+    """Compare each argument's gradient with differences along a random direction."""
+    random = np.random.default_rng(seed)
+    forward, _ = reference(component)
+    y, _ = forward(*arguments.values())
+    cotangent = np.asarray(random.standard_normal(np.shape(y)))
+    gradients = run_reference(component, arguments, cotangent).gradients
+    leaves = {name: value for name, value in flat(arguments).items() if is_floating(value)}
+    assert set(gradients) == set(leaves)
+
+    def along(name: str, direction: np.ndarray, h: float) -> float:
+        y, _ = forward(*replaced(arguments, name, leaves[name] + h * direction).values())
+        return float((cotangent * y).sum())
+
+    for name, value in leaves.items():
+        direction = random.standard_normal(value.shape)
+        near = (along(name, direction, STEP) - along(name, direction, -STEP)) / (2 * STEP)
+        far = (along(name, direction, 2 * STEP) - along(name, direction, -2 * STEP)) / (4 * STEP)
+        want = (4 * near - far) / 3
+        got = float((gradients[name] * direction).sum())
+        scale = np.abs(gradients[name] * direction).sum() + np.abs(cotangent * y).sum()
+        assert abs(got - want) <= 1e-7 * scale, (
+            f"{component}: gradient of {name} is {got}, differences say {want}"
+        )
+
+
+@given(shape=sizes(3), bias=st.booleans(), seed=seeds)
+def test_linear(shape, bias, seed):
+    random, (rows, inputs, outputs) = np.random.default_rng(seed), shape
+    weight = array(random, (outputs, inputs))
+    arguments = {
+        "x": array(random, (rows, inputs)),
+        "weight": weight,
+        "bias": weight[:, 0].copy() if bias else None,
+    }
+    require_derivative("linear", arguments, seed)
+
+
+@pytest.mark.parametrize("name", ["relu", "gelu", "gelu_tanh", "silu"])
+@given(shape=sizes(2), size=st.sampled_from([0.1, 1, 4]), seed=seeds)
+def test_activations(name, shape, size, seed):
+    x = size * array(np.random.default_rng(seed), tuple(shape))
+    x += np.sign(x) * 0.05  # off the kink of relu, where there is no derivative
+    require_derivative(name, {"x": x}, seed)
+
+
+@given(shape=sizes(3, least=2), bias=st.booleans(), epsilon=st.sampled_from([1e-5, 1e-1]), seed=seeds)
+def test_layernorm_and_rmsnorm(shape, bias, epsilon, seed):
+    random = np.random.default_rng(seed)
+    x, weight, b = array(random, tuple(shape)), array(random, shape[-1:]), array(random, shape[-1:])
+    x += 3 * np.arange(shape[-1])  # rows that vary, so that a step of h is a small one
+    require_derivative(
+        "layernorm", {"x": x, "weight": weight, "bias": b if bias else None, "epsilon": epsilon}, seed
+    )
+    require_derivative("rmsnorm", {"x": x, "weight": weight, "epsilon": epsilon}, seed)
+
+
+@given(shape=sizes(3), p=st.sampled_from([0.0, 0.1, 0.5]), key=st.none() | dropout_keys(), seed=seeds)
+def test_dropout(shape, p, key, seed):
+    require_derivative(
+        "dropout", {"x": array(np.random.default_rng(seed), tuple(shape)), "p": p, "key": key}, seed
+    )
+
+
+@given(shape=sizes(4), seed=seeds)
+def test_embedding_and_positions(shape, seed):
+    random, (B, T, V, C) = np.random.default_rng(seed), shape
+    require_derivative(
+        "embedding", {"ids": random.integers(V, size=(B, T)), "weight": array(random, (V, C))}, seed
+    )
+    require_derivative("learned_positions", {"weight": array(random, (V, C)), "length": min(T, V)}, seed)
+
+
+@given(shape=sizes(5), data=st.data(), seed=seeds)
+def test_attention(shape, data, seed):
+    random, (B, H, T, S, D) = np.random.default_rng(seed), shape
+    arguments = {
+        "q": array(random, (B, H, T, D)),
+        "k": array(random, (B, H, S, D)),
+        "v": array(random, (B, H, S, D)),
+    }
+    require_derivative("attention", {**arguments, "mask": data.draw(masks(T, S))}, seed)
+
+
+@given(shape=sizes(4), data=st.data(), bias=st.booleans(), seed=seeds)
+def test_multi_head_attention(shape, data, bias, seed):
+    random, (B, T, H, D) = np.random.default_rng(seed), shape
+    C = H * D
+    arguments = {
+        "x": array(random, (B, T, C)),
+        "qkv_weight": array(random, (3 * C, C)) / C**0.5,
+        "qkv_bias": array(random, (3 * C,)) if bias else None,
+        "proj_weight": array(random, (C, C)) / C**0.5,
+        "proj_bias": array(random, (C,)) if bias else None,
+        "n_head": H,
+        "mask": data.draw(masks(T, T)),
+    }
+    require_derivative("multi_head_attention", arguments, seed)
+
+
+@given(
+    shape=sizes(4), bias=st.booleans(), activation=st.sampled_from(["gelu", "gelu_tanh", "silu"]), seed=seeds
+)
+def test_ffn(shape, bias, activation, seed):
+    random, (B, T, C, F) = np.random.default_rng(seed), shape
+    arguments = {
+        "x": array(random, (B, T, C)),
+        "up_weight": array(random, (F, C)) / C**0.5,
+        "up_bias": array(random, (F,)) if bias else None,
+        "down_weight": array(random, (C, F)) / F**0.5,
+        "down_bias": array(random, (C,)) if bias else None,
+        "activation": activation,
+    }
+    require_derivative("ffn", arguments, seed)
+
+
+@given(config=model_configs(smooth=True), key=st.none() | dropout_keys(), seed=seeds)
+def test_block_and_transformer(config, key, seed):
+    random = np.random.default_rng(seed)
+    params = model_params(config, seed)
+    own = {
+        name.removeprefix("blocks.0."): value
+        for name, value in params.items()
+        if name.startswith("blocks.0.")
+    }
+    x = array(random, (2, 5, config.d_model))
+    x += 2 * np.arange(config.d_model)
+    arguments = {"x": x, "params": own, "config": config, "mask": causal_mask(5), "layer": 0, "key": key}
+    require_derivative("block", arguments, seed)
+    ids = random.integers(config.vocab_size, size=(2, 5))
+    require_derivative("transformer", {"params": params, "ids": ids, "config": config, "key": key}, seed)
+
+
+@given(
+    shape=sizes(3), smoothing=st.sampled_from([0.0, 0.1]), count=st.none() | st.integers(1, 20), seed=seeds
+)
+def test_cross_entropy(shape, smoothing, count, seed):
+    random, (B, T, V) = np.random.default_rng(seed), shape
+    targets = random.integers(V, size=(B, T))
+    targets[random.random((B, T)) < 0.3] = IGNORE
+    logits = 3 * array(random, (B, T, V))
+    arguments = {"logits": logits, "targets": targets, "label_smoothing": smoothing, "count": count}
+    require_derivative("cross_entropy", arguments, seed)
