@@ -56,9 +56,9 @@ def agree(target):
     """agree(component, **arguments): values and gradients are the reference's, and as well rounded."""
     from parity_tests import parity
 
-    def check(component: str, seed: int = 0, kinked: bool = False, **arguments) -> None:
+    def check(component: str, seed: int = 0, judge_rounding: bool = True, **arguments) -> None:
         if not target.backend.offers(component):
             pytest.skip(f"{component} is not offered by {target.backend.module.__name__}")
-        parity.require_parity(target, component, arguments, seed, kinked)
+        parity.require_parity(target, component, arguments, seed, judge_rounding)
 
     return check

@@ -32,7 +32,7 @@ def cases(draw):
 
 @given(arguments=cases(), seed=seeds)
 def test_parity(agree, arguments, seed):
-    agree("block", seed, kinked=arguments["config"].activation == "relu", **arguments)
+    agree("block", seed, judge_rounding=arguments["config"].activation != "relu", **arguments)
 
 
 @given(arguments=cases(), place=st.integers(0, 6))

@@ -18,8 +18,10 @@ def test_parity(agree, shape, data, p, key, seed):
 
 @given(shape=sizes(3), p=rates, key=dropout_keys())
 def test_masks_are_equal(target, shape, p, key):
-    got = fast.keep_mask(tuple(shape), p, key, target.device)
-    assert got.tolist() == keep_mask(tuple(shape), p, key).tolist()
+    """Over enough units that sixteen bits sometimes equal the threshold itself."""
+    shape = (*shape, 101)
+    got = fast.keep_mask(shape, p, key, target.device)
+    assert got.tolist() == keep_mask(shape, p, key).tolist()
 
 
 @given(shape=sizes(3, least=2), p=rates, key=dropout_keys(), data=st.data())

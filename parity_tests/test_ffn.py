@@ -24,4 +24,4 @@ def test_parity(agree, arguments, bias, data, seed):
     if bias:
         arguments["up_bias"] = data.draw(arrays(arguments["up_weight"].shape[:1], ("normal",)))
         arguments["down_bias"] = data.draw(arrays(arguments["down_weight"].shape[:1], ("normal",)))
-    agree("ffn", seed, kinked=arguments["activation"] == "relu", **arguments)
+    agree("ffn", seed, judge_rounding=arguments["activation"] != "relu", **arguments)

@@ -26,7 +26,7 @@ def cases(draw):
 
 @given(arguments=cases(), seed=seeds)
 def test_parity(agree, arguments, seed):
-    agree("transformer", seed, kinked=arguments["config"].activation == "relu", **arguments)
+    agree("transformer", seed, judge_rounding=arguments["config"].activation != "relu", **arguments)
 
 
 @given(config=model_configs())
