@@ -149,6 +149,9 @@ def test_a_disk_that_fills_up_at_any_moment(small_run, cli, on_file_operation):
         on_file_operation(full)
         outcome = small_run("--out", "run")
         on_file_operation(None)
+        if outcome.code == 0:  # what failed was the removal of something that is not needed any more
+            assert content(Path("run")) == whole
+            continue
         assert outcome.code == 1 and "the disk is full" in outcome.error
         if not Path("run/last").exists():
             continue  # nothing was saved yet

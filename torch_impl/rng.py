@@ -21,8 +21,8 @@ Words = tuple[Int64[Tensor, "*N"], Int64[Tensor, "*N"], Int64[Tensor, "*N"], Int
 def philox(counter: Words, key: tuple[int, int]) -> Words:
     """Ten rounds over N counters. A product's upper half comes down with the sign, which the mask takes off.
 
-    A product goes on whole as the next c1 or c3: the mask of the round after takes its upper half off too. The
-    words of a round are made in place, which spares half of the memory traffic.
+    A product goes on whole as the next c1 or c3: the mask of the round after takes its upper half off too.
+    The words of a round are made in place, which spares half of the memory traffic.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key

@@ -99,7 +99,7 @@ def train_step(
 
     scaler.unscale_(optimizer)
     grad_norm = clip_by_global_norm(model, config.clip)
-    rate = state.rates[clock]
+    rate = torch.take(state.rates, clock)  # indexing would read the clock on the host
     set_learning_rate(optimizer, rate)
     scaler.step(optimizer)
     scaler.update()
