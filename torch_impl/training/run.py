@@ -23,6 +23,7 @@ from torch_impl.training.corpus import encode_corpus, load_corpus
 from torch_impl.training.device import choose_place
 from torch_impl.training.files import InputError, refuse_links, settle_folder, write_file
 from torch_impl.training.lock import locked
+from torch_impl.training.memory import refuse_what_cannot_fit
 from torch_impl.training.stopping import StopRequest, stop_requests
 from torch_impl.training.telemetry import MetricsLog, TensorBoardEvents, draw_losses, faces_of_loss
 from torch_impl.training.tokenizer import ByteTokenizer, Tokenizer
@@ -62,6 +63,8 @@ def train(request: Request) -> int:
         if request.resume:
             refuse_links(request.resume)
             held.enter_context(locked(request.resume))
+        else:
+            refuse_what_cannot_fit(request.config)
         run = prepare(request)
         held.callback(run.events.close)
         if not request.resume:
