@@ -50,6 +50,9 @@ def _explain(error: Exception, request: Request) -> str | None:
             f"and context_length {model.context_length}: raise --micro-batches (same result), or reduce "
             "--batch-size, --context-length, --d-model or --n-layer"
         )
+    if type(error).__module__.startswith(("torch._dynamo.", "torch._inductor.")):
+        reason = str(error).partition("\n")[0]
+        return f"the model does not compile here ({reason}); use --compile off"
     return None
 
 

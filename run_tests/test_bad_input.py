@@ -2,16 +2,26 @@
 
 import errno
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from run_tests.conftest import content
+from ref_numpy.transformer import parameter_shapes
+from run_tests.conftest import SMALL, Outcome, content
 from torch_impl.training import run as run_module
+from torch_impl.training.memory import needed_bytes, parameter_count
+from torch_impl.training.presets import PRESETS
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(
@@ -149,6 +159,9 @@ def test_a_disk_that_fills_up_at_any_moment(small_run, cli, on_file_operation):
         on_file_operation(full)
         outcome = small_run("--out", "run")
         on_file_operation(None)
+        if outcome.code == 0:  # what failed was the removal of something that is not needed any more
+            assert content(Path("run")) == whole
+            continue
         assert outcome.code == 1 and "the disk is full" in outcome.error
         if not Path("run/last").exists():
             continue  # nothing was saved yet
@@ -217,3 +230,38 @@ def test_a_foreign_training_json(small_run, cli, damage):
     small_run("--out", "run")
     Path("run/last/training.json").write_bytes(damage)
     assert "training.json" in cli("--resume", "run").error
+
+
+@pytest.mark.skipif(os.name == "nt", reason="memory is not promised there: the allocation itself fails")
+@pytest.mark.parametrize(
+    "flags", [["--d-model", "100000", "--n-layer", "100"], ["--n-layer", 10**12], ["--batch-size", 10**9]]
+)
+def test_a_model_that_can_never_fit_is_refused_before_anything_is_allocated(small_run, flags):
+    outcome = small_run("--out", "run", *flags)
+    assert outcome.code == 2
+    assert re.search(
+        r"need [\d,.]+ GiB of memory at least, but this machine has [\d,.]+: reduce", outcome.error
+    )
+    assert not Path("run").exists()
+
+
+def test_the_memory_of_a_run_counts_every_parameter():
+    config = PRESETS["nanogpt-cpu"]
+    assert parameter_count(config.model) == sum(map(prod, parameter_shapes(config.model).values()))
+    more = replace(config, training=replace(config.training, micro_batches=12))
+    assert 16 * parameter_count(config.model) < needed_bytes(more) < needed_bytes(config)
+
+
+def test_a_compiler_that_is_missing(text):
+    """torch.compile needs a C++ compiler on the CPU."""
+    command = [sys.executable, str(ROOT / "train_gpu.py"), *SMALL.split(), "--train-file", str(text)]
+    environment = {
+        **os.environ,
+        "CXX": "no-such-compiler",
+        "TORCHINDUCTOR_CACHE_DIR": str(Path("cache").absolute()),
+    }
+    outcome = subprocess.run(
+        [*command, "--compile", "on"], env=environment, capture_output=True, encoding="utf-8"
+    )
+    assert outcome.returncode == 1
+    assert "C++ compiler" in Outcome(1, "", outcome.stderr).error and "--compile off" in outcome.stderr

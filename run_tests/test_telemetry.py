@@ -46,6 +46,7 @@ def test_the_run_folder_is_complete(run):
     assert sorted(path.name for path in Path("run").iterdir()) == [
         "best",
         "last",
+        "lock",
         "losses.png",
         "metrics.jsonl",
         "sample.txt",

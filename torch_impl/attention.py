@@ -50,6 +50,7 @@ class MultiHeadAttention(nn.Module):
     ) -> Float[Tensor, "B T C"]:
         """Without a mask, causal."""
         B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        parts = self.qkv(x).chunk(3, dim=-1)
+        q, k, v = (part.view(B, T, self.n_head, -1).transpose(1, 2) for part in parts)  # each (B, H, T, D)
         y = causal_attention(q, k, v) if mask is None else attention(q, k, v, mask)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))

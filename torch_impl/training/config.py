@@ -25,7 +25,7 @@ class RunSettings:
     """Number format of the computation; weights are float32. auto: on CUDA bfloat16, or float16 where the GPU
     lacks it, else float32. float16 scales the loss."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the model with torch.compile; auto: on CUDA only."""
+    """Compile the model with torch.compile; auto: on CUDA, where there is Triton."""
     eval_every: int = 100
     """Steps between two evaluations on the held-out text."""
     eval_tokens: int = 0

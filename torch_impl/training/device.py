@@ -1,5 +1,6 @@
 """Where a run computes, and in which number format."""
 
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -63,4 +64,5 @@ def choose_place(run: RunSettings) -> Place:
         dtype = torch.bfloat16 if native else torch.float16
     else:
         dtype = torch.float32
-    return Place(device, dtype, on_cuda if run.compile == "auto" else run.compile == "on")
+    can_compile = on_cuda and find_spec("triton") is not None  # PyTorch for Windows comes without
+    return Place(device, dtype, can_compile if run.compile == "auto" else run.compile == "on")

@@ -6,6 +6,7 @@ best/, then last/. A resumed run goes on from last/ and drops the lines beyond i
 
 import math
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from torch_impl.training.config import RunConfig
 from torch_impl.training.corpus import encode_corpus, load_corpus
 from torch_impl.training.device import choose_place
 from torch_impl.training.files import InputError, refuse_links, settle_folder, write_file
+from torch_impl.training.lock import locked
+from torch_impl.training.memory import refuse_what_cannot_fit
 from torch_impl.training.stopping import StopRequest, stop_requests
 from torch_impl.training.telemetry import MetricsLog, TensorBoardEvents, draw_losses, faces_of_loss
 from torch_impl.training.tokenizer import ByteTokenizer, Tokenizer
@@ -56,8 +59,16 @@ class Run:
 
 def train(request: Request) -> int:
     """Carry out what the command line asks for; the exit code."""
-    run = prepare(request)
-    try:
+    with ExitStack() as held:
+        if request.resume:
+            refuse_links(request.resume)
+            held.enter_context(locked(request.resume))
+        else:
+            refuse_what_cannot_fit(request.config)
+        run = prepare(request)
+        held.callback(run.events.close)
+        if not request.resume:
+            held.enter_context(locked(run.folder))
         with stop_requests() as stop:
             _train(run, stop)
         draw_losses(
@@ -71,8 +82,6 @@ def train(request: Request) -> int:
             f"finished; talk to it: python -m torch_impl.generate --model {_quoted(run.folder)} --prompt TEXT"
         )
         return 0
-    finally:
-        run.events.close()
 
 
 def how_to_resume(folder: Path) -> str:
@@ -90,7 +99,6 @@ def prepare(request: Request) -> Run:
     place = choose_place(config.run)
     last = folder / "last" if folder else None
     if last is not None:
-        refuse_links(folder)
         settle_folder(last)
         settle_folder(folder / "best")
         loaded = load_model(last, place.dtype, place.device)

@@ -1,0 +1,248 @@
+"""Training beside nanoGPT, in one run: python -m benchmarks.training --peer FOLDER --text FILE [--full].
+
+FOLDER is a checkout of https://github.com/karpathy/nanoGPT. Its model.py is imported, and trained here as its
+train.py does. Both sides train the model of the preset nanogpt-cpu, which is the line for CPUs in nanoGPT's
+README, on the bytes of one text. Each has a process to itself, as it would in use; they take turns, block of
+steps by block of steps, so that a busy machine slows both alike.
+"""
+
+import importlib.util
+import io
+import json
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from pydoc_data.topics import topics
+from types import ModuleType, SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from torch_impl.optim import learning_rates
+from torch_impl.train import evaluate, start, train_steps
+from torch_impl.training.files import InputError, write_file
+from torch_impl.training.flags import parse_flags
+from torch_impl.training.presets import PRESETS
+from torch_impl.transformer import initialised
+
+MODEL, TRAINING, RUN = (
+    PRESETS["nanogpt-cpu"].model,
+    PRESETS["nanogpt-cpu"].training,
+    PRESETS["nanogpt-cpu"].run,
+)
+
+
+@dataclass(frozen=True)
+class Flags:
+    peer: str = ""
+    """Folder of nanoGPT, with its model.py."""
+    text: str = ""
+    """Text to train on, whose last tenth is held out; without it, the Python language reference."""
+    full: bool = False
+    """Train all steps of the preset, and compare the loss on the held-out text as well."""
+    steps: int = 400
+    """Steps of each side without --full."""
+    block: int = 20
+    """Steps of a turn; the first turn of each side is not timed."""
+    threads: int = 0
+    """Threads of each side; 0 leaves the choice to PyTorch."""
+    json: str = ""
+    """File that the rows are written to."""
+
+
+class Side(NamedTuple):
+    """A model in training: its steps, one by one, and its loss on the held-out text so far."""
+
+    steps: Iterator[None]
+    held_out_loss: Callable[[], float]
+
+
+def ours(train: np.ndarray, valid: np.ndarray, _: str) -> Side:
+    """torch_impl, driven as a run drives it."""
+    model = initialised(MODEL, TRAINING.seed)
+
+    def steps() -> Iterator[None]:
+        for step, metrics in enumerate(
+            train_steps(start(model, TRAINING), torch.from_numpy(train), TRAINING)
+        ):
+            if step % RUN.log_every == 0:
+                metrics.loss.item()
+            yield
+
+    return Side(steps(), lambda: evaluate(model, torch.from_numpy(valid)))
+
+
+def nanogpt(train: np.ndarray, valid: np.ndarray, folder: str) -> Side:
+    """nanoGPT's model, with the batches, the optimizer and the steps of its train.py, not compiled."""
+    peer = load_peer(folder)
+    T = MODEL.context_length
+    config = peer.GPTConfig(
+        block_size=T,
+        vocab_size=MODEL.vocab_size,
+        n_layer=MODEL.n_layer,
+        n_head=MODEL.n_head,
+        n_embd=MODEL.d_model,
+        dropout=MODEL.dropout,
+        bias=MODEL.bias,
+    )
+    torch.manual_seed(1337)
+    with redirect_stdout(io.StringIO()):
+        model = peer.GPT(config)
+        betas = (TRAINING.beta1, TRAINING.beta2)
+        optimizer = model.configure_optimizers(TRAINING.weight_decay, TRAINING.learning_rate, betas, "cpu")
+    rates = learning_rates(TRAINING).tolist()
+
+    def get_batch(path: Path) -> tuple[Tensor, Tensor]:
+        data = np.memmap(path, dtype=np.uint16, mode="r")
+        ix = torch.randint(len(data) - T, (TRAINING.batch_size,))
+        x = torch.stack([torch.from_numpy((data[i : i + T]).astype(np.int64)) for i in ix])
+        y = torch.stack([torch.from_numpy((data[i + 1 : i + 1 + T]).astype(np.int64)) for i in ix])
+        return x, y
+
+    def steps() -> Iterator[None]:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+            path = Path(temporary) / "train.bin"
+            train.astype(np.uint16).tofile(path)
+            x, y = get_batch(path)
+            for step, rate in enumerate(rates):
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                _, loss = model(x, y)
+                x, y = get_batch(path)
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), TRAINING.clip)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                if step % RUN.log_every == 0:
+                    loss.item()
+                yield
+
+    class AllLogits:
+        """The model as evaluate() calls one; nanoGPT's gives the logits of every place only with targets."""
+
+        config = SimpleNamespace(context_length=T)
+
+        def __call__(self, ids: Tensor) -> Tensor:
+            return model(ids, ids)[0]
+
+    return Side(steps(), lambda: evaluate(AllLogits(), torch.from_numpy(valid)))
+
+
+def load_peer(folder: str) -> ModuleType:
+    """nanoGPT's model.py. Raises InputError where the folder has none, or another's."""
+    path = Path(folder) / "model.py"
+    if not folder or not path.is_file():
+        raise InputError(f"--peer {folder or 'is missing'}: name a checkout of nanoGPT, with its model.py")
+    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # its dataclass looks there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise InputError(f"--peer {folder}: model.py cannot be imported: {error}") from error
+    if not hasattr(module, "GPT") or not hasattr(module, "GPTConfig"):
+        raise InputError(f"--peer {folder}: its model.py is not nanoGPT's, it has no GPT and GPTConfig")
+    return module
+
+
+def serve(pipe: Connection, make: Callable[..., Side], threads: int, *arguments: object) -> None:
+    """The process of a side. Answers a number of steps with the seconds they took, and 0 with the loss."""
+    if threads:
+        torch.set_num_threads(threads)
+    side = make(*arguments)
+    while (steps := pipe.recv()) is not None:
+        begin = time.perf_counter()
+        for _ in range(steps):
+            next(side.steps)
+        pipe.send(time.perf_counter() - begin if steps else side.held_out_loss())
+    side.steps.close()
+
+
+def compare(flags: Flags, text: bytes) -> list[dict]:
+    """The rows; prints how far the ratio varied from turn to turn."""
+    tokens = np.frombuffer(text, np.uint8).astype(np.int64)
+    train, valid = np.split(tokens, [len(tokens) * 9 // 10])
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = [], []
+    for make in (ours, nanogpt):
+        here, there = context.Pipe()
+        arguments = (there, make, flags.threads, train, valid, flags.peer)
+        processes.append(context.Process(target=serve, args=arguments, daemon=True))
+        processes[-1].start()
+        there.close()  # a side that dies is then noticed
+        pipes.append(here)
+
+    def ask(pipe: Connection, steps: int) -> float:
+        pipe.send(steps)
+        return pipe.recv()
+
+    total = TRAINING.steps if flags.full else flags.steps
+    seconds: list[list[float]] = []
+    with tqdm(total=total, unit="step", dynamic_ncols=True) as bar:
+        for first in range(0, total, flags.block):
+            steps = min(flags.block, total - first)
+            turn = [0.0, 0.0]
+            for side in (0, 1) if len(seconds) % 2 else (1, 0):
+                turn[side] = ask(pipes[side], steps) / steps
+            seconds.append(turn)
+            bar.update(steps)
+    losses = [ask(pipe, 0) for pipe in pipes] if flags.full else None
+    for pipe, process in zip(pipes, processes, strict=True):
+        pipe.send(None)
+        process.join()
+
+    timed = seconds[1:]
+    ratios = sorted(theirs / mine for mine, theirs in timed)
+    tokens_per_step = TRAINING.batch_size * MODEL.context_length
+    speeds = [tokens_per_step / statistics.median(side) for side in zip(*timed, strict=True)]
+    low, high = ratios[len(ratios) // 10], ratios[-1 - len(ratios) // 10]
+    print(f"{len(ratios)} turns of {flags.block} steps; four in five ratios lie in {low:.3f} to {high:.3f}")
+    rows = [row("training", speeds[0], speeds[1], statistics.median(ratios), "tokens/s")]
+    if losses:
+        name = f"held-out loss after {total} steps"
+        rows.append(row(name, losses[0], losses[1], losses[1] / losses[0], "nats/token"))
+    return rows
+
+
+def row(name: str, ours: float, peer: float, ratio: float, unit: str) -> dict:
+    """ratio above 1: ours is ahead."""
+    return {"name": f"{name}, beside nanoGPT", "ours": ours, "peer": peer, "ratio": ratio, "unit": unit}
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        flags = parse_flags(Flags(), arguments, "python -m benchmarks.training", __doc__)
+        if flags.block < 1 or not 2 * flags.block <= flags.steps <= TRAINING.steps:
+            raise InputError(
+                f"--steps {flags.steps}, --block {flags.block}: there must be two blocks at least, and "
+                f"no more than {TRAINING.steps} steps"
+            )
+        load_peer(flags.peer)
+        text = Path(flags.text).read_bytes() if flags.text else "\n".join(topics.values()).encode("utf-8")
+        if len(text) < 1000:
+            raise InputError(f"--text {flags.text} has {len(text)} bytes; it needs 1,000 at least")
+        rows = compare(flags, text)
+        if flags.json:
+            write_file(Path(flags.json), json.dumps(rows, indent=1).encode("utf-8"))
+    except (InputError, OSError) as error:
+        print(f"benchmarks.training: error: {error}", file=sys.stderr)
+        return 2
+    for each in rows:
+        print(
+            f"{each['name']:52} {each['ours']:10.3f} {each['peer']:10.3f} {each['unit']:10}"
+            f" {each['ratio']:6.3f}x"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,40 @@
+"""One process at a time in a run folder."""
+
+import errno
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch_impl.training.files import InputError
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _lock(descriptor: int) -> None:
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+else:
+    import fcntl
+
+    def _lock(descriptor: int) -> None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Within the block the folder is this process's. Raises InputError where it is another's.
+
+    The system holds the lock on an open file, and lets go of it when the process ends, however it ends: what
+    is left of a killed run is an empty file, which stops nobody.
+    """
+    with (folder / "lock").open("ab") as file:
+        try:
+            _lock(file.fileno())
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                raise InputError(
+                    f"{folder} is in use: another process trains there; wait for it, or stop it with Ctrl-C"
+                ) from error
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # no locks on this disk
+                raise
+        yield
