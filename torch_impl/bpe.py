@@ -152,6 +152,8 @@ def train(
 class BPETokenizer:
     """Encodes and decodes with a vocabulary. See torch_impl.training.tokenizer for the interface."""
 
+    opening = "\n\n"
+
     def __init__(self, vocabulary: Vocabulary):
         self.vocabulary = vocabulary
         self.vocab_size = len(vocabulary.tokens)
@@ -245,9 +247,13 @@ class BPETokenizer:
         """The text of the tokens. Bytes that are no UTF-8 become U+FFFD; "strict" raises an error."""
         return self.decode_bytes(ids).decode("utf-8", errors=errors)
 
+    def to_json(self) -> str:
+        """The content of tokenizer.json."""
+        return to_json(self.vocabulary)
+
     def save(self, path: Path) -> None:
         """Write tokenizer.json, in one piece."""
-        write_file(Path(path), to_json(self.vocabulary).encode("utf-8"))
+        write_file(Path(path), self.to_json().encode("utf-8"))
 
 
 if __name__ == "__main__":

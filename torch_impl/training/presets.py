@@ -1,7 +1,7 @@
 """Runs that are known to work, by name. The vocabulary of each comes from its tokenizer."""
 
 from ref_numpy.config import ModelConfig, TrainConfig
-from torch_impl.training.config import RunConfig, RunSettings
+from torch_impl.training.config import RunConfig, RunSettings, TokenizerSettings
 
 PRESETS: dict[str, RunConfig] = {
     config.preset: config
@@ -43,7 +43,8 @@ PRESETS: dict[str, RunConfig] = {
             ),
             RunSettings(device="cpu", eval_every=250, checkpoint_every=250, log_every=10, sample_tokens=500),
         ),
-        # GPT-2's smallest model, trained as nanoGPT trains it: half a million tokens a step.
+        # GPT-2's smallest model, trained as nanoGPT trains it: half a million tokens a step. It is
+        # for gigabytes of text; a small one runs out of pairs before it fills the vocabulary.
         RunConfig(
             "gpt2-124m",
             ModelConfig(context_length=1024, n_layer=12, n_head=12, d_model=768),
@@ -57,6 +58,7 @@ PRESETS: dict[str, RunConfig] = {
                 beta2=0.95,
             ),
             RunSettings(eval_every=1000, eval_tokens=2**20, checkpoint_every=1000, log_every=10),
+            TokenizerSettings("bpe", 50_257),
         ),
     )
 }
