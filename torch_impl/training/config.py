@@ -58,7 +58,7 @@ class TokenizerSettings:
     """bytes, characters, words, bpe, or a tokenizer.json to take; bpe, words and characters are learned from
     the training text."""
     vocab_size: int = 0
-    """Tokens in all that bpe learns, and words at most; 0 means 10000. The others have a size of their own."""
+    """Tokens in all that bpe learns, and words at most; 0 means 10000. The others have their own number."""
     special_tokens: tuple[str, ...] = ()
     """Names such as <|endoftext|> that are one token each wherever they stand in the text; for bpe, or in the
     tokenizer.json."""

@@ -72,7 +72,9 @@ class Text:
             digest.update(block)
         return digest.hexdigest()
 
-    def split(self, tenths: int, progress: Callable[[int], object] = untold) -> tuple["Text", "Text"]:
+    def split(
+        self, tenths: int, progress: Callable[[int], object] = untold, block_size: int = _BLOCK
+    ) -> tuple["Text", "Text"]:
         """The first so many tenths of the characters of a whole file, and the rest.
 
         Raises InputError for a file that is empty, holds a NUL, or is not UTF-8.
@@ -80,9 +82,9 @@ class Text:
         characters = []  # in each block: as many as there are bytes that begin one
 
         def counted() -> Iterator[bytes]:
-            for block in _told(self.blocks(), progress):
+            for block in _told(self.blocks(block_size), progress):
                 if (place := block.find(0)) >= 0:
-                    place += len(characters) * _BLOCK
+                    place += len(characters) * block_size
                     raise InputError(f"{self.source} is not text: byte {place} is NUL")
                 characters.append(len(block) if block.isascii() else _beginnings(block).size)
                 yield block
@@ -91,14 +93,15 @@ class Text:
             pass
         if not characters:
             raise InputError(f"{self.source} is empty")
-        cut, place = sum(characters) * tenths // 10, 0
-        while place < len(characters) and cut >= characters[place]:
-            cut -= characters[place]
-            place += 1
-        place *= _BLOCK
-        if cut:
-            place += int(_beginnings(next(Text(self.source, place).blocks()))[cut])
-        return Text(self.source, 0, place), Text(self.source, place, self.size())
+        left, cut = sum(characters) * tenths // 10, self.size()
+        for number, n in enumerate(characters):
+            if left < n:
+                start = number * block_size
+                block = next(Text(self.source, start).blocks(block_size))
+                cut = start + int(_beginnings(block)[left])
+                break
+            left -= n
+        return Text(self.source, 0, cut), Text(self.source, cut, self.size())
 
 
 def _told(blocks: Iterable[bytes], progress: Callable[[int], object]) -> Iterator[bytes]:
