@@ -219,7 +219,7 @@ def to_json(vocabulary: Vocabulary) -> str:
             "merges": [[printable(left), printable(right)] for left, right in vocabulary.merges],
         },
     }
-    return json.dumps(content, ensure_ascii=False, indent=1)
+    return json.dumps(content, ensure_ascii=False)
 
 
 def from_json(text: str | bytes) -> Vocabulary:

@@ -86,7 +86,7 @@ def test_a_short_run_has_a_short_warm_up():
         (["gtp2"], r"unknown preset 'gtp2'; the presets are cpu, gpu, mps, nanogpt-cpu, gpt2-124m"),
         (["--learning-rat", "3"], r"unknown flag --learning-rat; did you mean --learning-rate\?"),
         (
-            ["--vocab-size", "300"],
+            ["nanogpt-cpu", "--vocab-size", "300"],
             r"vocab_size is 300, but only bpe and words .* is bytes; .*bpe",
         ),
         (
@@ -97,7 +97,7 @@ def test_a_short_run_has_a_short_warm_up():
             ["--tokenizer", "bpe", "--vocab-size", "257", "--special-tokens", "<a>", "<b>"],
             r"vocab_size is 257, but must be at least 258: 256 bytes and 2 special tokens",
         ),
-        (["--special-tokens", "<a>"], r"special_tokens are <a>, but bytes have none"),
+        (["nanogpt-cpu", "--special-tokens", "<a>"], r"special_tokens are <a>, but bytes have none"),
         (
             ["--tokenizer", "bpr"],
             r"--tokenizer bpr: no such file; use bytes, .* tokenizer.json",
@@ -137,7 +137,7 @@ def test_a_config_survives_json():
         (b'"format_version": 1,', b"", "no format_version"),
         (b'"n_layer"', b'"n_layers"', "model: missing or unknown: n_layer, n_layers"),
         (b'"special_tokens": []', b'"special_tokens": [3]', r"special_tokens is \[3\], but must be a tuple"),
-        (b'"tokenizer": "bytes"', b'"tokenizer": 3', "tokenizer is 3"),
+        (b'"tokenizer": "bpe"', b'"tokenizer": 3', "tokenizer is 3"),
         (b'"n_layer": 3', b'"n_layer": "3"', "n_layer is '3', but must be a int"),
         (b'"eval_every": 200', b'"eval_every": null', "eval_every is None"),
         (b'"device": "auto"', b'"device": 3', "device is 3, but must be a str"),

@@ -1,4 +1,4 @@
-"""Applying merges that were learned, to many words at once or to one long one. See bpe_merges for the rows."""
+"""Applying merges that were learned, to many words at once or to one. See bpe_merges for the rows."""
 
 import heapq
 
@@ -32,7 +32,7 @@ class _Ranks:
             pairs, ranks, slots = pairs[~has], ranks[~has], (slots[~has] + 1) & self._last
 
     def _slots(self, pairs: Int64[Array, "N"]) -> Int64[Array, "N"]:
-        """Where to look first: the top bits of a product with the golden ratio (Knuth, vol. 3, section 6.4)."""
+        """Where to look first: top bits of a product with the golden ratio (Knuth, vol. 3, section 6.4)."""
         return (pairs.view(np.uint64) * np.uint64(0x9E3779B97F4A7C15) >> self._shift).view(np.int64)
 
     def of(self, pairs: Int64[Array, "N"]) -> Int64[Array, "N"]:
