@@ -3,7 +3,8 @@
     text -> documents, between special tokens -> pre-tokens, by a regular expression -> bytes -> tokens
 
 Training starts from the 256 bytes and merges, again and again, the pair of neighbouring tokens that is most
-frequent in the corpus, until the vocabulary is full or no pair is left. Pairs are counted within pre-tokens, never across two of them. So on paper:
+frequent in the corpus, until the vocabulary is full or no pair is left. Pairs are counted within pre-tokens,
+never across two of them. So on paper:
 
     corpus   low low lower
     words    low 1, _low 1, _lower 1     the distinct pre-tokens, and how often each was found; _ is the space
