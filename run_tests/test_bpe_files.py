@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ref_numpy import bpe as ref
 from ref_numpy.bpe_format import SPLITS
 from torch_impl import bpe
-from torch_impl.training import bpe_corpus
+from torch_impl.training import bpe_corpus, bpe_table
 from torch_impl.training.bpe_command import main
 from torch_impl.training.bpe_inspect import coloured
 from torch_impl.training.files import InputError
@@ -82,6 +82,17 @@ def test_a_sample_is_a_part_spread_over_the_text(corpus):
     part = bpe_corpus.count_texts([Text(corpus)], sample=0.25)
     assert 0.2 < part.total() / whole.total() < 0.45
     assert not part - whole
+
+
+@given(
+    st.dictionaries(st.tuples(st.integers(0, 9), st.integers(0, 9)), st.integers(0, 2**31 - 2)),
+    st.lists(st.tuples(st.integers(-2, 12), st.integers(-2, 12)), min_size=1),
+)
+def test_ranks_of_many_pairs_are_those_of_each(ranks, asked):
+    pairs = [left << 32 | right for left, right in ranks]
+    table = bpe_table.Ranks(np.array(pairs, np.int64), np.array([*ranks.values()], np.int64))
+    found = table.of(np.array([left << 32 | right for left, right in asked]))
+    assert found.tolist() == [ranks.get(pair, bpe_table.NO_RANK) for pair in asked]
 
 
 # --- the command line -----------------------------------------------------------------------------

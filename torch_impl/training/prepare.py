@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from torch_impl.train import StepMetrics, TrainState, start
@@ -13,7 +12,7 @@ from torch_impl.training.checkpoint import Progress, load_model, load_moments, l
 from torch_impl.training.command_line import Request
 from torch_impl.training.config import RunConfig
 from torch_impl.training.corpus import Corpus, encode_corpus, load_corpus, make_tokenizer
-from torch_impl.training.device import Place, choose_place
+from torch_impl.training.device import Place, choose_place, tokens_on
 from torch_impl.training.files import InputError, refuse_links, settle_folder
 from torch_impl.training.telemetry import MetricsLog, TensorBoardEvents
 from torch_impl.training.tokenizer import Tokenizer, WordLevel, WordTokenizer
@@ -88,8 +87,8 @@ def prepare(request: Request) -> Run:
         tokenizer=tokenizer,
         state=state,
         progress=progress,
-        train_tokens=torch.from_numpy(train_ids).to(place.device),
-        valid_tokens=torch.from_numpy(valid_ids).to(place.device),
+        train_tokens=tokens_on(place.device, train_ids),
+        valid_tokens=tokens_on(place.device, valid_ids),
         before=progress.seconds,
         tokens_per_byte=len(valid_ids) / corpus.valid.size() if whole else None,
         metrics=metrics,
