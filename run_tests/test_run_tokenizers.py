@@ -112,7 +112,10 @@ def test_a_tokenizer_from_a_file(small_run, cli, text):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--tokenizer", "bpe"), r"runs out of pairs after \d+ merges; give it more text, or ask for \d+"),
+        (
+            ("--tokenizer", "bpe"),
+            r"runs out of pairs after \d+ merges; give it more text, or ask for --vocab-size \d+",
+        ),
         (("--tokenizer", "bpe", "--special-tokens", ""), "a special token is the empty string"),
         (("--tokenizer", "text.txt"), r"text\.txt cannot be read as a tokenizer: it is no tokenizer\.json"),
         (

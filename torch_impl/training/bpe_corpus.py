@@ -164,7 +164,7 @@ def train_on_texts(
     if len(vocabulary.tokens) < vocab_size:
         raise InputError(
             f"--vocab-size is {vocab_size}, but the text runs out of pairs after {len(vocabulary.merges)} "
-            f"merges; give it more text, or ask for {len(vocabulary.tokens)}"
+            f"merges; give it more text, or ask for --vocab-size {len(vocabulary.tokens)}"
         )
     return vocabulary
 

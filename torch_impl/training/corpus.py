@@ -49,7 +49,7 @@ def load_corpus(train_file: str, valid_file: str) -> Corpus:
     whole = Text(_readable(train_file) if train_file else python_reference().encode("utf-8"))
     other = [Text(_readable(valid_file))] if valid_file else []
     with byte_bar([whole, *other] * 2, "reading") as bar:
-        if valid_file:
+        if valid_file:  # ten tenths of either: looked through, and kept whole
             (train, _), (valid, _) = whole.split(10, bar.update), other[0].split(10, bar.update)
         else:
             train, valid = whole.split(9, bar.update)
