@@ -25,7 +25,8 @@ import tokenizers
 from ref_numpy import bpe as ref
 from ref_numpy.bpe_format import SPLITS, from_gpt2_files, to_json
 from torch_impl import bpe
-from torch_impl.training.bpe_corpus import encode_files
+from torch_impl.training.bpe_corpus import encode_texts
+from torch_impl.training.text import Text
 
 VOCAB_SIZE = 10_000
 _PEER_PROCESS = """
@@ -141,7 +142,7 @@ def coding(text: str, vocabulary, rounds: int, copies: int) -> list[dict]:
         cores = os.cpu_count() or 1
         times = best_of(
             2,
-            ours=lambda: np.concatenate(list(encode_files(tokenizer, [path], workers=cores))),
+            ours=lambda: np.concatenate(list(encode_texts(tokenizer, [Text(path)], workers=cores))),
             tiktoken=lambda: tik.encode_to_numpy(path.read_text(encoding="utf-8")),
             tiktoken_batch=lambda: tik.encode_ordinary_batch([text] * copies, num_threads=cores),
         )

@@ -3,18 +3,29 @@
     text -> documents, between special tokens -> pre-tokens, by a regular expression -> bytes -> tokens
 
 Training starts from the 256 bytes and merges, again and again, the pair of neighbouring tokens that is most
-frequent in the corpus. Encoding replays the merges in the order in which they were learned. So on paper:
+frequent in the corpus, until the vocabulary is full or no pair is left. Pairs are counted within pre-tokens,
+never across two of them. So on paper:
 
-    corpus  "low low lower"   pre-tokens  low, _low, _lower   (_ is the space; each is found once)
-    pairs   l+o 3, o+w 3, _+l 2, w+e 1, e+r 1
-    merge 1 l+o  (3, as o+w, but l has the smaller id)     lo w, _ lo w, _ lo w e r
-    merge 2 lo+w (3)                                       low, _ low, _ low e r
-    merge 3 _+low (2)                                      low, _low, _low e r
+    corpus   low low lower
+    words    low 1, _low 1, _lower 1     the distinct pre-tokens, and how often each was found; _ is the space
+    tokens   l o w | _ l o w | _ l o w e r
+    pairs    l+o 3, o+w 3, _+l 2, w+e 1, e+r 1
+    merge 1  l+o (3; o+w has 3 too: a tie)                  lo w | _ lo w | _ lo w e r
+    pairs    lo+w 3, _+lo 2, w+e 1, e+r 1
+    merge 2  lo+w (3)                                       low | _ low | _ low e r
+    pairs    _+low 2, low+e 1, e+r 1
+    merge 3  _+low (2)                                      low | _low | _low e r
 
 Ties: among the most frequent pairs the one with the smallest ids wins, the left id first; this is the rule
 of Hugging Face's `tokenizers`. Ids are given as in GPT-2: the bytes in `BYTE_ORDER`, then what the merges
-make, then the special tokens.
-Not here: speed (each side of a merge is rebuilt word by word), corpora beyond memory, dropout of merges.
+make, then the special tokens. That order has the visible ASCII characters first, as in ASCII, so l (75) goes
+before o (78), and the space (220) after all of them.
+
+Encoding replays the merges in the order in which they were learned, in each pre-token by itself:
+
+    _slow    _ s l o w  ->  _ s lo w  ->  _ s low           no _+low here: the s stands between them
+
+Not here: speed (each word that a merge touches is rebuilt), corpora beyond memory, dropout of merges.
 """
 
 import heapq
@@ -115,7 +126,7 @@ def learn_merges(
     `ties` "greatest bytes" takes the pair whose bytes come last in the dictionary, as some courses do.
     """
     ids = {bytes([byte]): id for id, byte in enumerate(BYTE_ORDER)}
-    tokens = {word: as_bytes(word) for word in words}
+    tokens = {word: as_bytes(word) for word in words}  # of each word, as far as the merges have come
     count = defaultdict(int)  # of each pair
     where = defaultdict(dict)  # the words that a pair stands in: a dict, since it keeps the order
     for word, n in words.items():
@@ -127,7 +138,8 @@ def learn_merges(
         """Sorts the pair to merge first to the front."""
         if ties == "smallest ids":
             return -count[pair], ids[pair[0]], ids[pair[1]], pair
-        return -count[pair], *([-byte for byte in token] + [1] for token in pair), pair
+        backwards = ([-byte for byte in token] + [1] for token in pair)  # z before a, ab before a
+        return -count[pair], *backwards, pair
 
     queue = [rank(pair) for pair in count]
     heapq.heapify(queue)
@@ -139,7 +151,7 @@ def learn_merges(
         yield Merge(pair, count[pair], touched[:4])
         ids.setdefault(pair[0] + pair[1], len(ids))
         changed = set()
-        for word in touched:
+        for word in touched:  # take its old pairs out of the counts, and put its new pairs in
             before, tokens[word] = tokens[word], merged(tokens[word], pair)
             for old in pairs_of(before):
                 count[old] -= words[word]

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 import regex
 
 # How text is cut into pre-tokens, which no token crosses. What counts as a letter changes with the version of
-# Unicode, and so do the ids of new characters: requirements.txt pins the `regex` package. In all of these a
-# new pre-token starts at every space that follows anything but whitespace, so a long text can be cut there.
+# Unicode, and so do the ids of new characters: requirements.txt pins the `regex` package.
+# A long text can be cut where a pre-token begins whatever stands before it: in all of these at a space after
+# anything but whitespace; in gpt2 and whitespace at any whitespace there; in gpt4 at a newline after a letter
+# or a digit.
 SPLITS = {
     # Radford et al. 2019: words and numbers with the space before them, contractions, punctuation, spaces.
     "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
@@ -217,7 +219,7 @@ def to_json(vocabulary: Vocabulary) -> str:
             "merges": [[printable(left), printable(right)] for left, right in vocabulary.merges],
         },
     }
-    return json.dumps(content, ensure_ascii=False, indent=1)
+    return json.dumps(content, ensure_ascii=False)
 
 
 def from_json(text: str | bytes) -> Vocabulary:

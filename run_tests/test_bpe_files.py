@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from ref_numpy import bpe as ref
 from ref_numpy.bpe_format import SPLITS
 from torch_impl import bpe
-from torch_impl.training import bpe_corpus
-from torch_impl.training.bpe_command import coloured, main
+from torch_impl.training import bpe_corpus, bpe_table
+from torch_impl.training.bpe_command import main
+from torch_impl.training.bpe_inspect import coloured
 from torch_impl.training.files import InputError
+from torch_impl.training.text import Text
 from torch_impl.training.tokenizer import (
     ByteTokenizer,
     CharacterTokenizer,
@@ -52,7 +54,7 @@ def test_parts_of_a_file_count_and_encode_as_the_whole(tmp_path_factory, text, s
     path = tmp_path_factory.mktemp("parts") / "text.txt"
     path.write_text(text, encoding="utf-8", newline="")
     told = []
-    parts = list(bpe_corpus.read_parts([path], special, split, size, told.append))
+    parts = list(bpe_corpus.read_parts([Text(path)], special, split, size, told.append))
     assert "".join(parts) == text and sum(told) == path.stat().st_size
     assert bpe.count_words(parts, special, split) == ref.count_words([text], special, split)
     cut = [ref.cut_at_special_tokens(part, special) for part in parts]
@@ -67,19 +69,30 @@ def test_parts_are_small():
 def test_processes_count_and_encode_as_one(vocabulary, tmp_path):
     path = tmp_path / "long.txt"
     path.write_text(CORPUS * (2 * 2**23 // len(CORPUS) + 1), encoding="utf-8", newline="")
-    assert bpe_corpus.worth_spawning([path], 2) == 2
-    one, two = (bpe_corpus.count_files([path], SPECIAL, workers=n) for n in (1, 2))
+    assert bpe_corpus.worth_spawning([Text(path)], 2) == 2
+    one, two = (bpe_corpus.count_texts([Text(path)], SPECIAL, workers=n) for n in (1, 2))
     assert one == two
     tokenizer = bpe.BPETokenizer(vocabulary)
-    one, two = (np.concatenate(list(bpe_corpus.encode_files(tokenizer, [path], (), n))) for n in (1, 2))
+    one, two = (np.concatenate(list(bpe_corpus.encode_texts(tokenizer, [Text(path)], (), n))) for n in (1, 2))
     assert np.array_equal(one, two) and one.dtype == two.dtype == np.uint16
 
 
 def test_a_sample_is_a_part_spread_over_the_text(corpus):
-    whole = bpe_corpus.count_files([corpus])
-    part = bpe_corpus.count_files([corpus], sample=0.25)
+    whole = bpe_corpus.count_texts([Text(corpus)])
+    part = bpe_corpus.count_texts([Text(corpus)], sample=0.25)
     assert 0.2 < part.total() / whole.total() < 0.45
     assert not part - whole
+
+
+@given(
+    st.dictionaries(st.tuples(st.integers(0, 9), st.integers(0, 9)), st.integers(0, 2**31 - 2)),
+    st.lists(st.tuples(st.integers(-2, 12), st.integers(-2, 12)), min_size=1),
+)
+def test_ranks_of_many_pairs_are_those_of_each(ranks, asked):
+    pairs = [left << 32 | right for left, right in ranks]
+    table = bpe_table.Ranks(np.array(pairs, np.int64), np.array([*ranks.values()], np.int64))
+    found = table.of(np.array([left << 32 | right for left, right in asked]))
+    assert found.tolist() == [ranks.get(pair, bpe_table.NO_RANK) for pair in asked]
 
 
 # --- the command line -----------------------------------------------------------------------------
@@ -189,14 +202,14 @@ def test_bad_requests_are_one_line_and_write_nothing(vocabulary, corpus, tmp_pat
 def test_characters_come_back(text):
     tokenizer = CharacterTokenizer.train([text])
     assert tokenizer.decode(tokenizer.encode(text)) == text
-    assert tokenizer.vocab_size == 1 + len(set(text)) and tokenizer.unknown == 0
+    assert tokenizer.vocab_size == 1 + len(set(text))
 
 
 def test_words_count_what_they_do_not_know():
     tokenizer = WordTokenizer.train(["the cat, the dog. the end"], vocab_size=4)
     assert tokenizer.tokens == ["<unk>", "the", "cat", ","]
     assert tokenizer.decode(tokenizer.encode("the cat, the bird!")) == "the cat , the <unk> <unk>"
-    assert tokenizer.report() == "2 of 6 tokens are unknown (33.33%)"
+    assert tokenizer.count_unknown(tokenizer.encode("the cat, the bird!")) == 2
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 from ref_numpy.config import ConfigError, ModelConfig, TrainConfig
 from ref_numpy.transformer import parameter_shapes
 from torch_impl.training.command_line import parse
-from torch_impl.training.config import RunConfig, RunSettings
+from torch_impl.training.config import RunConfig, RunSettings, TokenizerSettings
 from torch_impl.training.files import InputError
 from torch_impl.training.presets import PRESETS
 
@@ -37,15 +37,15 @@ def test_help_of_a_preset_names_every_flag_with_its_value_there(preset, capsys):
         parse([preset, "--help"])
     text = re.sub(r"[│|\s]+", " ", capsys.readouterr().out)
     config = PRESETS[preset]
-    for part in (config.model, config.training, config.run):
+    for part in (config.tokenizer, config.model, config.training, config.run):
         for field in fields(part):
-            if field.name == "vocab_size":
-                continue
+            if part is config.model and field.name == "vocab_size":
+                continue  # the tokenizer's is the flag
             flag = "--" + field.name.replace("_", "-")
             value = getattr(part, field.name)
             shown = re.search(rf" {flag}[ ,](?:(?! --(?!no-)).)*?\(default: ([^)]*)\)", text)
             assert shown, f"{flag} has no help"
-            assert shown[1] == (str(value) or "''")
+            assert shown[1] == ("" if value == () else str(value) or "''")
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -65,6 +65,14 @@ def test_flags_override_the_preset():
     assert config.model.d_model == PRESETS["nanogpt-cpu"].model.d_model
 
 
+def test_a_size_of_the_vocabulary_stays_where_the_tokenizer_has_one():
+    """A preset's size must not stand in the way of another tokenizer; a size that the user gives must."""
+    for kind, size in (("words", 50_257), ("bytes", 0), ("characters", 0)):
+        assert parse(["gpt2-124m", "--tokenizer", kind]).config.tokenizer.vocab_size == size
+    with pytest.raises(ConfigError, match="only bpe and words"):
+        parse(["gpt2-124m", "--tokenizer", "bytes", "--vocab-size", "300"])
+
+
 def test_a_short_run_has_a_short_warm_up():
     assert parse(["cpu", "--steps", "50"]).config.training.warmup_steps == 5
     assert parse(["cpu", "--learning-rate", "1e-5"]).config.training.min_learning_rate == 1e-5 / 10
@@ -77,7 +85,23 @@ def test_a_short_run_has_a_short_warm_up():
     [
         (["gtp2"], r"unknown preset 'gtp2'; the presets are cpu, gpu, mps, nanogpt-cpu, gpt2-124m"),
         (["--learning-rat", "3"], r"unknown flag --learning-rat; did you mean --learning-rate\?"),
-        (["--vocab-size", "3"], r"unknown flag --vocab-size"),
+        (
+            ["nanogpt-cpu", "--vocab-size", "300"],
+            r"vocab_size is 300, but only bpe and words .* is bytes; .*bpe",
+        ),
+        (
+            ["--tokenizer", "bpe", "--vocab-size", "99"],
+            r"vocab_size is 99, but must be at least 256: 256",
+        ),
+        (
+            ["--tokenizer", "bpe", "--vocab-size", "257", "--special-tokens", "<a>", "<b>"],
+            r"vocab_size is 257, but must be at least 258: 256 bytes and 2 special tokens",
+        ),
+        (["nanogpt-cpu", "--special-tokens", "<a>"], r"special_tokens are <a>, but bytes have none"),
+        (
+            ["--tokenizer", "bpr"],
+            r"--tokenizer bpr: no such file; use bytes, .* tokenizer.json",
+        ),
         (["cpu", "gpu"], r"Unrecognized options: gpu"),
         (["--steps", "many"], r"--steps: invalid literal for int.*'many'"),
         (["--steps"], r"Missing value for argument '--steps'"),
@@ -112,6 +136,8 @@ def test_a_config_survives_json():
         (b'"format_version": 1', b'"format_version": 2', "format_version is 2, but this program reads 1"),
         (b'"format_version": 1,', b"", "no format_version"),
         (b'"n_layer"', b'"n_layers"', "model: missing or unknown: n_layer, n_layers"),
+        (b'"special_tokens": []', b'"special_tokens": [3]', r"special_tokens is \[3\], but must be a tuple"),
+        (b'"tokenizer": "bpe"', b'"tokenizer": 3', "tokenizer is 3"),
         (b'"n_layer": 3', b'"n_layer": "3"', "n_layer is '3', but must be a int"),
         (b'"eval_every": 200', b'"eval_every": null', "eval_every is None"),
         (b'"device": "auto"', b'"device": 3', "device is 3, but must be a str"),
@@ -127,7 +153,9 @@ def test_a_damaged_config_is_named(old, new, message):
 
 
 def test_settings_and_configs_share_no_flag():
-    names = [field.name for part in (ModelConfig, TrainConfig, RunSettings) for field in fields(part)]
+    parts = (ModelConfig, TrainConfig, RunSettings, TokenizerSettings)
+    names = [field.name for part in parts for field in fields(part)]
+    names.remove("vocab_size")  # the model's is none, since the tokenizer decides it
     assert len(names) == len(set(names))
 
 

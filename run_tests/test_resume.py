@@ -95,6 +95,7 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(small_run, cli, t
     """The process dies at one of its file operations, all through the run."""
     assert small_run("--out", "whole").code == 0
     arguments = [*SMALL.split(), "--train-file", str(text), "--out", str(tmp_path / "killed")]
+    arguments += ["--cache", str(tmp_path / "cache")]
     command = [sys.executable, "-c", KILLED_RUN, str(fatal), *arguments]
     killed = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
     assert killed.returncode == 9, killed.stderr
@@ -166,6 +167,7 @@ def test_another_text_is_refused(small_run, cli, text):
         (["--d-model", "32"], "--d-model 32: the run in run has 16"),
         (["--learning-rate", "1"], "--learning-rate 1.0: the run in run has 0.00"),
         (["--batch-size", "8"], "--batch-size 8: the run in run has 4"),
+        (["--tokenizer", "bpe"], "--tokenizer bpe: the run in run has bytes"),
         (["--seed", "1"], "--seed 1: the run in run has 0"),
         (["--out", "other"], "leave out --out"),
         (["--steps", "11"], "--steps 11, but the run in run has done 12"),

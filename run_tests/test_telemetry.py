@@ -36,10 +36,11 @@ def test_every_evaluation_is_a_line(run):
 
 
 def test_the_first_lines_say_where_and_how(run):
-    first, second, third, *_ = run.out.splitlines()
+    first, second, third, fourth, *_ = run.out.splitlines()
     assert first.startswith("preset cpu on cpu, float32: ")
     assert "run folder run" in second
-    assert third.startswith("step 0: ") and third.endswith("ln V = 5.545")
+    assert third == "256 different tokens, 1.00 bytes of text in each"
+    assert fourth.startswith("step 0: ") and fourth.endswith("ln V = 5.545")
 
 
 def test_the_run_folder_is_complete(run):

@@ -3,7 +3,7 @@
 Splitting text is most of the work, so the rest is arranged around it: text that is ASCII is split by a
 simpler pattern that means the same there; training counts each distinct pre-token once and works on those;
 encoding looks a pre-token up among those seen before, as packed ids, and joins what it finds.
-The merges themselves are in torch_impl.training.bpe_merges, reading files in torch_impl.training.bpe_corpus.
+Merges are learned in torch_impl.training.bpe_merges and applied in bpe_table; bpe_corpus there reads files.
 """
 
 import re
@@ -19,7 +19,8 @@ from jaxtyping import Integer, UInt
 from numpy import ndarray as Array
 
 from ref_numpy.bpe_format import SPLITS, TokenizerError, Vocabulary, new_vocabulary, to_json
-from torch_impl.training.bpe_merges import MergeTable, learn_merges
+from torch_impl.training.bpe_merges import learn_merges
+from torch_impl.training.bpe_table import MergeTable
 from torch_impl.training.files import write_file
 
 _PART = 1 << 16  # characters that are split and looked up before the next ones
@@ -152,6 +153,8 @@ def train(
 class BPETokenizer:
     """Encodes and decodes with a vocabulary. See torch_impl.training.tokenizer for the interface."""
 
+    opening = "\n\n"
+
     def __init__(self, vocabulary: Vocabulary):
         self.vocabulary = vocabulary
         self.vocab_size = len(vocabulary.tokens)
@@ -245,9 +248,13 @@ class BPETokenizer:
         """The text of the tokens. Bytes that are no UTF-8 become U+FFFD; "strict" raises an error."""
         return self.decode_bytes(ids).decode("utf-8", errors=errors)
 
+    def to_json(self) -> str:
+        """The content of tokenizer.json."""
+        return to_json(self.vocabulary)
+
     def save(self, path: Path) -> None:
         """Write tokenizer.json, in one piece."""
-        write_file(Path(path), to_json(self.vocabulary).encode("utf-8"))
+        write_file(Path(path), self.to_json().encode("utf-8"))
 
 
 if __name__ == "__main__":

@@ -122,14 +122,21 @@ def write(request: Request) -> None:
     place = choose_place(replace(settings, device=flags.device, compile="off"))
     loaded = load_model(request.checkpoint, place.dtype, place.device)
     try:
-        prompt = torch.from_numpy(loaded.tokenizer.encode(flags.prompt or "\n\n"))
+        prompt = torch.from_numpy(loaded.tokenizer.encode(flags.prompt or loaded.tokenizer.opening))
     except UnicodeEncodeError as error:
         raise InputError(f"--prompt is not valid text: {error.reason} at character {error.start}") from error
+    if not prompt.numel():
+        raise InputError(f"--prompt {flags.prompt!r} has no word in it")
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character still shows the rest
     print(flags.prompt, end="", flush=True)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    decode_bytes, before = loaded.tokenizer.decode_bytes, int(prompt[-1])
     for token in generate(loaded.model, prompt, flags.max_new_tokens, flags.temperature, flags.seed):
-        print(decoder.decode(loaded.tokenizer.decode_bytes([token])), end="", flush=True)
+        after_it = decode_bytes([before, token])[
+            len(decode_bytes([before])) :
+        ]  # words: with the space between
+        print(decoder.decode(after_it), end="", flush=True)
+        before = token
     print(decoder.decode(b"", final=True))
 
 

@@ -1,60 +1,24 @@
 """The command line of the tokenizer: python -m torch_impl.bpe train | encode | decode | inspect."""
 
-import io
 import os
-import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import tyro
-from tqdm import tqdm
 
-from ref_numpy.bpe_format import (
-    SPLITS,
-    TokenizerError,
-    Vocabulary,
-    from_gpt2_files,
-    from_json,
-    to_gpt2_files,
-    to_json,
-)
-from torch_impl.bpe import BPETokenizer, check_training, train_on_words
-from torch_impl.training.bpe_corpus import count_files, encode_files
+from ref_numpy.bpe_format import SPLITS, TokenizerError, to_gpt2_files, to_json
+from torch_impl.bpe import check_training
+from torch_impl.training.bpe_corpus import byte_bar, encode_texts, train_on_texts
+from torch_impl.training.bpe_inspect import Files, Inspect, Source, texts
 from torch_impl.training.files import InputError, write_file
+from torch_impl.training.flags import one_line_errors
 
-Files = tyro.conf.Positional[tuple[Path, ...]]
-_COLOURS = (41, 42, 44, 45, 46)  # backgrounds of a terminal
 _DECODED_AT_ONCE = 1 << 20  # ids
-
-
-@dataclass
-class Source:
-    """Where the tokenizer comes from: --tokenizer, or --vocab with --merges."""
-
-    tokenizer: Path | None = None
-    """A tokenizer.json."""
-    vocab: Path | None = None
-    """GPT-2's vocab.json ..."""
-    merges: Path | None = None
-    """... and merges.txt."""
-
-    def load(self) -> BPETokenizer:
-        pair = (self.vocab, self.merges)
-        if (self.tokenizer is None) == (pair == (None, None)) or (self.tokenizer is None and None in pair):
-            raise InputError("name one tokenizer: --tokenizer FILE, or --vocab FILE with --merges FILE")
-        named = self.tokenizer or f"{self.vocab} with {self.merges}"
-        try:
-            if self.tokenizer is not None:
-                return BPETokenizer(from_json(self.tokenizer.read_bytes()))
-            merges = self.merges.read_bytes().decode("utf-8")
-            return BPETokenizer(from_gpt2_files(self.vocab.read_bytes(), merges))
-        except (TokenizerError, UnicodeDecodeError) as error:
-            raise InputError(f"{named} cannot be read as a tokenizer: {error}") from None
 
 
 @dataclass
@@ -95,20 +59,15 @@ class Train:
                 raise InputError(f"{target} exists already; choose another name, or replace it with --force")
             if not target.parent.is_dir():
                 raise InputError(f"{target.parent} is no folder; make it first, or write elsewhere")
-        with _bytes_bar(self.files) as bar:
-            words = count_files(
-                list(self.files), self.special_tokens, split, _workers(self.workers), self.sample, bar.update
-            )
-        wanted = self.vocab_size - 256 - len(set(self.special_tokens))
-        with tqdm(total=wanted, unit=" merges", disable=None, file=sys.stderr) as bar:
-            vocabulary = train_on_words(
-                words, self.vocab_size, self.special_tokens, split, self.ties, bar.update
-            )
-        if len(vocabulary.tokens) < self.vocab_size:
-            raise InputError(
-                f"--vocab-size is {self.vocab_size}, but the text runs out of pairs after "
-                f"{len(vocabulary.merges)} merges; give it more text, or ask for {len(vocabulary.tokens)}"
-            )
+        vocabulary = train_on_texts(
+            texts(self.files),
+            self.vocab_size,
+            self.special_tokens,
+            split,
+            self.ties,
+            _workers(self.workers),
+            self.sample,
+        )
         write_file(self.out, to_json(vocabulary).encode("utf-8"))
         if self.out_gpt2 is not None:
             for target, content in zip(targets[1:], to_gpt2_files(vocabulary), strict=True):
@@ -137,10 +96,10 @@ class Encode:
     def run(self) -> None:
         tokenizer = self.source.load()
         _refuse_existing(self.out, self.force)
-        n = 0
-        with _bytes_bar(self.files) as bar, _id_writer(self.out, tokenizer.dtype) as write:
-            for ids in encode_files(
-                tokenizer, list(self.files), self.special_tokens, _workers(self.workers), bar.update
+        n, files = 0, texts(self.files)
+        with byte_bar(files, "encoding") as bar, _id_writer(self.out, tokenizer.dtype) as write:
+            for ids in encode_texts(
+                tokenizer, files, self.special_tokens, _workers(self.workers), bar.update
             ):
                 n += ids.size
                 if self.out is not None:
@@ -194,55 +153,6 @@ class Decode:
             sys.stdout.buffer.write(text)
 
 
-@dataclass
-class Inspect:
-    """Show a tokenizer: its size and longest tokens, its compression of files, a text coloured by token."""
-
-    files: Files = ()
-    """UTF-8 text to measure the compression on."""
-    source: tyro.conf.OmitArgPrefixes[Source] = field(default_factory=Source)
-    text: str = ""
-    """Text to show coloured by token; where colours are off, with a bar after each token."""
-    longest: int = 10
-    """How many of the longest tokens to show."""
-
-    def run(self) -> None:
-        tokenizer = self.source.load()
-        vocabulary = tokenizer.vocabulary
-        specials = ", ".join(vocabulary.special_tokens) or "none"
-        print(f"{tokenizer.vocab_size} tokens, {len(vocabulary.merges)} merges, special tokens: {specials}")
-        print(f"split: {_name_of(vocabulary)}")
-        print("longest tokens:")
-        for id, token in sorted(enumerate(vocabulary.tokens), key=lambda item: -len(item[1]))[: self.longest]:
-            print(f"  {id:>8}  {token.decode('utf-8', errors='replace')!r}")
-        for path in self.files:
-            n = sum(ids.size for ids in encode_files(tokenizer, [path], (), _workers(0)))
-            size = path.stat().st_size
-            print(f"{path}: {size} bytes, {n} tokens, {size / max(n, 1):.3f} bytes per token")
-        if self.text:
-            print(coloured(tokenizer, self.text, colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ))
-
-
-def coloured(tokenizer: BPETokenizer, text: str, colour: bool) -> str:
-    """The text with each token on a background of its own, or with a bar after each."""
-    parts = [
-        tokenizer.decode([id])
-        if "\ufffd" not in tokenizer.decode([id])
-        else str(tokenizer.decode_bytes([id]))
-        for id in tokenizer.encode(text).tolist()
-    ]
-    if not colour:
-        return "".join(part + "|" for part in parts)
-    shades = (_COLOURS[i % len(_COLOURS)] for i in range(len(parts)))
-    return "".join(f"\x1b[{shade};97m{part}\x1b[0m" for shade, part in zip(shades, parts, strict=True))
-
-
-def _name_of(vocabulary: Vocabulary) -> str:
-    return next(
-        (name for name, pattern in SPLITS.items() if pattern == vocabulary.split), str(vocabulary.split)
-    )
-
-
 def _workers(asked: int) -> int:
     if asked < 0:
         raise InputError(f"--workers is {asked}, but must be 0 (one per core) or more")
@@ -252,16 +162,6 @@ def _workers(asked: int) -> int:
 def _refuse_existing(path: Path | None, force: bool) -> None:
     if path is not None and path.exists() and not force:
         raise InputError(f"{path} exists already; choose another name, or replace it with --force")
-
-
-def _bytes_bar(paths: tuple[Path, ...]) -> tqdm:
-    if not paths:
-        raise InputError("no text is given; name one file or more")
-    for path in paths:
-        if path.is_dir():
-            raise InputError(f"{path} is a folder; name the text files in it")
-    total = sum(path.stat().st_size for path in paths)
-    return tqdm(total=total, unit="B", unit_scale=True, disable=None, file=sys.stderr)
 
 
 @contextmanager
@@ -303,17 +203,12 @@ Command = (
 
 
 def _parse(arguments: list[str]) -> Train | Encode | Decode | Inspect:
-    """Exits after --help; raises InputError with the first line of tyro's box on a mistake."""
-    box = io.StringIO()
+    """Exits after --help; raises InputError on a mistake."""
     try:
-        with redirect_stderr(box):
+        with one_line_errors():
             return tyro.cli(Command, prog="python -m torch_impl.bpe", args=arguments)
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-        lines = re.sub(r"\x1b\[[0-9;]*m", "", box.getvalue()).splitlines()
-        first = next(line for line in lines[1:] if any(map(str.isalpha, line)))
-        raise InputError(f"{first.strip('│| .')}; see --help") from None
+    except InputError as error:
+        raise InputError(f"{error}; see --help") from None
 
 
 def main(arguments: list[str]) -> int:

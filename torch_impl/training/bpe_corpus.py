@@ -1,8 +1,9 @@
-"""Files larger than memory for the tokenizer: read in parts, each worked on by any of several processes.
+"""Texts larger than memory for the tokenizer: read in parts, each worked on by any of several processes.
 
-A part ends where splitting the rest anew gives what splitting the whole would: before a space that follows
-anything but whitespace (see ref_numpy.bpe_format.SPLITS), and never inside a special token. A split pattern
-of the user's own promises no such place: parts end at special tokens there; a text without any is one part.
+A part ends where splitting the rest anew gives what splitting the whole would: at a pre-token that begins
+whatever stands before it, such as most words (see ref_numpy.bpe_format.SPLITS), and never inside a special
+token. A split pattern of the user's own promises no such place: parts end at special tokens there; a text
+without any is one part.
 
 The processes are spawned, which imports the caller's main module again: with more than one worker that module
 needs the usual `if __name__ == "__main__":`.
@@ -13,34 +14,40 @@ import signal
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
-from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import regex
 from jaxtyping import UInt
 from numpy import ndarray as Array
+from tqdm import tqdm
 
 from ref_numpy.bpe_format import SPLITS, Vocabulary
-from torch_impl.bpe import BPETokenizer, count_words, special_pattern
+from torch_impl.bpe import BPETokenizer, check_training, count_words, special_pattern, train_on_words
 from torch_impl.training.files import InputError
+from torch_impl.training.text import Text, untold
 
-_PART = 1 << 23  # characters
+_PART = 1 << 23  # bytes
 _SAMPLED_PART = 1 << 16  # smaller, so that a sample is spread over the text
-
-
-def _nothing(amount: int) -> None: ...
+_BEGINNINGS = {  # of pre-tokens, the last one first
+    SPLITS["gpt2"]: regex.compile(r"(?r)(?<=\S)\s"),
+    SPLITS["gpt4"]: regex.compile(r"(?r)(?<=\S) |(?<=[\p{L}\p{N}])\n"),
+    SPLITS["whitespace"]: regex.compile(r"(?r)(?<=\S)\s"),
+}
+_DELAY = 0.5  # seconds before a progress bar shows itself
 
 
 def last_cut(text: str, special_tokens: Collection[str], split: str | None) -> int:
     """The last place where the text can be cut in two; 0 if there is none. See the top of this file."""
     last = len(text) - max(map(len, special_tokens), default=1) + 1  # what begins before it is here in full
-    if split not in SPLITS.values():
+    if split not in _BEGINNINGS:
         pattern = special_pattern(special_tokens)
         ends = [found.end() for found in pattern.finditer(text)] if pattern else []
         return max((end for end in ends if end < last), default=0)
-    cut = text.rfind(" ", 0, max(last, 0))
-    while cut > 0 and (text[cut - 1].isspace() or _inside(text, cut, special_tokens)):
-        cut = text.rfind(" ", 0, cut)
-    return max(cut, 0)
+    for found in _BEGINNINGS[split].finditer(text, 0, max(last, 0)):
+        if not _inside(text, found.start(), special_tokens):
+            return found.start()
+    return 0
 
 
 def _inside(text: str, cut: int, special_tokens: Collection[str]) -> bool:
@@ -48,31 +55,30 @@ def _inside(text: str, cut: int, special_tokens: Collection[str]) -> bool:
 
 
 def read_parts(
-    paths: Iterable[Path],
+    texts: Iterable[Text],
     special_tokens: Collection[str],
     split: str | None,
     size: int = _PART,
-    progress: Callable[[int], object] = _nothing,
+    progress: Callable[[int], object] = untold,
 ) -> Iterator[str]:
-    """The text of files in parts of about `size` characters; `progress` is told of bytes as they are read.
+    """The texts in parts of about `size` bytes; `progress` is told of bytes as they are read.
 
     Raises InputError for a file that is not UTF-8, OSError for one that cannot be read.
     """
-    for path in paths:
-        try:
-            with path.open(encoding="utf-8", newline="") as file:  # "\r\n" stays as it is
-                rest = ""
-                while text := file.read(max(size, len(rest))):
-                    progress(len(text) if text.isascii() else len(text.encode("utf-8")))
-                    text = rest + text
-                    cut = last_cut(text, special_tokens, split)
-                    if cut:
-                        yield text[:cut]
-                    rest = text[cut:]
-                if rest:
-                    yield rest
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path} is not UTF-8 text: {error.reason}; convert it to UTF-8 first") from None
+    for text in texts:
+        rest, more = "", []  # what no cut was found in, and what has been read since
+        for read in text.parts(size, progress):
+            more.append(read)
+            if sum(map(len, more)) < len(rest):
+                continue  # looking again for a cut is worth it when the text has doubled
+            whole = rest + "".join(more)
+            more.clear()
+            cut = last_cut(whole, special_tokens, split)
+            if cut:
+                yield whole[:cut]
+            rest = whole[cut:]
+        if rest := rest + "".join(more):
+            yield rest
 
 
 def ordered_map(
@@ -107,27 +113,27 @@ def _start(initializer: Callable | None, arguments: tuple) -> None:
         initializer(*arguments)
 
 
-def worth_spawning(paths: Iterable[Path], workers: int) -> int:
-    """No more workers than the files have work for: starting one takes as long as about 8 MB of text."""
-    return max(1, min(workers, sum(path.stat().st_size for path in paths) >> 23))
+def worth_spawning(texts: Iterable[Text], workers: int) -> int:
+    """No more workers than the texts have work for: starting one takes as long as about 8 MB of text."""
+    return max(1, min(workers, sum(text.size() for text in texts) >> 23))
 
 
-def count_files(
-    paths: list[Path],
+def count_texts(
+    texts: list[Text],
     special_tokens: Collection[str] = (),
     split: str | None = SPLITS["gpt2"],
     workers: int = 1,
     sample: float = 1.0,
-    progress: Callable[[int], object] = _nothing,
+    progress: Callable[[int], object] = untold,
 ) -> Counter[str]:
-    """How often each pre-token stands in the files, or in a part `sample` of them, spread evenly."""
+    """How often each pre-token stands in the texts, or in a part `sample` of them, spread evenly."""
     size = _PART if sample == 1 else _SAMPLED_PART
-    parts = read_parts(paths, special_tokens, split, size, progress)
+    parts = read_parts(texts, special_tokens, split, size, progress)
     if sample < 1:
         parts = (p for k, p in enumerate(parts) if math.ceil((k + 1) * sample) > math.ceil(k * sample))
     count = partial(_count_part, special_tokens=tuple(special_tokens), split=split)
     words = Counter()
-    for counted in ordered_map(count, parts, worth_spawning(paths, workers)):
+    for counted in ordered_map(count, parts, worth_spawning(texts, workers)):
         words.update(counted)
     return words
 
@@ -136,16 +142,49 @@ def _count_part(text: str, special_tokens: tuple[str, ...], split: str | None) -
     return count_words([text], special_tokens, split)
 
 
-def encode_files(
+def train_on_texts(
+    texts: list[Text],
+    vocab_size: int,
+    special_tokens: Collection[str] = (),
+    split: str | None = SPLITS["gpt2"],
+    ties: Literal["smallest ids", "greatest bytes"] = "smallest ids",
+    workers: int = 1,
+    sample: float = 1.0,
+) -> Vocabulary:
+    """Learns vocab_size tokens, with progress bars of bytes and then of merges.
+
+    Raises InputError where the texts run out of pairs before, and as torch_impl.bpe.train.
+    """
+    check_training(vocab_size, special_tokens, split)
+    with byte_bar(texts, "counting") as bar:
+        words = count_texts(texts, special_tokens, split, workers, sample, bar.update)
+    wanted = vocab_size - 256 - len(set(special_tokens))
+    with tqdm(total=wanted, unit=" merges", delay=_DELAY, dynamic_ncols=True) as bar:
+        vocabulary = train_on_words(words, vocab_size, special_tokens, split, ties, bar.update)
+    if len(vocabulary.tokens) < vocab_size:
+        raise InputError(
+            f"--vocab-size is {vocab_size}, but the text runs out of pairs after {len(vocabulary.merges)} "
+            f"merges; give it more text, or ask for --vocab-size {len(vocabulary.tokens)}"
+        )
+    return vocabulary
+
+
+def byte_bar(texts: Iterable[Text], what: str) -> tqdm:
+    """A progress bar of bytes; it shows itself when the work takes longer than a moment."""
+    total = sum(text.size() for text in texts)
+    return tqdm(total=total, desc=what, unit="B", unit_scale=True, delay=_DELAY, dynamic_ncols=True)
+
+
+def encode_texts(
     tokenizer: BPETokenizer,
-    paths: list[Path],
+    texts: list[Text],
     allowed_special: Collection[str] = (),
     workers: int = 1,
-    progress: Callable[[int], object] = _nothing,
+    progress: Callable[[int], object] = untold,
 ) -> Iterator[UInt[Array, "_"]]:
-    """The ids of the files, part by part; together they are the ids of the whole texts."""
-    parts = read_parts(paths, allowed_special, tokenizer.vocabulary.split, _PART, progress)
-    if (workers := worth_spawning(paths, workers)) == 1:
+    """The ids of the texts, part by part; together they are the ids of the whole texts."""
+    parts = read_parts(texts, allowed_special, tokenizer.vocabulary.split, _PART, progress)
+    if (workers := worth_spawning(texts, workers)) == 1:
         yield from (tokenizer.encode(part, allowed_special) for part in parts)
         return
     encode = partial(_encode_part, allowed_special=tuple(allowed_special))

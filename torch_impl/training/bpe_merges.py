@@ -1,4 +1,4 @@
-"""Learning merges and applying them, over arrays: all words lie in one row of ids, with borders between.
+"""Learning merges, over arrays: all words lie in one row of ids, with borders between.
 
 A row is a doubly linked list in arrays. A merge of (a, b) at position p writes the new token at p and takes
 the position of b out of the list, so a merge costs as much as the number of places it happens at, whatever
@@ -17,21 +17,20 @@ from numpy import ndarray as Array
 
 from ref_numpy.bpe_format import BYTE_ORDER
 
-_BORDER, _DEAD = -1, -2  # between words; merged into the token before
+BORDER, DEAD = -1, -2  # between words; merged into the token before
 _MANY = 64  # places from which whole arrays are faster than a loop; measured
-_NO_RANK = 2**31 - 1
-_LOW = 2**32 - 1
+LOW = 2**32 - 1
 
 
-def _row(words: Iterable[str], id_of_byte: Int64[Array, "256"]) -> Int[Array, "N"]:
+def row_of(words: Iterable[str], id_of_byte: Int64[Array, "256"]) -> Int[Array, "N"]:
     """Ids of the words' bytes, with borders around each: the byte 0xFF, which UTF-8 never holds."""
     raw = np.frombuffer(b"\xff".join([b"", *map(str.encode, words), b""]), np.uint8)
     ids = id_of_byte.astype(np.int32)
-    ids[0xFF] = _BORDER
+    ids[0xFF] = BORDER
     return ids[raw]
 
 
-def _links(row: Int[Array, "N"]) -> tuple[Int[Array, "N"], Int[Array, "N"]]:
+def links(row: Int[Array, "N"]) -> tuple[Int[Array, "N"], Int[Array, "N"]]:
     """Position of the token before and of the token after each position."""
     place = np.arange(-1, row.size + 1, dtype=np.int32 if row.size < 2**31 - 1 else np.int64)
     return place[:-2].copy(), place[2:].copy()
@@ -41,17 +40,17 @@ class _Corpus:
     """The words of a corpus while their merges are learned: where each pair stands, and how often."""
 
     def __init__(self, words: Mapping[str, int], id_of_byte: Int64[Array, "256"]):
-        self.token = _row(words, id_of_byte)
-        self.previous, self.next = _links(self.token)
+        self.token = row_of(words, id_of_byte)
+        self.previous, self.next = links(self.token)
         counts = np.fromiter(words.values(), np.int64, len(words))
-        word = np.cumsum(self.token == _BORDER)
+        word = np.cumsum(self.token == BORDER)
         self.weight = np.concatenate([[0], counts, [0]])[word]
         # The same memory once more, for loops: reading one number from a memoryview is far faster.
         self.views = tuple(map(memoryview, (self.token, self.previous, self.next, self.weight)))
         self.count: dict[int, int] = defaultdict(int)  # by pair: left id * 2^32 + right id
         self.where: dict[int, list[int] | Array] = {}  # left positions, some perhaps stale
         places = np.flatnonzero((self.token[:-1] >= 0) & (self.token[1:] >= 0))
-        self._add(_pair(self.token[places], self.token[places + 1]), self.weight[places], places)
+        self._add(pair_of(self.token[places], self.token[places + 1]), self.weight[places], places)
 
     def _add(
         self, pairs: Int64[Array, "N"], weights: Int64[Array, "N"], places: Int[Array, "N"]
@@ -91,7 +90,7 @@ class _Corpus:
             if token[p] != a or token[q := next[p]] != b:
                 continue  # stale: another merge has taken one of the two
             w, left, right = weight[p], previous[p], next[q]
-            token[p], token[q] = new, _DEAD
+            token[p], token[q] = new, DEAD
             next[p], previous[right] = right, p
             if (x := token[left]) >= 0:
                 count[x << 32 | a] -= w
@@ -119,7 +118,7 @@ class _Corpus:
             in_run = index - np.maximum.accumulate(np.where(run_starts, index, 0))
             p, q = p[in_run % 2 == 0], q[in_run % 2 == 0]
         right = next[q]
-        token[p], token[q] = new, _DEAD
+        token[p], token[q] = new, DEAD
         next[p], previous[right] = right, p
         left = previous[p]
         follows = np.zeros(p.size + 1, bool)  # whether a place begins where the one before it ended
@@ -128,11 +127,11 @@ class _Corpus:
         has_left, has_right = x >= 0, (y >= 0) & ~follows[1:]
         was_left = np.where(follows[:-1], b, x)  # its token before this merge
         self._subtract(
-            np.concatenate([_pair(was_left, a)[has_left], _pair(b, y)[has_right]]),
+            np.concatenate([pair_of(was_left, a)[has_left], pair_of(b, y)[has_right]]),
             np.concatenate([w[has_left], w[has_right]]),
         )
         return self._add(
-            np.concatenate([_pair(x, new)[has_left], _pair(new, y)[has_right]]),
+            np.concatenate([pair_of(x, new)[has_left], pair_of(new, y)[has_right]]),
             np.concatenate([w[has_left], w[has_right]]),
             np.concatenate([left[has_left], p[has_right]]),
         )
@@ -145,7 +144,7 @@ class _Corpus:
             self.count[pair] -= total
 
 
-def _pair(left: Int[Array, "N"] | int, right: Int[Array, "N"] | int) -> Int64[Array, "N"]:
+def pair_of(left: Int[Array, "N"] | int, right: Int[Array, "N"] | int) -> Int64[Array, "N"]:
     """Two ids as one number, which sorts by the left id and then by the right one."""
     return np.asarray(left, np.int64) << 32 | np.asarray(right, np.int64)
 
@@ -200,7 +199,7 @@ def learn_merges(
 
     def put(pair: int) -> None:
         if count[pair]:
-            left, right = tokens[pair >> 32], tokens[pair & _LOW]
+            left, right = tokens[pair >> 32], tokens[pair & LOW]
             queue.put(count[pair], pair if by_ids else (_last_first(left), _last_first(right), pair))
 
     for pair in count:
@@ -211,7 +210,7 @@ def learn_merges(
         if count[pair] != expected:  # it has changed since; counts of old pairs only fall
             put(pair)
             continue
-        a, b = pair >> 32, pair & _LOW
+        a, b = pair >> 32, pair & LOW
         yield tokens[a], tokens[b]
         token = tokens[a] + tokens[b]
         new = id_of.setdefault(token, len(tokens))
@@ -219,78 +218,3 @@ def learn_merges(
             tokens.append(token)
         for made in corpus.merge(a, b, new):
             put(made)
-
-
-class MergeTable:
-    """Rank and result of each pair of ids."""
-
-    def __init__(self, pairs: list[tuple[int, int]], results: list[int], id_of_byte: Int64[Array, "256"]):
-        self.rank = {}
-        for rank, (a, b) in enumerate(pairs):
-            self.rank.setdefault(a << 32 | b, rank)
-        self.results = results
-        self.id_of_byte = id_of_byte
-        keys = np.fromiter(self.rank.keys(), np.int64, len(self.rank))
-        order = np.argsort(keys)
-        self._keys = np.append(keys[order], -1)  # the last one is never found
-        self._ranks = np.fromiter(self.rank.values(), np.int64, len(self.rank))[order]
-        self._results = np.array(results, np.int32)
-
-    def _ranks_of(self, left: Int[Array, "N"], right: Int[Array, "N"]) -> Int64[Array, "N"]:
-        pairs = _pair(left, right)
-        place = np.searchsorted(self._keys[:-1], pairs)
-        found = np.flatnonzero(self._keys[place] == pairs)
-        ranks = np.full(pairs.size, _NO_RANK)
-        ranks[found] = self._ranks[place[found]]
-        return ranks
-
-    def encode_words(self, words: list[str]) -> tuple[Int[Array, "N"], Int[Array, "W"]]:
-        """All ids, and how many of them each word has. A round makes one merge in each word with one left."""
-        token = _row(words, self.id_of_byte)
-        previous, next = _links(token)
-        border = token == _BORDER
-        rank = np.append(self._ranks_of(token[:-1], token[1:]), _NO_RANK)
-        live = np.flatnonzero(~border)  # positions in words that may have a merge left
-        word = np.cumsum(border)[live]
-        while live.size:
-            starts = np.flatnonzero(np.concatenate([[True], word[1:] != word[:-1]]))
-            best = np.minimum.reduceat(rank[live] << 32 | live, starts)  # lowest rank, then leftmost
-            merges = best < _NO_RANK << 32
-            p = best[merges] & _LOW
-            q = next[p]
-            token[p], token[q] = self._results[best[merges] >> 32], _DEAD
-            next[p] = right = next[q]
-            previous[right] = p
-            left = previous[p]
-            rank[np.concatenate([left, p])] = self._ranks_of(
-                np.concatenate([token[left], token[p]]), np.concatenate([token[p], token[right]])
-            )
-            stays = np.repeat(merges, np.diff(starts, append=live.size)) & (token[live] != _DEAD)
-            live, word = live[stays], word[stays]
-        token = token[token != _DEAD]
-        ends = np.flatnonzero(token == _BORDER)
-        return np.delete(token, ends), np.diff(ends) - 1
-
-    def encode_word(self, word: str) -> list[int]:
-        """The ids of one word, in n log n steps for n bytes: the pairs wait in a heap, by rank and place."""
-        token = self.id_of_byte[np.frombuffer(word.encode("utf-8"), np.uint8)].tolist()
-        n = len(token)
-        token.append(_BORDER)
-        previous, next = list(range(-1, n)), list(range(1, n + 2))
-        rank_of = self.rank.get
-        queue = [(rank, p) for p in range(n) if (rank := rank_of(token[p] << 32 | token[p + 1])) is not None]
-        heapq.heapify(queue)
-        while queue:
-            rank, p = heapq.heappop(queue)
-            if token[p] < 0 or rank_of(token[p] << 32 | token[next[p]]) != rank:
-                continue  # stale: one of the two has been merged since
-            q, new = next[p], self.results[rank]
-            token[p], token[q] = new, _DEAD
-            next[p] = right = next[q]
-            previous[right] = p
-            if (after := rank_of(new << 32 | token[right])) is not None:
-                heapq.heappush(queue, (after, p))
-            left = previous[p]
-            if left >= 0 and (before := rank_of(token[left] << 32 | new)) is not None:
-                heapq.heappush(queue, (before, left))
-        return [id for id in token if id >= 0]

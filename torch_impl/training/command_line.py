@@ -11,7 +11,7 @@ from typing import NamedTuple
 import tyro
 
 from ref_numpy.config import ModelConfig, TrainConfig
-from torch_impl.training.config import RunConfig, RunSettings, read_config
+from torch_impl.training.config import TOKENIZERS, RunConfig, RunSettings, TokenizerSettings, read_config
 from torch_impl.training.files import InputError
 from torch_impl.training.flags import dashed, parse_flags
 from torch_impl.training.presets import PRESETS
@@ -40,18 +40,27 @@ class RunFlags(RunSettings):
 
 
 @dataclass(frozen=True)
+class TokenizerFlags(TokenizerSettings):
+    def __post_init__(self) -> None: ...
+
+
+@dataclass(frozen=True)
 class FolderFlags:
     out: str = ""
     """Run folder, which must not exist yet; without it, runs/PRESET-DATE-TIME."""
     resume: str = ""
     """Go on with the run in this folder. Its settings hold; only steps, micro-batches and the flags under
     "run options" can be changed. No PRESET beside it."""
+    cache: str = "cache"
+    """Folder that keeps the encoded text, and the tokenizer learned from it, for later runs; deleting it
+    costs only time."""
 
 
 @dataclass(frozen=True)
 class Flags:
     folder: FolderFlags
     run: RunFlags
+    tokenizer: TokenizerFlags
     training: TrainFlags
     model: ModelFlags
 
@@ -62,6 +71,7 @@ class Request(NamedTuple):
     config: RunConfig
     out: Path | None  # of a new run, where the user names it
     resume: Path | None  # the run to go on with
+    cache: Path  # where encoded text is kept
 
 
 def parse(arguments: list[str]) -> Request:
@@ -80,7 +90,14 @@ def parse(arguments: list[str]) -> Request:
     out = Path(flags.folder.out) if flags.folder.out else None
     if out is not None and (out.exists() or out.is_symlink()):
         raise InputError(f"{out} exists, and a run is never overwritten; name another --out, or --resume it")
-    return Request(_configure(flags, start), out, None)
+    config = _configure(flags, start)
+    name = config.tokenizer.tokenizer
+    if name not in TOKENIZERS and not Path(name).is_file():
+        raise InputError(
+            f"--tokenizer {flags.tokenizer.tokenizer}: no such file; use {', '.join(TOKENIZERS)}, or the "
+            "path of a tokenizer.json"
+        )
+    return Request(config, out, None, Path(flags.folder.cache))
 
 
 def _resume(arguments: list[str], preset: str | None, folder: Path) -> Request:
@@ -97,8 +114,10 @@ def _resume(arguments: list[str], preset: str | None, folder: Path) -> Request:
         ModelConfig(**asdict(flags.model)),
         TrainConfig(**asdict(flags.training)),
         _settings(flags),
+        _tokenizer(flags),
     )
-    for old, new in ((start.model, config.model), (start.training, config.training)):
+    for part in ("model", "training", "tokenizer"):
+        old, new = getattr(start, part), getattr(config, part)
         for field in fields(old):
             before, now = getattr(old, field.name), getattr(new, field.name)
             if before != now and field.name not in CHANGEABLE:
@@ -106,25 +125,30 @@ def _resume(arguments: list[str], preset: str | None, folder: Path) -> Request:
                     f"--{dashed(field.name)} {now}: the run in {folder} has {before}; leave the flag out, "
                     "or start a new run"
                 )
-    return Request(config, None, folder)
+    return Request(config, None, folder, Path(flags.folder.cache))
 
 
 def _configure(flags: Flags, preset: RunConfig) -> RunConfig:
     """The preset with the flags laid over it.
 
     What the preset sets and the flags make impossible becomes a tenth of its limit: the warm-up of a run that
-    is now shorter, the last learning rate of one whose peak is now lower.
+    is now shorter, the last learning rate of one whose peak is now lower. A size of the
+    vocabulary goes where another tokenizer has its own.
     """
     training = flags.training
     if training.warmup_steps == preset.training.warmup_steps > training.steps:
         training = replace(training, warmup_steps=training.steps // 10)
     if training.min_learning_rate == preset.training.min_learning_rate > training.learning_rate:
         training = replace(training, min_learning_rate=training.learning_rate / 10)
+    tokenizer = flags.tokenizer
+    if tokenizer.tokenizer not in ("bpe", "words") and tokenizer.vocab_size == preset.tokenizer.vocab_size:
+        flags = replace(flags, tokenizer=replace(tokenizer, vocab_size=0))
     return RunConfig(
         preset.preset,
         ModelConfig(**asdict(flags.model)),
         TrainConfig(**asdict(training)),
         _settings(flags),
+        _tokenizer(flags),
     )
 
 
@@ -133,6 +157,13 @@ def _settings(flags: Flags) -> RunSettings:
     run = RunSettings(**asdict(flags.run))
     files = {name: getattr(run, name) for name in ("train_file", "valid_file")}
     return replace(run, **{name: str(Path(file).absolute()) for name, file in files.items() if file})
+
+
+def _tokenizer(flags: Flags) -> TokenizerSettings:
+    """The tokenizer's settings, with the whole path of a file."""
+    name = flags.tokenizer.tokenizer
+    whole = name if name in TOKENIZERS else str(Path(name).absolute())
+    return TokenizerSettings(**{**asdict(flags.tokenizer), "tokenizer": whole})
 
 
 def _preset_for(device: str) -> str:
@@ -149,6 +180,7 @@ def _parse_flags(arguments: list[str], start: RunConfig, preset: str | None) -> 
     default = Flags(
         FolderFlags(),
         RunFlags(**asdict(start.run)),
+        TokenizerFlags(**asdict(start.tokenizer)),
         TrainFlags(**asdict(start.training)),
         ModelFlags(**asdict(start.model)),
     )

@@ -46,6 +46,42 @@ class RunSettings:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but must not be negative")
 
 
+TOKENIZERS = ("bytes", "characters", "words", "bpe")
+DEFAULT_VOCAB_SIZE = 10_000
+
+
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """What turns text into tokens. Raises ConfigError where the parts contradict each other."""
+
+    tokenizer: str = "bytes"
+    """bytes, characters, words, bpe, or a tokenizer.json to take; bpe, words and characters are learned from
+    the training text."""
+    vocab_size: int = 0
+    """Tokens in all that bpe learns, and words at most; 0 means 10000. The others have their own number."""
+    special_tokens: tuple[str, ...] = ()
+    """Names such as <|endoftext|> that are one token each wherever they stand in the text; for bpe, or in the
+    tokenizer.json."""
+
+    def __post_init__(self) -> None:
+        smallest = 256 + len(set(self.special_tokens)) if self.tokenizer == "bpe" else 2
+        if self.vocab_size and self.tokenizer not in ("bpe", "words"):
+            raise ConfigError(
+                f"vocab_size is {self.vocab_size}, but only bpe and words learn so many tokens, and the "
+                f"tokenizer is {self.tokenizer}; leave it out, or use --tokenizer bpe"
+            )
+        if self.vocab_size and self.vocab_size < smallest:
+            raise ConfigError(
+                f"vocab_size is {self.vocab_size}, but must be at least {smallest}"
+                + (f": 256 bytes and {smallest - 256} special tokens" * (self.tokenizer == "bpe"))
+            )
+        if self.special_tokens and self.tokenizer in ("bytes", "characters", "words"):
+            raise ConfigError(
+                f"special_tokens are {', '.join(self.special_tokens)}, but {self.tokenizer} have none; use "
+                "--tokenizer bpe"
+            )
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """A run, as a preset names it and as config.json keeps it."""
@@ -54,6 +90,7 @@ class RunConfig:
     model: ModelConfig
     training: TrainConfig
     run: RunSettings
+    tokenizer: TokenizerSettings = TokenizerSettings()
 
     def to_json(self) -> bytes:
         """config.json: the parts by name, under a format version."""
@@ -68,6 +105,7 @@ class RunConfig:
             model=_part(config, "model", ModelConfig),
             training=_part(config, "training", TrainConfig),
             run=_part(config, "run", RunSettings),
+            tokenizer=_part(config, "tokenizer", TokenizerSettings),
         )
 
 
@@ -112,6 +150,8 @@ def _part(config: dict[str, Any], name: str, kind: type) -> Any:
         raise ConfigError(f"{name}: missing or unknown: {odd}")
     for field in fields(kind):
         value, wanted = values[field.name], type(field.default)
+        if wanted is tuple and isinstance(value, list) and all(isinstance(part, str) for part in value):
+            value = values[field.name] = tuple(value)  # JSON has lists only
         if type(value) is not wanted and (type(value), wanted) != (int, float):
             raise ConfigError(f"{field.name} is {value!r}, but must be a {wanted.__name__}")
         if get_origin(field.type) is Literal and value not in get_args(field.type):

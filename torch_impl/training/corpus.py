@@ -1,29 +1,44 @@
-"""The text of a run: what is trained on, and what is held out.
-
-Not here: texts that do not fit into memory.
-"""
+"""What a run is trained on and what is held out: as text, and as ids that are made once and kept in files."""
 
 import hashlib
+import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import UInt
+from numpy import ndarray as Array
 
-from torch_impl.training.config import RunConfig
+from ref_numpy.bpe_format import SPLITS, TokenizerError
+from torch_impl.bpe import BPETokenizer
+from torch_impl.training.bpe_corpus import byte_bar, encode_texts, read_parts, train_on_texts
+from torch_impl.training.cache import cached
+from torch_impl.training.config import DEFAULT_VOCAB_SIZE, TOKENIZERS, RunConfig, TokenizerSettings
 from torch_impl.training.files import InputError
-from torch_impl.training.tokenizer import Tokenizer
+from torch_impl.training.text import Text
+from torch_impl.training.tokenizer import (
+    ByteTokenizer,
+    CharacterTokenizer,
+    Tokenizer,
+    WordTokenizer,
+    load_tokenizer,
+    parse_tokenizer,
+)
 
 
 class Corpus(NamedTuple):
-    """Text to train on and held-out text."""
+    """Text to train on and held-out text, neither of them in memory; and what names them."""
 
-    train: str
-    valid: str
+    train: Text
+    valid: Text
+    train_sha256: str
+    valid_sha256: str
 
     def sha256(self) -> str:
-        """Names the text: a resumed run must find the one that it began with."""
-        parts = (hashlib.sha256(part.encode("utf-8")).hexdigest() for part in self)
-        return hashlib.sha256(" ".join(parts).encode("ascii")).hexdigest()
+        """Names both: a resumed run must find what it began with."""
+        return hashlib.sha256(f"{self.train_sha256} {self.valid_sha256}".encode("ascii")).hexdigest()
 
 
 def load_corpus(train_file: str, valid_file: str) -> Corpus:
@@ -31,11 +46,14 @@ def load_corpus(train_file: str, valid_file: str) -> Corpus:
 
     Raises InputError for a file that is missing, a folder, empty, or not UTF-8 text.
     """
-    text = read_text(Path(train_file)) if train_file else python_reference()
-    if valid_file:
-        return Corpus(text, read_text(Path(valid_file)))
-    cut = len(text) * 9 // 10
-    return Corpus(text[:cut], text[cut:])
+    whole = Text(_readable(train_file) if train_file else python_reference().encode("utf-8"))
+    other = [Text(_readable(valid_file))] if valid_file else []
+    with byte_bar([whole, *other] * 2, "reading") as bar:
+        if valid_file:  # ten tenths of either: looked through, and kept whole
+            (train, _), (valid, _) = whole.split(10, bar.update), other[0].split(10, bar.update)
+        else:
+            train, valid = whole.split(9, bar.update)
+        return Corpus(train, valid, train.sha256(bar.update), valid.sha256(bar.update))
 
 
 def python_reference() -> str:
@@ -45,40 +63,107 @@ def python_reference() -> str:
     return "\n".join(topics.values())
 
 
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file. Raises InputError where there is none, naming the byte that is wrong."""
+def _readable(file: str) -> Path:
+    path = Path(file)
     if path.is_dir():
         raise InputError(f"{path} is a folder; name a text file in it")
     try:
-        content = path.read_bytes()
+        path.open("rb").close()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    if not content:
-        raise InputError(f"{path} is empty")
-    if (place := content.find(0)) >= 0:
-        raise InputError(f"{path} is not text: byte {place} is NUL")
+    return path
+
+
+def make_tokenizer(settings: TokenizerSettings, corpus: Corpus, cache: Path) -> Tokenizer:
+    """The tokenizer that the settings ask for: read from its file, or learned from the training text.
+
+    What an earlier run has learned is taken from the cache. Raises InputError for a file that is no
+    tokenizer, and for a text that is too small for the vocabulary.
+    """
+    name, size = settings.tokenizer, settings.vocab_size or DEFAULT_VOCAB_SIZE
+    if name == "bytes":
+        return ByteTokenizer()
+    if name not in TOKENIZERS:
+        tokenizer = load_tokenizer(Path(name))
+        for special in settings.special_tokens:
+            if special not in getattr(tokenizer, "special_tokens", ()):
+                raise InputError(f"--special-tokens {special}: {name} has no such special token")
+        return tokenizer
+
+    def learn() -> Tokenizer:
+        if name == "bpe":
+            texts = [corpus.train]
+            return BPETokenizer(train_on_texts(texts, size, settings.special_tokens, workers=_cores()))
+        with byte_bar([corpus.train], "counting") as bar:
+            parts = read_parts([corpus.train], (), SPLITS["whitespace"], progress=bar.update)
+            return (
+                CharacterTokenizer.train(parts) if name == "characters" else WordTokenizer.train(parts, size)
+            )
+
+    made_from = {
+        "text": corpus.train_sha256,
+        "name": name,
+        "vocab_size": size,
+        "special_tokens": settings.special_tokens,
+    }
     try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not UTF-8 text: byte {error.start} is 0x{content[error.start]:02x}; save it as UTF-8"
-        ) from error
+        path, n = cached(cache, "tokenizer", made_from, lambda: [learn().to_json().encode("utf-8")])
+    except TokenizerError as error:
+        raise InputError(str(error)) from None
+    return parse_tokenizer(path.read_bytes()[:n])
 
 
-def encode_corpus(corpus: Corpus, tokenizer: Tokenizer, config: RunConfig) -> list[np.ndarray]:
-    """Token ids of both texts. Raises InputError for a text shorter than context_length + 1 tokens."""
+def encode_corpus(
+    corpus: Corpus, tokenizer: Tokenizer, config: RunConfig, cache: Path
+) -> list[UInt[Array, "_"]]:
+    """Token ids of both texts, in memory only where they are read.
+
+    Raises InputError for a text shorter than context_length + 1 tokens.
+    """
     length = config.model.context_length
-    texts = []
-    for text, name, file in (
-        (corpus.train, "training text", config.run.train_file),
-        (corpus.valid, "held-out text", config.run.valid_file),
+    ids_of_both = []
+    for text, digest, name, file in (
+        (corpus.train, corpus.train_sha256, "training text", config.run.train_file),
+        (corpus.valid, corpus.valid_sha256, "held-out text", config.run.valid_file),
     ):
-        ids = tokenizer.encode(text)
+        ids = _encoded(text, digest, tokenizer, config.tokenizer.special_tokens, cache)
         if ids.size <= length:
             held_out = "" if file or name == "training text" else " (the last tenth of the training text)"
             raise InputError(
                 f"the {name}{held_out} has {ids.size} tokens, but context_length {length} needs at least "
                 f"{length + 1}; use a longer text or a --context-length below {max(ids.size, 2)}"
             )
-        texts.append(ids)
-    return texts
+        ids_of_both.append(ids)
+    return ids_of_both
+
+
+def _encoded(
+    text: Text, text_sha256: str, tokenizer: Tokenizer, special_tokens: tuple[str, ...], cache: Path
+) -> UInt[Array, "_"]:
+    dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
+
+    def encode() -> Iterator[bytes]:
+        with byte_bar([text], "encoding") as bar:
+            if isinstance(tokenizer, BPETokenizer):
+                parts = encode_texts(tokenizer, [text], special_tokens, _cores(), bar.update)
+            else:  # none of these joins what a space divides
+                parts = map(
+                    tokenizer.encode, read_parts([text], (), SPLITS["whitespace"], progress=bar.update)
+                )
+            for ids in parts:
+                yield ids.tobytes()
+
+    made_from = {
+        "text": text_sha256,
+        "tokenizer": hashlib.sha256(tokenizer.to_json().encode("utf-8")).hexdigest(),
+        "special_tokens": sorted(special_tokens),
+        "byte_order": sys.byteorder,
+    }
+    path, size = cached(cache, "ids", made_from, encode)
+    if not size:
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype, mode="c", shape=(size // dtype.itemsize,))  # torch wants it writable
+
+
+def _cores() -> int:
+    return os.cpu_count() or 1

@@ -3,12 +3,18 @@
 from importlib.util import find_spec
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from jaxtyping import Integer, UInt
+from numpy import ndarray as Array
+from torch import Tensor
 
 from torch_impl.training.config import RunSettings
 from torch_impl.training.files import InputError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_COPIED_AT_ONCE = 1 << 24  # ids
 
 
 class Place(NamedTuple):
@@ -50,6 +56,23 @@ def choose_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda", "mps"):
         raise InputError(f"--device {name} is not supported; use auto, cpu, cuda, cuda:1 or mps")
     return device
+
+
+def tokens_on(device: torch.device, ids: UInt[Array, "N"]) -> Integer[Tensor, "N"]:
+    """Token ids where they are used: on the CPU straight from their file, elsewhere as a copy."""
+    return torch.from_numpy(ids) if device.type == "cpu" else copied_to(device, ids)
+
+
+def copied_to(device: torch.device, ids: UInt[Array, "N"]) -> Integer[Tensor, "N"]:
+    """A copy in a type that GPUs can index, of which uint8 is the only one without a sign."""
+    dtype = {1: torch.uint8, 2: torch.int16}.get(ids.itemsize, torch.int32)
+    if ids.itemsize == 2 and ids.size and ids.max() >= 2**15:
+        dtype = torch.int32
+    tokens = torch.empty(ids.size, dtype=dtype, device=device)
+    for start in range(0, ids.size, _COPIED_AT_ONCE):
+        part = ids[start : start + _COPIED_AT_ONCE].astype(np.int64)
+        tokens[start : start + _COPIED_AT_ONCE] = torch.from_numpy(part).to(dtype).to(device)
+    return tokens
 
 
 def choose_place(run: RunSettings) -> Place:

@@ -4,7 +4,7 @@ import difflib
 import io
 import re
 from collections.abc import Iterator
-from contextlib import redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import fields, is_dataclass
 from itertools import dropwhile, takewhile
 from typing import TypeVar
@@ -22,20 +22,27 @@ def parse_flags(default: T, arguments: list[str], program: str, description: str
     Prints the help and exits for --help. Raises InputError for arguments that do not fit.
     """
     _refuse_unknown(type(default), arguments)
+    with one_line_errors():
+        return tyro.cli(
+            tyro.conf.OmitArgPrefixes[type(default)],
+            prog=program,
+            description=description,
+            args=arguments,
+            default=default,
+        )
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Around tyro.cli: what it would print of a mistake becomes an InputError."""
     errors = io.StringIO()
     try:
         with redirect_stderr(errors):
-            return tyro.cli(
-                tyro.conf.OmitArgPrefixes[type(default)],
-                prog=program,
-                description=description,
-                args=arguments,
-                default=default,
-            )
+            yield
     except SystemExit as stop:
         if not stop.code:
             raise
-        raise InputError(_one_line(errors.getvalue())) from stop
+        raise InputError(_one_line(errors.getvalue())) from None
 
 
 def dashed(name: str) -> str:

@@ -1,4 +1,4 @@
-"""A run, from its text to its last checkpoint: begin or resume, train, evaluate, save, tell.
+"""A run, from its first step to its last checkpoint: train, evaluate, save, tell.
 
 The order of the writes at a step is what makes a killed run resumable: first the line in metrics.jsonl, then
 best/, then last/. A resumed run goes on from last/ and drops the lines beyond it, so it makes them again.
@@ -7,54 +7,24 @@ best/, then last/. A resumed run goes on from last/ and drops the lines beyond i
 import math
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from torch_impl.generate import generate
-from torch_impl.train import StepMetrics, TrainState, evaluate, start, train_steps
-from torch_impl.training.checkpoint import Progress, load_model, load_moments, load_progress, save_checkpoint
+from torch_impl.train import StepMetrics, evaluate, train_steps
+from torch_impl.training.checkpoint import save_checkpoint
 from torch_impl.training.command_line import Request
-from torch_impl.training.config import RunConfig
-from torch_impl.training.corpus import encode_corpus, load_corpus
-from torch_impl.training.device import choose_place
-from torch_impl.training.files import InputError, refuse_links, settle_folder, write_file
+from torch_impl.training.files import refuse_links, write_file
 from torch_impl.training.lock import locked
-from torch_impl.training.memory import refuse_what_cannot_fit
+from torch_impl.training.prepare import Run, prepare
 from torch_impl.training.stopping import StopRequest, stop_requests
-from torch_impl.training.telemetry import MetricsLog, TensorBoardEvents, draw_losses, faces_of_loss
-from torch_impl.training.tokenizer import ByteTokenizer, Tokenizer
-from torch_impl.transformer import initialised
+from torch_impl.training.telemetry import draw_losses, faces_of_loss
 
 
 class Diverged(ArithmeticError):
     """The loss or the gradient is no finite number any more. The message is one line."""
-
-
-@dataclass
-class Run:
-    """What a run holds while it trains."""
-
-    folder: Path
-    config: RunConfig
-    tokenizer: Tokenizer
-    state: TrainState
-    progress: Progress
-    train_tokens: Tensor
-    valid_tokens: Tensor
-    tokens_per_byte: float  # of the held-out text
-    before: float  # seconds spent in the sessions before this one
-    metrics: MetricsLog
-    events: TensorBoardEvents
-    pending: list[StepMetrics] = field(default_factory=list)  # steps whose metrics are not read yet
-    started: float = field(default_factory=time.perf_counter)  # this session
-
-    def seconds(self) -> float:
-        """Time that the run has taken so far, in all sessions."""
-        return self.before + time.perf_counter() - self.started
 
 
 def train(request: Request) -> int:
@@ -63,8 +33,6 @@ def train(request: Request) -> int:
         if request.resume:
             refuse_links(request.resume)
             held.enter_context(locked(request.resume))
-        else:
-            refuse_what_cannot_fit(request.config)
         run = prepare(request)
         held.callback(run.events.close)
         if not request.resume:
@@ -91,85 +59,6 @@ def how_to_resume(folder: Path) -> str:
 
 def _quoted(folder: Path) -> str:
     return f'"{folder}"' if " " in str(folder) else str(folder)
-
-
-def prepare(request: Request) -> Run:
-    """Everything before the first step. Raises InputError or ConfigError where the request cannot be met."""
-    config, folder = request.config, request.resume
-    place = choose_place(config.run)
-    last = folder / "last" if folder else None
-    if last is not None:
-        settle_folder(last)
-        settle_folder(folder / "best")
-        loaded = load_model(last, place.dtype, place.device)
-        progress, tokenizer, model = load_progress(last), loaded.tokenizer, loaded.model
-    else:
-        tokenizer = ByteTokenizer()
-        config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
-
-    corpus = load_corpus(config.run.train_file, config.run.valid_file)
-    train_ids, valid_ids = encode_corpus(corpus, tokenizer, config)
-    if last is None:
-        progress = Progress(corpus.sha256())
-        model = initialised(config.model, config.training.seed, place.dtype, place.device)
-    elif progress.corpus != corpus.sha256():
-        source = config.run.train_file or "the Python reference, which each Python version has its own of"
-        raise InputError(
-            f"the text has changed since the run in {folder} began ({source}); give it the same "
-            "--train-file and --valid-file"
-        )
-
-    if progress.step > config.training.steps:
-        raise InputError(f"--steps {config.training.steps}, but the run in {folder} has done {progress.step}")
-    state = start(model, config.training, place.compile)
-    if last is None:
-        folder = _create_folder(request.out, config)
-    else:
-        load_moments(last, state)
-        state.step = progress.step
-        if progress.loss_scale and state.scaler.is_enabled():
-            state.scaler.load_state_dict(progress.loss_scale)
-    metrics = MetricsLog(folder / "metrics.jsonl")
-    if last is not None:
-        metrics.forget_after(-1 if progress.best_val_loss is None else progress.step)
-
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"preset {config.preset} on {place}: {parameters:,} parameters")
-    print(f"{len(train_ids):,} tokens to train on, {len(valid_ids):,} held out; run folder {folder}")
-    if last is not None:
-        finished = progress.step == config.training.steps
-        print(
-            f"finished already, at step {progress.step}; a larger --steps trains on"
-            if finished
-            else f"going on after step {progress.step} of {config.training.steps}"
-        )
-    return Run(
-        folder=folder,
-        config=config,
-        tokenizer=tokenizer,
-        state=state,
-        progress=progress,
-        train_tokens=torch.from_numpy(train_ids).to(place.device),
-        valid_tokens=torch.from_numpy(valid_ids).to(place.device),
-        before=progress.seconds,
-        tokens_per_byte=len(valid_ids) / len(corpus.valid.encode("utf-8")),
-        metrics=metrics,
-        events=TensorBoardEvents(folder / "tensorboard", progress.step),
-    )
-
-
-def _create_folder(out: Path | None, config: RunConfig) -> Path:
-    name = f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = out or Path("runs") / name
-    attempt = 1
-    while out is None and folder.exists():  # another run of the same second
-        attempt += 1
-        folder = folder.with_name(f"{name}-{attempt}")
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"cannot create the run folder {folder}: {error.strerror}") from error
-    return folder
 
 
 def _train(run: Run, stop: StopRequest) -> None:
@@ -261,9 +150,10 @@ def _evaluate(run: Run, metrics: StepMetrics | None, tokens_per_second: float | 
     run.metrics.append(row)
     run.events.scalars(progress.step, row)
     known = f"; ln V = {math.log(config.model.vocab_size):.3f}" if progress.step == 0 else ""
+    bits = f"{faces['bits_per_byte']:.4f} bits per byte, " if faces["bits_per_byte"] else ""
     tqdm.write(
         f"step {progress.step}: held-out text {loss:.4f} nats per token, "
-        f"{faces['bits_per_byte']:.4f} bits per byte, perplexity {faces['perplexity']:.2f}{known}"
+        f"{bits}perplexity {faces['perplexity']:.2f}{known}"
     )
     if progress.best_val_loss is None or loss < progress.best_val_loss:
         progress.best_step, progress.best_val_loss = progress.step, loss
@@ -281,11 +171,11 @@ def _save(run: Run, name: str) -> None:
 
 
 def _write_sample(run: Run) -> None:
-    """Print a passage that the model writes after an empty line, and keep it in sample.txt."""
+    """Print a passage that the model writes of its own accord, and keep it in sample.txt."""
     length = run.config.run.sample_tokens
     if not length:
         return
-    prompt = torch.from_numpy(run.tokenizer.encode("\n\n"))
+    prompt = torch.from_numpy(run.tokenizer.encode(run.tokenizer.opening))
     passage = run.tokenizer.decode(list(generate(run.state.model, prompt, length, temperature=0.8)))
     write_file(run.folder / "sample.txt", passage.encode("utf-8"))
     print(f"\n{passage}\n")

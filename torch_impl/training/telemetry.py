@@ -22,11 +22,12 @@ from torch_impl.training.files import InputError, write_file
 Row = dict[str, float | int | None]  # an evaluation; at step 0, what comes from training is None
 
 
-def faces_of_loss(loss: float, tokens_per_byte: float) -> Row:
-    """A loss in nats per token, as bits per byte of text and as perplexity."""
+def faces_of_loss(loss: float, tokens_per_byte: float | None) -> Row:
+    """A loss in nats per token, as bits per byte of text (None where tokens do not hold all of it), and as
+    perplexity."""
     return {
         "val_loss": loss,
-        "bits_per_byte": loss / math.log(2) * tokens_per_byte,
+        "bits_per_byte": tokens_per_byte and loss / math.log(2) * tokens_per_byte,
         "perplexity": math.exp(min(loss, 700.0)),  # beyond, a float has no room
     }
 

@@ -26,6 +26,7 @@ class Tokenizer(Protocol):
     """What a run asks of a tokenizer."""
 
     vocab_size: int
+    opening: str  # a text to begin from where nobody gives one
 
     def encode(self, text: str) -> UInt[Array, "N"]:
         """Token ids, in the smallest unsigned dtype that holds vocab_size - 1."""
@@ -39,6 +40,10 @@ class Tokenizer(Protocol):
         """The text that the ids stand for; bytes that are not UTF-8 become U+FFFD."""
         ...
 
+    def to_json(self) -> str:
+        """The content of tokenizer.json."""
+        ...
+
     def save(self, path: Path) -> None:
         """Write tokenizer.json, in one piece."""
         ...
@@ -48,6 +53,7 @@ class ByteTokenizer:
     """Each byte is a token, and its id is its value."""
 
     vocab_size = 256
+    opening = "\n\n"
 
     def encode(self, text: str) -> UInt[Array, "N"]:
         """The bytes of the text's UTF-8, as uint8."""
@@ -65,43 +71,43 @@ class ByteTokenizer:
         """The text; bytes that are not UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
+    def to_json(self) -> str:
+        """The content of tokenizer.json: a byte-level BPE that has no merges, id b for byte b."""
+        return to_json(_BYTES)
+
     def save(self, path: Path) -> None:
-        """Write tokenizer.json: a byte-level BPE that has no merges, id b for byte b."""
-        write_file(Path(path), to_json(_BYTES).encode("utf-8"))
+        """Write tokenizer.json, in one piece."""
+        write_file(Path(path), self.to_json().encode("utf-8"))
 
 
 _BYTES = Vocabulary([bytes([byte]) for byte in range(256)], [], {}, None)
 _UNKNOWN = "<unk>"
 
 
-class _WordLevel:
-    """A list of known strings, and <unk>, id 0, for all others; how many were unknown is counted."""
+class WordLevel:
+    """A list of known strings, and <unk>, id 0, for all others."""
 
     split: dict  # how the file format says that text is cut
     decoder: dict | None
     joint: str  # what stands between tokens
+    opening: str
 
     def __init__(self, known: Iterable[str]):
         self.tokens = [_UNKNOWN, *(token for token in dict.fromkeys(known) if token != _UNKNOWN)]
         self.vocab_size = len(self.tokens)
         self.dtype = np.min_scalar_type(self.vocab_size - 1)
-        self.seen = self.unknown = 0
         self._ids = {token: id for id, token in enumerate(self.tokens)}
 
     def _cut(self, text: str) -> Iterable[str]:
         raise NotImplementedError
 
     def encode(self, text: str) -> UInt[Array, "N"]:
-        """Ids of the text's parts; `seen` and `unknown` count them over all calls."""
-        ids = np.array([self._ids.get(part, 0) for part in self._cut(text)], self.dtype)
-        self.seen += ids.size
-        self.unknown += int(np.count_nonzero(ids == 0))
-        return ids
+        """Ids of the text's parts."""
+        return np.array([self._ids.get(part, 0) for part in self._cut(text)], self.dtype)
 
-    def report(self) -> str:
-        """How much of the text so far was known."""
-        share = self.unknown / max(self.seen, 1)
-        return f"{self.unknown} of {self.seen} tokens are unknown ({share:.2%})"
+    def count_unknown(self, ids: UInt[Array, "N"]) -> int:
+        """How many of the ids stand for a part that is not in the list."""
+        return int(np.count_nonzero(ids == 0))
 
     def decode(self, ids: UInt[Array, "N"] | list[int]) -> str:
         """The text of the ids, as far as it was known. Raises InputError for an id that no token has."""
@@ -115,8 +121,8 @@ class _WordLevel:
         """The UTF-8 of `decode`."""
         return self.decode(ids).encode("utf-8")
 
-    def save(self, path: Path) -> None:
-        """Write tokenizer.json, in one piece: the ecosystem's WordLevel model."""
+    def to_json(self) -> str:
+        """The content of tokenizer.json: the ecosystem's WordLevel model."""
         content = {
             "version": "1.0",
             "truncation": None,
@@ -128,31 +134,40 @@ class _WordLevel:
             "decoder": self.decoder,
             "model": {"type": "WordLevel", "vocab": self._ids, "unk_token": _UNKNOWN},
         }
-        write_file(Path(path), json.dumps(content, ensure_ascii=False, indent=1).encode("utf-8"))
+        return json.dumps(content, ensure_ascii=False, indent=1)
+
+    def save(self, path: Path) -> None:
+        """Write tokenizer.json, in one piece."""
+        write_file(Path(path), self.to_json().encode("utf-8"))
 
 
-class CharacterTokenizer(_WordLevel):
+class CharacterTokenizer(WordLevel):
     """Each character is a token: an alphabet of its own, small for plain text."""
 
     split = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}  # noqa: RUF012
     decoder = {"type": "Fuse"}  # noqa: RUF012
     joint = ""
+    opening = "\n\n"
 
     @classmethod
     def train(cls, texts: Iterable[str]) -> "CharacterTokenizer":
         """All characters of the texts, in the order of their code points."""
-        return cls(sorted(set().union(*texts)))
+        characters = set()
+        for text in texts:
+            characters.update(text)
+        return cls(sorted(characters))
 
     def _cut(self, text: str) -> str:
         return text
 
 
-class WordTokenizer(_WordLevel):
+class WordTokenizer(WordLevel):
     """Words and runs of punctuation, for pretrained word vectors; spaces are not kept."""
 
     split = {"type": "Whitespace"}  # noqa: RUF012
     decoder = None
     joint = " "
+    opening = "."
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "WordTokenizer":
@@ -167,7 +182,18 @@ class WordTokenizer(_WordLevel):
 def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer that a tokenizer.json describes. Raises InputError for a damaged or foreign file."""
     try:
-        content = Path(path).read_bytes()
+        return parse_tokenizer(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except TokenizerError as error:
+        raise InputError(f"{path} cannot be read as a tokenizer: {error}") from None
+
+
+def parse_tokenizer(content: bytes) -> Tokenizer:
+    """The tokenizer that the content of a tokenizer.json describes. Raises TokenizerError for any other."""
+    try:
         described = json.loads(content)
         model = described["model"]
         if model["type"] == "WordLevel":
@@ -175,10 +201,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
                 if described["pre_tokenizer"] == kind.split:
                     return kind(sorted(model["vocab"], key=model["vocab"].__getitem__))
         vocabulary = from_json(content)
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing") from None
-    except TokenizerError as error:
-        raise InputError(f"{path} cannot be read as a tokenizer: {error}") from None
+    except TokenizerError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{path} is no tokenizer.json: {type(error).__name__} {error}") from None
+        raise TokenizerError(f"it is no tokenizer.json: {type(error).__name__} {error}") from None
     return ByteTokenizer() if vocabulary == _BYTES else BPETokenizer(vocabulary)

@@ -1,0 +1,144 @@
+"""Texts beyond memory, and what is made of them once and kept."""
+
+import os
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torch_impl.training.cache import cached
+from torch_impl.training.device import copied_to
+from torch_impl.training.files import InputError
+from torch_impl.training.text import Text
+
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
+
+
+@given(texts, st.integers(0, 10), st.integers(1, 9))
+def test_a_text_is_split_by_characters_whatever_the_blocks(text, tenths, size):
+    told = []
+    first, rest = Text(text.encode("utf-8")).split(tenths, told.append, size)
+    cut = len(text) * tenths // 10
+    assert "".join(first.parts(size)) == text[:cut] and "".join(rest.parts(size)) == text[cut:]
+    assert first.size() + rest.size() == sum(told) == len(text.encode("utf-8"))
+
+
+@given(st.binary(min_size=1), st.integers(1, 5))
+def test_the_first_byte_that_is_no_text_is_named(content, size):
+    try:
+        assert "".join(Text(content).parts(size)) == content.decode("utf-8")
+    except InputError as error:
+        with pytest.raises(UnicodeDecodeError) as expected:
+            content.decode("utf-8")
+        assert f"byte {expected.value.start} is" in str(error)
+
+
+@given(texts, texts, st.integers(1, 5))
+def test_a_nul_is_named(before, after, size):
+    content = f"{before}\0{after}".encode()
+    with pytest.raises(InputError, match=f"byte {len(before.encode())} is NUL"):
+        Text(content).split(9, block_size=size)
+
+
+# --- the cache ------------------------------------------------------------------------------------
+
+
+class Maker:
+    """Yields its content, and counts how often it has to."""
+
+    def __init__(self, *content: bytes):
+        self.content, self.made = content, 0
+
+    def __call__(self):
+        self.made += 1
+        yield from self.content
+
+
+def content_of(path: Path, size: int) -> bytes:
+    return path.read_bytes()[:size]
+
+
+def test_what_was_made_is_used_again(tmp_path):
+    make, other = Maker(b"one", b"two"), Maker(b"other")
+    for _ in range(3):
+        assert content_of(*cached(tmp_path / "cache", "ids", {"text": "a"}, make)) == b"onetwo"
+    assert content_of(*cached(tmp_path / "cache", "ids", {"text": "b"}, other)) == b"other"
+    assert content_of(*cached(tmp_path / "cache", "tokenizer", {"text": "a"}, other)) == b"other"
+    assert (make.made, other.made) == (1, 2)
+
+
+def test_a_file_that_is_damaged_or_anothers_is_made_anew(tmp_path):
+    make = Maker(b"some content")
+    path, size = cached(tmp_path, "ids", {}, make)
+    whole = path.read_bytes()
+    another, _ = cached(tmp_path, "ids", {"text": "another"}, Maker(b"anything else"))
+    flipped = [whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :] for i in (0, 5, size, len(whole) - 1)]
+    damages = [b"", whole[:5], whole[:-1], whole + b"x", b"x" * 100, another.read_bytes(), *flipped]
+    for times, damage in enumerate(damages, 1):
+        path.write_bytes(damage)
+        assert cached(tmp_path, "ids", {}, make) == (path, size)
+        assert path.read_bytes() == whole and make.made == times + 1
+
+
+def test_making_that_fails_leaves_nothing(tmp_path):
+    def broken():
+        yield b"half"
+        raise InputError("the text is no text")
+
+    with pytest.raises(InputError, match="the text is no text"):
+        cached(tmp_path, "ids", {}, broken)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_at_once_do_not_disturb_each_other(tmp_path):
+    def slow():
+        yield b"con"
+        cached(tmp_path, "ids", {}, Maker(b"con", b"tent"))  # another process, from its begin to its end
+        yield b"tent"
+
+    assert content_of(*cached(tmp_path, "ids", {}, slow)) == b"content"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_a_killed_process_left_is_cleared_and_what_a_living_one_writes_is_not(tmp_path):
+    path, _ = cached(tmp_path, "ids", {}, Maker(b"content"))
+    path.unlink()
+    abandoned, living, foreign = (
+        tmp_path / name for name in (f"{path.name}.a.new", f"{path.name}.b.new", "x.new")
+    )
+    for file in (abandoned, living, foreign):
+        file.write_bytes(b"half")
+    for file in (abandoned, foreign):
+        os.utime(file, (time.time() - 9999,) * 2)
+    cached(tmp_path, "ids", {}, Maker(b"content"))
+    assert set(tmp_path.iterdir()) == {path, living, foreign}
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(InputError, match=r"cannot keep .*file.*name another folder with --cache") as error:
+        cached(tmp_path / "file", "ids", {}, Maker(b"content"))
+    assert not re.search(r"\n", str(error.value))
+
+
+@pytest.mark.parametrize(
+    ("largest", "stored", "copied"),
+    [
+        (255, np.uint8, torch.uint8),
+        (256, np.uint16, torch.int16),
+        (2**15 - 1, np.uint16, torch.int16),
+        (2**15, np.uint16, torch.int32),
+        (2**16 - 1, np.uint16, torch.int32),
+        (2**16, np.uint32, torch.int32),
+    ],
+)
+def test_a_copy_of_the_ids_has_a_type_that_gpus_index(largest, stored, copied, monkeypatch):
+    monkeypatch.setattr("torch_impl.training.device._COPIED_AT_ONCE", 3)
+    ids = np.array([0, 1, largest, 7, largest, 2, 5], stored)
+    tokens = copied_to(torch.device("cpu"), ids)
+    assert tokens.dtype == copied and tokens.tolist() == ids.tolist()

@@ -1,0 +1,160 @@
+"""Everything before the first step of a run: text, tokenizer, model and folder, new or from a checkpoint."""
+
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from torch_impl.train import StepMetrics, TrainState, start
+from torch_impl.training.checkpoint import Progress, load_model, load_moments, load_progress
+from torch_impl.training.command_line import Request
+from torch_impl.training.config import RunConfig
+from torch_impl.training.corpus import Corpus, encode_corpus, load_corpus, make_tokenizer
+from torch_impl.training.device import Place, choose_place, tokens_on
+from torch_impl.training.files import InputError, settle_folder
+from torch_impl.training.memory import refuse_what_cannot_fit
+from torch_impl.training.telemetry import MetricsLog, TensorBoardEvents
+from torch_impl.training.tokenizer import Tokenizer, WordLevel, WordTokenizer
+from torch_impl.transformer import Transformer, initialised
+
+
+@dataclass
+class Run:
+    """What a run holds while it trains."""
+
+    folder: Path
+    config: RunConfig
+    tokenizer: Tokenizer
+    state: TrainState
+    progress: Progress
+    train_tokens: Tensor
+    valid_tokens: Tensor
+    tokens_per_byte: float | None  # of the held-out text; None where tokens do not hold all of it
+    before: float  # seconds spent in the sessions before this one
+    metrics: MetricsLog
+    events: TensorBoardEvents
+    pending: list[StepMetrics] = field(default_factory=list)  # steps whose metrics are not read yet
+    started: float = field(default_factory=time.perf_counter)  # this session
+
+    def seconds(self) -> float:
+        """Time that the run has taken so far, in all sessions."""
+        return self.before + time.perf_counter() - self.started
+
+
+class _Saved(NamedTuple):
+    """What a checkpoint holds, optimizer state aside."""
+
+    tokenizer: Tokenizer
+    model: Transformer
+    progress: Progress
+
+
+def prepare(request: Request) -> Run:
+    """The run that the request describes. Raises InputError or ConfigError where it cannot be.
+
+    A new run's folder is made when nothing can be wrong with the request any more.
+    """
+    config, place = request.config, choose_place(request.config.run)
+    saved = _load(request.resume, place) if request.resume else None
+    corpus = load_corpus(config.run.train_file, config.run.valid_file)
+    if saved is None:
+        tokenizer = make_tokenizer(config.tokenizer, corpus, request.cache)
+        config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
+        refuse_what_cannot_fit(config)
+    else:
+        _check_goes_on(request, saved.progress, corpus)
+        tokenizer = saved.tokenizer
+    train_ids, valid_ids = encode_corpus(corpus, tokenizer, config, request.cache)
+
+    if saved is None:
+        model = initialised(config.model, config.training.seed, place.dtype, place.device)
+        progress = Progress(corpus.sha256())
+        state = start(model, config.training, place.compile)
+        folder = _create_folder(request.out, config)
+        metrics = MetricsLog(folder / "metrics.jsonl")
+    else:
+        progress, folder = saved.progress, request.resume
+        state = start(saved.model, config.training, place.compile)
+        _put_back(folder / "last", state, progress)
+        metrics = MetricsLog(folder / "metrics.jsonl")
+        metrics.forget_after(-1 if progress.best_val_loss is None else progress.step)
+
+    unknown = tokenizer.count_unknown(valid_ids) if isinstance(tokenizer, WordLevel) else 0
+    whole = not unknown and not isinstance(tokenizer, WordTokenizer)  # words do not keep spaces
+    run = Run(
+        folder=folder,
+        config=config,
+        tokenizer=tokenizer,
+        state=state,
+        progress=progress,
+        train_tokens=tokens_on(place.device, train_ids),
+        valid_tokens=tokens_on(place.device, valid_ids),
+        before=progress.seconds,
+        tokens_per_byte=len(valid_ids) / corpus.valid.size() if whole else None,
+        metrics=metrics,
+        events=TensorBoardEvents(folder / "tensorboard", progress.step),
+    )
+    _tell(run, place, corpus.valid.size(), unknown, resumed=saved is not None)
+    return run
+
+
+def _load(folder: Path, place: Place) -> _Saved:
+    settle_folder(folder / "last")
+    settle_folder(folder / "best")
+    loaded = load_model(folder / "last", place.dtype, place.device)
+    return _Saved(loaded.tokenizer, loaded.model, load_progress(folder / "last"))
+
+
+def _check_goes_on(request: Request, progress: Progress, corpus: Corpus) -> None:
+    if progress.corpus != corpus.sha256():
+        source = (
+            request.config.run.train_file or "the Python reference, which each Python version has its own of"
+        )
+        raise InputError(
+            f"the text has changed since the run in {request.resume} began ({source}); give it the same "
+            "--train-file and --valid-file"
+        )
+    steps = request.config.training.steps
+    if progress.step > steps:
+        raise InputError(f"--steps {steps}, but the run in {request.resume} has done {progress.step}")
+
+
+def _put_back(checkpoint: Path, state: TrainState, progress: Progress) -> None:
+    """The optimizer and the loss scale as they were."""
+    load_moments(checkpoint, state)
+    state.step = progress.step
+    if progress.loss_scale and state.scaler.is_enabled():
+        state.scaler.load_state_dict(progress.loss_scale)
+
+
+def _create_folder(out: Path | None, config: RunConfig) -> Path:
+    name = f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = out or Path("runs") / name
+    attempt = 1
+    while out is None and folder.exists():  # another run of the same second
+        attempt += 1
+        folder = folder.with_name(f"{name}-{attempt}")
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"cannot create the run folder {folder}: {error.strerror}") from error
+    return folder
+
+
+def _tell(run: Run, place: Place, n_bytes: int, unknown: int, resumed: bool) -> None:
+    """What is trained, on what, and where."""
+    parameters = sum(parameter.numel() for parameter in run.state.model.parameters())
+    n_train, n_valid = run.train_tokens.numel(), run.valid_tokens.numel()
+    print(f"preset {run.config.preset} on {place}: {parameters:,} parameters")
+    print(f"{n_train:,} tokens to train on, {n_valid:,} held out; run folder {run.folder}")
+    print(f"{run.tokenizer.vocab_size:,} different tokens, {n_bytes / n_valid:.2f} bytes of text in each")
+    if run.tokens_per_byte is None:
+        lost = f"{unknown:,} of the held-out tokens ({unknown / n_valid:.2%}) are unknown to the tokenizer"
+        spaces = ", which keeps no spaces" if isinstance(run.tokenizer, WordTokenizer) else ""
+        print(f"{lost}{spaces}: so there are no bits per byte")
+    if resumed and run.progress.step == run.config.training.steps:
+        print(f"finished already, at step {run.progress.step}; a larger --steps trains on")
+    elif resumed:
+        print(f"going on after step {run.progress.step} of {run.config.training.steps}")
