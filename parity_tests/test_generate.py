@@ -56,6 +56,12 @@ def test_greedy_takes_the_first_of_equals():
     assert fast.sample_token(torch.from_numpy(logits), 0.0, 0.99) == 1
 
 
+def test_a_slice_of_the_distribution_begins_with_its_own_boundary():
+    """Two equal tokens, u = 1/2: the first owns [0, 1/2), so the second is drawn."""
+    assert sample_token(np.zeros(2), 1.0, 0.5) == 1
+    assert fast.sample_token(torch.zeros(2), 1.0, 0.5) == 1
+
+
 def test_the_last_token_can_be_drawn_and_none_beyond_it():
     logits = np.zeros(3)
     assert sample_token(logits, 1.0, 1 - 2.0**-53) == 2

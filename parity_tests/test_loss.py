@@ -2,11 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from parity_tests.parity import rounded
 from parity_tests.strategies import arrays, seeds, sizes
 from ref_numpy.loss import IGNORE, cross_entropy_backward, cross_entropy_forward
+from torch_impl.loss import cross_entropy
 
 smoothings = st.sampled_from([0.0, 0.1, 0.5])
 
@@ -54,6 +57,21 @@ def test_shares_of_any_split_add_up_to_the_whole(arguments, cut):
             gradients.append(cross_entropy_backward(1.0, part_cache))
     assert shares == pytest.approx(whole, rel=1e-12, abs=1e-12)
     np.testing.assert_allclose(np.concatenate(gradients), gradient, atol=1e-15)
+
+
+@given(seed=seeds)
+def test_the_loss_of_bfloat16_logits_keeps_float32(target, seed):
+    """A mean over thousands of tokens would lose its last digits in bfloat16, and small improvements with it."""
+    random = np.random.default_rng(seed)
+    logits = rounded({"logits": random.standard_normal((40, 50))}, "bfloat16")["logits"]
+    targets = random.integers(50, size=40)
+    want, _ = cross_entropy_forward(logits, targets)
+    on_device = (
+        torch.from_numpy(logits).to(target.device, torch.bfloat16),
+        torch.from_numpy(targets).to(target.device),
+    )
+    got = cross_entropy(*on_device)
+    assert got.dtype == torch.float32 and got.item() == pytest.approx(want, rel=1e-6)
 
 
 def test_one_place_by_hand():
