@@ -61,7 +61,7 @@ def test_shares_of_any_split_add_up_to_the_whole(arguments, cut):
 
 @given(seed=seeds)
 def test_the_loss_of_bfloat16_logits_keeps_float32(target, seed):
-    """A mean over thousands of tokens would lose its last digits in bfloat16, and small improvements with it."""
+    """In bfloat16 a mean over many tokens would lose its last digits, and small improvements with them."""
     random = np.random.default_rng(seed)
     logits = rounded({"logits": random.standard_normal((40, 50))}, "bfloat16")["logits"]
     targets = random.integers(50, size=40)
