@@ -133,7 +133,7 @@ def nanogpt(train: np.ndarray, valid: np.ndarray, folder: str) -> Side:
         config = SimpleNamespace(context_length=T)
 
         def __call__(self, ids: Tensor) -> Tensor:
-            return model(ids, ids)[0]
+            return model(ids, ids.contiguous())[0]
 
     return Side(steps(), lambda: evaluate(AllLogits(), torch.from_numpy(valid)))
 
