@@ -57,6 +57,7 @@ def agree(target):
     from parity_tests import parity
 
     def check(component: str, seed: int = 0, judge_rounding: bool = True, **arguments) -> None:
+        __tracebackhide__ = True
         if not target.backend.offers(component):
             pytest.skip(f"{component} is not offered by {target.backend.module.__name__}")
         parity.require_parity(target, component, arguments, seed, judge_rounding)

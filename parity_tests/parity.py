@@ -70,6 +70,7 @@ def _scale(arguments: Mapping[str, Any], cotangent: np.ndarray, want: Result) ->
 
 def _require(component: str, question: str, got: Result, want: Result, bounds: Mapping[str, Any]) -> None:
     """Raises AssertionError with the worst element where an error exceeds its bound. NaN never passes."""
+    __tracebackhide__ = True
     for name, exact in want.named().items():
         value = got.named()[name]
         assert value.shape == exact.shape, f"{component}: {name} has shape {value.shape}, not {exact.shape}"
@@ -79,8 +80,8 @@ def _require(component: str, question: str, got: Result, want: Result, bounds: M
         worst = np.unravel_index(np.argmax(np.where(np.isnan(excess), np.inf, excess)), exact.shape)
         where = ", ".join(str(int(i)) for i in worst)
         raise AssertionError(
-            f"{component}, {question}: {name}[{where}] is {value[worst]!r}, "
-            f"the reference has {exact[worst]!r}; they differ by {abs(value[worst] - exact[worst]):.2e}, "
+            f"{component}, {question}: {name}[{where}] is {value[worst]:.12g}, "
+            f"the reference has {exact[worst]:.12g}; they differ by {abs(value[worst] - exact[worst]):.2e}, "
             f"{np.broadcast_to(bounds[name], exact.shape)[worst]:.2e} is excused"
         )
 
@@ -89,6 +90,7 @@ def require_same_mathematics(
     target: Target, component: str, arguments: Mapping[str, Any], cotangent: np.ndarray
 ) -> None:
     """Question 1: values and gradients in float64, on the CPU."""
+    __tracebackhide__ = True
     want = run_reference(component, arguments, cotangent)
     got = target.backend.run(component, arguments, cotangent, "float64", "cpu")
     scale = _scale(arguments, cotangent, want)
@@ -100,6 +102,7 @@ def require_well_rounded(
     target: Target, component: str, arguments: Mapping[str, Any], cotangent: np.ndarray, precision: str
 ) -> None:
     """Question 2: values and gradients in a lower precision, on the target's device."""
+    __tracebackhide__ = True
     p = PRECISIONS[precision]
     arguments, cotangent = rounded(arguments, precision), rounded({"dy": cotangent}, precision)["dy"]
     want = run_reference(component, arguments, cotangent)
@@ -121,6 +124,7 @@ def require_parity(
     The second question is not put where rounding is luck, which no bound tells from a bug: with a kink behind
     rounded values (a ReLU after a matrix product) a gradient jumps when a value is rounded to its other side.
     """
+    __tracebackhide__ = True
     forward, _ = reference(component)
     y, _ = forward(*arguments.values())
     cotangent = np.asarray(np.random.default_rng(seed).standard_normal(np.shape(y)))
