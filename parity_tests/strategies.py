@@ -7,7 +7,7 @@ Values come from a seed and a regime, since Hypothesis' own arrays are mostly on
 import numpy as np
 from hypothesis import strategies as st
 
-from ref_numpy.config import ModelConfig
+from ref_numpy.config import ModelConfig, SamplingConfig
 from ref_numpy.dropout import DropoutKey
 from ref_numpy.transformer import parameter_shapes
 
@@ -125,3 +125,16 @@ def model_params(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
         else:
             params[name] = 0.5 * values
     return params
+
+
+@st.composite
+def sampling_configs(draw: st.DrawFn) -> SamplingConfig:
+    """Every filter on or off, alone and together."""
+    return SamplingConfig(
+        temperature=draw(st.sampled_from([0.0, 0.1, 0.8, 1.0, 5.0])),
+        top_k=draw(st.sampled_from([0, 1, 3, 50])),
+        top_p=draw(st.sampled_from([1e-9, 0.3, 0.5, 0.9, 1.0])),
+        min_p=draw(st.sampled_from([0.0, 0.05, 0.5, 1.0])),
+        repetition_penalty=draw(st.sampled_from([0.5, 1.0, 1.3])),
+        forbidden=draw(st.sampled_from([(), (0,), (1, 3)])),
+    )

@@ -1,9 +1,10 @@
-"""The one description of a model and of its training, read by both sides.
+"""The one description of a model, of its training and of how it writes, read by both sides.
 
-Both classes refuse a contradiction when they are made, so that nothing downstream has to check sizes again.
+All classes refuse a contradiction when they are made, so that nothing downstream has to check sizes again.
 """
 
 from dataclasses import dataclass, fields
+from math import inf
 from typing import Literal, get_args, get_origin
 
 
@@ -149,3 +150,30 @@ class TrainConfig:
             f"optimizer adam has no weight decay, but weight_decay is {self.weight_decay}; "
             "set it to 0 or use adamw",
         )
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the next token is chosen, by sampling.py. Raises ConfigError on a contradiction."""
+
+    temperature: float = 1.0
+    """Divides the logits: 0 always takes the likeliest token, 1 samples as the model believes."""
+    top_k: int = 0
+    """Only the k likeliest tokens; 0 means all."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that together reach this probability."""
+    min_p: float = 0.0
+    """Only tokens with at least this share of the likeliest one's probability."""
+    repetition_penalty: float = 1.0
+    """Makes tokens that were seen less likely; 1 does nothing."""
+    forbidden: tuple[int, ...] = ()
+    """Token ids that are never chosen."""
+
+    def __post_init__(self) -> None:
+        # Comparisons that NaN fails, and an infinite temperature too.
+        temperature, penalty = self.temperature, self.repetition_penalty
+        _require(0 <= temperature < inf, f"temperature is {temperature}, but must be 0 (greedy) or more")
+        _require(self.top_k >= 0, f"top_k is {self.top_k}, but must be 0 (all tokens) or more")
+        _require(0 < self.top_p <= 1, f"top_p is {self.top_p}, but must lie in (0, 1]")
+        _require(0 <= self.min_p <= 1, f"min_p is {self.min_p}, but must lie in [0, 1]")
+        _require(0 < penalty < inf, f"repetition_penalty is {penalty}, but must be above 0")

@@ -1,36 +1,20 @@
 """Text from a model, one token at a time.
 
-Shapes: V vocabulary, T length of the prompt.
-Not here: filters such as top-k, beams, a key/value cache (every token recomputes the whole context).
+Shapes: T length of the prompt.
+Not here: beams, a key/value cache (every token recomputes the whole context).
 """
 
 from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Float, Integer
+from jaxtyping import Integer
 from numpy import ndarray as Array
 
 from ref_numpy.block import Params
-from ref_numpy.config import ModelConfig
+from ref_numpy.config import ModelConfig, SamplingConfig
 from ref_numpy.rng import SAMPLE, Key, uniform
+from ref_numpy.sampling import sample_token
 from ref_numpy.transformer import transformer_forward
-
-
-def sample_token(logits: Float[Array, "V"], temperature: float, u: float) -> int:
-    """The token whose slice of the cumulative distribution holds u, a number in [0, 1).
-
-    p = softmax(logits / temperature); token = least v with p_0 + ... + p_v > u. At temperature 0 the
-    largest logit wins, the first of equals. Computed in float64, so that both implementations agree.
-    Raises ValueError for a negative temperature.
-    """
-    if temperature < 0:
-        raise ValueError(f"temperature is {temperature}, but must be 0 (greedy) or more")
-    logits = logits.astype(np.float64)
-    if temperature == 0:
-        return int(logits.argmax())
-    weights = np.exp((logits - logits.max()) / temperature)
-    cumulative = weights.cumsum()
-    return int(np.searchsorted(cumulative, u * cumulative[-1], side="right"))
 
 
 def generate(
@@ -38,7 +22,7 @@ def generate(
     prompt: Integer[Array, "T"],
     config: ModelConfig,
     n_tokens: int,
-    temperature: float = 1.0,
+    sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (it is frozen)
     seed: int = 0,
 ) -> Iterator[int]:
     """Yields n_tokens that continue the prompt; each sees the last context_length tokens before it.
@@ -47,11 +31,11 @@ def generate(
     """
     if prompt.size == 0:
         raise ValueError("the prompt is empty, but the model needs at least one token to go on from")
-    ids = list(prompt)
+    ids = prompt.tolist()
     for i in range(n_tokens):
         context = np.array(ids[-config.context_length :])[None]  # (1, T)
         logits, _ = transformer_forward(params, context, config)
         u = uniform(Key(seed, SAMPLE, step=i), 1)[0]
-        token = sample_token(logits[0, -1], temperature, u)
+        token = sample_token(logits[0, -1], ids, sampling, u)
         ids.append(token)
         yield token

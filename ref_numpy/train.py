@@ -17,7 +17,7 @@ from jaxtyping import Integer
 from numpy import ndarray as Array
 
 from ref_numpy.block import Params
-from ref_numpy.config import ModelConfig, TrainConfig
+from ref_numpy.config import ModelConfig, SamplingConfig, TrainConfig
 from ref_numpy.data import sample_batch
 from ref_numpy.dropout import DropoutKey
 from ref_numpy.generate import generate
@@ -106,7 +106,7 @@ def main() -> None:
             bar.set_postfix(loss=f"{metrics.loss:.3f}", refresh=False)
 
     prompt = np.frombuffer(b"The ", np.uint8)
-    written = bytes(generate(params, prompt, model_config, n_tokens=400, temperature=0.8))
+    written = bytes(generate(params, prompt, model_config, 400, SamplingConfig(temperature=0.8)))
     print("The " + written.decode("utf-8", errors="replace"))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ref_numpy.config import SamplingConfig
 from torch_impl import generate as generate_module
 
 ROOT = Path(__file__).parents[1]
@@ -77,8 +78,10 @@ def test_the_prompt_is_cut_to_the_context(write):
         ([], "--model is missing"),
         (["--model", "nowhere"], "nowhere is no folder"),
         (["--model", "."], "holds no finished checkpoint"),
-        (["--model", "run", "--temperature", "-1"], "--temperature is -1.0"),
-        (["--model", "run", "--temperature", "nan"], "--temperature is nan"),
+        (["--model", "run", "--temperature", "-1"], "temperature is -1.0"),
+        (["--model", "run", "--temperature", "nan"], "temperature is nan"),
+        (["--model", "run", "--top-p", "0"], "top_p is 0.0, but must lie in (0, 1]"),
+        (["--model", "run", "--top-k", "-1"], "top_k is -1, but must be 0 (all tokens) or more"),
         (["--model", "run", "--max-new-tokens", "-1"], "--max-new-tokens is -1"),
         (["--model", "run", "--seed", "-1"], "--seed is -1"),
         (["--model", "run", "--device", "cuda:99"], "CUDA finds"),
@@ -122,6 +125,6 @@ def test_the_library_function_is_what_the_command_line_prints(write):
 
     loaded = load_model(Path("run/best"), torch.float32, torch.device("cpu"))
     prompt = torch.from_numpy(loaded.tokenizer.encode("The"))
-    ids = list(generate_module.generate(loaded.model, prompt, 30, 0.8, 3))
+    ids = list(generate_module.generate(loaded.model, prompt, 30, SamplingConfig(0.8), 3))
     text = write("--model", "run", "--prompt", "The", "--max-new-tokens", 30, "--seed", 3)[1]
     assert text == "The" + loaded.tokenizer.decode(ids) + "\n"

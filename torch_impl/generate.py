@@ -9,38 +9,26 @@ import codecs
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Integer
 from torch import Tensor
 
+from ref_numpy.config import ConfigError, SamplingConfig
 from ref_numpy.rng import SAMPLE, Key
 from torch_impl.rng import uniform
+from torch_impl.sampling import sample_token
 from torch_impl.transformer import Transformer
-
-
-def sample_token(logits: Float[Tensor, "V"], temperature: float, u: float) -> int:
-    """The least token whose cumulative probability exceeds u; at temperature 0 the first largest logit.
-
-    Raises ValueError for a negative temperature.
-    """
-    if temperature < 0:
-        raise ValueError(f"temperature is {temperature}, but must be 0 (greedy) or more")
-    logits = logits.cpu().double()
-    if temperature == 0:
-        return int((logits == logits.max()).nonzero()[0])
-    cumulative = ((logits - logits.max()) / temperature).exp().cumsum(0)
-    return int(torch.searchsorted(cumulative, u * cumulative[-1], right=True))
 
 
 def generate(
     model: Transformer,
     prompt: Integer[Tensor, "T"],
     n_tokens: int,
-    temperature: float = 1.0,
+    sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (it is frozen)
     seed: int = 0,
 ) -> Iterator[int]:
     """Yields n_tokens that continue the prompt; each sees the last context_length tokens before it.
@@ -55,9 +43,14 @@ def generate(
         context = torch.tensor(ids[-limit:], device=device)[None]  # (1, T)
         with torch.inference_mode():
             logits = model(context)[0, -1]
-        token = sample_token(logits, temperature, uniform(Key(seed, SAMPLE, step=i), 1).item())
+        token = sample_token(logits, ids, sampling, uniform(Key(seed, SAMPLE, step=i), 1).item())
         ids.append(token)
         yield token
+
+
+@dataclass(frozen=True)
+class SamplingFlags(SamplingConfig):
+    def __post_init__(self) -> None: ...  # checked when all flags are known
 
 
 @dataclass(frozen=True)
@@ -68,20 +61,20 @@ class GenerateFlags:
     """Run folder (its best/ is taken, else last/), or a checkpoint in one."""
     prompt: str = ""
     """Text to go on from; without it, the model begins a paragraph."""
-    temperature: float = 0.8
-    """Divides the logits: 0 always takes the likeliest token, 1 samples as the model believes."""
     max_new_tokens: int = 500
     """Length of what is written, in tokens."""
     seed: int = 0
     """Decides the draws; the same seed writes the same text."""
     device: str = "auto"
     """auto (CUDA, else MPS, else the CPU), cpu, cuda, cuda:1, mps."""
+    sampling: SamplingFlags = SamplingFlags(temperature=0.8)
 
 
 class Request(NamedTuple):
-    """Flags that fit together, and the checkpoint that they name."""
+    """Flags that fit together, what they say of sampling, and the checkpoint that they name."""
 
     flags: GenerateFlags
+    sampling: SamplingConfig
     checkpoint: Path
 
 
@@ -93,8 +86,10 @@ def parse(arguments: list[str]) -> Request:
     flags = parse_flags(
         GenerateFlags(), arguments, "python -m torch_impl.generate", "Write text with a model."
     )
-    if not 0 <= flags.temperature < float("inf"):
-        raise InputError(f"--temperature is {flags.temperature}, but must be 0 (greedy) or more")
+    try:
+        sampling = SamplingConfig(**asdict(flags.sampling))
+    except ConfigError as error:
+        raise InputError(str(error)) from error
     if flags.max_new_tokens < 0:
         raise InputError(f"--max-new-tokens is {flags.max_new_tokens}, but must not be negative")
     if not 0 <= flags.seed < 2**64:
@@ -106,8 +101,8 @@ def parse(arguments: list[str]) -> Request:
         raise InputError(f"--model {folder} is no folder; name a run folder")
     for checkpoint in (folder / "best", folder / "last"):
         if whole_folder(checkpoint).is_dir():
-            return Request(flags, checkpoint)
-    return Request(flags, folder.absolute())
+            return Request(flags, sampling, checkpoint)
+    return Request(flags, sampling, folder.absolute())
 
 
 def write(request: Request) -> None:
@@ -131,7 +126,7 @@ def write(request: Request) -> None:
     print(flags.prompt, end="", flush=True)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     decode_bytes, before = loaded.tokenizer.decode_bytes, int(prompt[-1])
-    for token in generate(loaded.model, prompt, flags.max_new_tokens, flags.temperature, flags.seed):
+    for token in generate(loaded.model, prompt, flags.max_new_tokens, request.sampling, flags.seed):
         after_it = decode_bytes([before, token])[
             len(decode_bytes([before])) :
         ]  # words: with the space between

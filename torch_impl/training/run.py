@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ref_numpy.config import SamplingConfig
 from torch_impl.generate import generate
 from torch_impl.train import StepMetrics, evaluate, train_steps
 from torch_impl.training.checkpoint import save_checkpoint
@@ -176,6 +177,7 @@ def _write_sample(run: Run) -> None:
     if not length:
         return
     prompt = torch.from_numpy(run.tokenizer.encode(run.tokenizer.opening))
-    passage = run.tokenizer.decode(list(generate(run.state.model, prompt, length, temperature=0.8)))
+    ids = generate(run.state.model, prompt, length, SamplingConfig(temperature=0.8))
+    passage = run.tokenizer.decode(list(ids))
     write_file(run.folder / "sample.txt", passage.encode("utf-8"))
     print(f"\n{passage}\n")

@@ -1,0 +1,148 @@
+"""Sampling: the same token on both sides from the same logits and random number, and each filter's laws."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from parity_tests.strategies import arrays, sampling_configs
+from ref_numpy import sampling as plain
+from ref_numpy.config import ConfigError, SamplingConfig
+from torch_impl import sampling as fast
+
+BOTH = [(plain.sample_token, np.array), (fast.sample_token, torch.tensor)]
+
+logits_of_any_size = st.integers(5, 40).flatmap(lambda size: arrays((size,)))
+
+
+@given(
+    logits=logits_of_any_size,
+    seen=st.lists(st.integers(0, 4)),
+    config=sampling_configs(),
+    u=st.floats(0, 1, exclude_max=True),
+)
+def test_filtered_logits_and_sampled_tokens_are_equal(logits, seen, config, u):
+    want = plain.filtered_logits(logits, seen, config)
+    got = fast.filtered_logits(torch.from_numpy(logits), seen, config).numpy()
+    np.testing.assert_array_equal(got, want)
+    token = plain.sample_token(logits, seen, config, u)
+    assert fast.sample_token(torch.from_numpy(logits), seen, config, u) == token
+    assert want[token] > -np.inf, "what was ruled out is never drawn"
+
+
+@given(logits=logits_of_any_size, k=st.integers(1, 60))
+def test_top_k_keeps_the_k_largest_and_their_equals(logits, k):
+    kept = ~np.isneginf(plain.keep_top_k(logits, k))
+    assert kept.sum() >= min(k, logits.size)
+    assert logits[kept].min() == np.sort(logits)[-min(k, logits.size)]
+    assert kept.all() or logits[kept].min() > logits[~kept].max()
+
+
+@given(logits=logits_of_any_size, p=st.floats(1e-6, 1.0))
+def test_top_p_keeps_the_fewest_that_reach_p(logits, p):
+    kept = ~np.isneginf(plain.keep_top_p(logits, p))
+    probabilities = np.exp(logits - logits.max())
+    probabilities /= probabilities.sum()
+    assert kept[logits.argmax()], "the likeliest always stays"
+    assert probabilities[kept].sum() >= p - 1e-12
+    assert probabilities[kept].sum() - probabilities[kept].min() < p + 1e-12, "without its last it would not"
+    assert kept.all() or logits[kept].min() >= logits[~kept].max()
+
+
+@given(logits=logits_of_any_size, p=st.floats(0, 1))
+def test_min_p_keeps_what_is_not_much_less_likely_than_the_likeliest(logits, p):
+    kept = ~np.isneginf(plain.keep_min_p(logits, p))
+    np.testing.assert_array_equal(kept, np.exp(logits - logits.max()) >= p)
+
+
+@given(logits=logits_of_any_size, k=st.integers(1, 10), p=st.floats(0.01, 1))
+def test_top_k_and_min_p_change_nothing_the_second_time(logits, k, p):
+    """Not so top-p: of what is left, fewer tokens may reach p."""
+    for keep, limit in ((plain.keep_top_k, k), (plain.keep_min_p, p)):
+        once = keep(logits, limit)
+        np.testing.assert_array_equal(keep(once, limit), once)
+
+
+def test_top_p_by_hand():
+    """Of 1/2, 1/4, 1/8, 1/8: half is reached by the first alone, more than half takes the second as well."""
+    logits = np.log(np.array([0.125, 0.5, 0.125, 0.25]))
+    for p, kept in ((0.4, [1]), (0.5, [1]), (0.6, [1, 3]), (0.76, [0, 1, 3]), (1.0, [0, 1, 2, 3])):
+        assert np.flatnonzero(~np.isneginf(plain.keep_top_p(logits, p))).tolist() == kept
+
+
+def test_a_token_seen_twice_is_penalised_once_whatever_its_sign():
+    got = plain.penalise_repetition(np.array([2.0, -2.0, 1.0]), [0, 1, 0], 4.0)
+    assert got.tolist() == [0.5, -8.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("sample", "array"), [(plain.sample_token, np.array), (fast.sample_token, torch.tensor)]
+)
+def test_forbidden_tokens_are_never_chosen_not_even_greedily(sample, array):
+    config = SamplingConfig(temperature=0.0, forbidden=(1,))
+    assert sample(array([0.0, 9.0, 3.0]), [], config, 0.5) == 2
+    with pytest.raises(ValueError, match="all 2 tokens are forbidden"):
+        sample(array([0.0, 0.0]), [], replace(config, forbidden=(0, 1)), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("sample", "array"), [(plain.sample_token, np.array), (fast.sample_token, torch.tensor)]
+)
+def test_greedy_takes_the_first_of_equals(sample, array):
+    assert sample(array([1.0, 3.0, 3.0, 2.0]), [], SamplingConfig(temperature=0.0), 0.99) == 1
+
+
+@given(logits=logits_of_any_size)
+def test_temperature_0_and_k_1_choose_the_likeliest(logits):
+    best = int(logits.argmax())
+    assert plain.sample_token(logits, [], SamplingConfig(temperature=0.0), 0.5) == best
+    if (logits == logits.max()).sum() == 1:
+        assert plain.sample_token(logits, [], SamplingConfig(top_k=1), 0.5) == best
+
+
+def test_frequencies_follow_the_softmax():
+    """20,000 evenly spread u: each token as often as its probability says."""
+    logits = np.log(np.array([0.5, 0.3, 0.2]))
+    u = (np.arange(20_000) + 0.5) / 20_000
+    for config, p in (
+        (SamplingConfig(), [0.5, 0.3, 0.2]),
+        (SamplingConfig(temperature=0.5), np.array([25, 9, 4]) / 38),
+        (SamplingConfig(top_k=2), [5 / 8, 3 / 8, 0]),
+    ):
+        counts = np.bincount([plain.sample_token(logits, [], config, x) for x in u], minlength=3)
+        np.testing.assert_allclose(counts / 20_000, p, atol=1e-4)
+
+
+def test_a_slice_of_the_distribution_begins_with_its_own_boundary():
+    """Two equal tokens, u = 1/2: the first owns [0, 1/2), so the second is drawn."""
+    assert plain.draw(np.zeros(2), 0.5) == 1
+    assert fast.draw(torch.zeros(2, dtype=torch.float64), 0.5) == 1
+
+
+@given(logits=logits_of_any_size)
+def test_the_first_and_the_last_token_that_stay_can_be_drawn_and_none_beyond_them(logits):
+    x = plain.keep_top_k(logits, 3)
+    weights = np.exp(x - x.max())
+    assert plain.draw(x, 0.0) == np.flatnonzero(weights > 0)[0]
+    assert np.flatnonzero(weights > 1e-12)[-1] <= plain.draw(x, 1 - 2.0**-53) < logits.size
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"temperature": -0.5}, "temperature is -0.5, but must be 0 (greedy) or more"),
+        ({"temperature": float("nan")}, "temperature is nan, but must be 0 (greedy) or more"),
+        ({"top_k": -1}, "top_k is -1, but must be 0 (all tokens) or more"),
+        ({"top_p": 0.0}, "top_p is 0.0, but must lie in (0, 1]"),
+        ({"top_p": 1.5}, "top_p is 1.5, but must lie in (0, 1]"),
+        ({"min_p": 2.0}, "min_p is 2.0, but must lie in [0, 1]"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0, but must be above 0"),
+    ],
+)
+def test_a_contradiction_is_refused(wrong, message):
+    with pytest.raises(ConfigError) as error:
+        SamplingConfig(**wrong)
+    assert str(error.value) == message
