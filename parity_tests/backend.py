@@ -111,11 +111,13 @@ class Backend:
         def place(array: Any) -> Any:
             if not isinstance(array, np.ndarray | np.floating):
                 return array
-            tensor = torch.as_tensor(np.array(array), device=device)
-            return tensor.to(getattr(torch, dtype)).requires_grad_() if is_floating(array) else tensor
+            tensor = torch.as_tensor(np.array(array))
+            if not is_floating(array):
+                return tensor.to(device)
+            return tensor.to(getattr(torch, dtype)).to(device).requires_grad_()  # MPS has no float64
 
         def back(tensor: Any) -> np.ndarray:
-            return tensor.detach().to("cpu", torch.float64).numpy()
+            return tensor.detach().cpu().double().numpy()
 
         placed = {
             name: {key: place(inner) for key, inner in value.items()}

@@ -54,7 +54,8 @@ def learned_positions(weight, length):
 
 
 def attention(q, k, v, mask):
-    scores = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).masked_fill(~mask, -1e30)
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     p = torch.softmax(scores, dim=-1) * mask
     return p @ v
 
