@@ -62,6 +62,26 @@ def test_a_slice_of_the_distribution_begins_with_its_own_boundary():
     assert fast.sample_token(torch.zeros(2), 1.0, 0.5) == 1
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_token_is_drawn_in_float64_whatever_the_logits_are(dtype):
+    """A million equal tokens, and u a millionth of a slice below and above a boundary in the middle."""
+    logits, middle = np.zeros(1_000_000, dtype), 600_001
+    for offset, token in ((-1e-12, middle - 1), (1e-12, middle)):
+        u = middle / logits.size + offset
+        assert sample_token(logits, 1.0, u) == token
+        assert fast.sample_token(torch.from_numpy(logits), 1.0, u) == token
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.01])
+def test_logits_of_any_size_are_sampled(temperature):
+    """What all logits share has no say, so none may overflow."""
+    for shift in (-1e5, 0.0, 1e5):
+        logits = np.array([0.0, -1e4, 0.0]) + shift
+        tokens = [sample_token(logits, temperature, u) for u in (0.0, 0.49, 0.51, 0.99)]
+        same = [fast.sample_token(torch.from_numpy(logits), temperature, u) for u in (0.0, 0.49, 0.51, 0.99)]
+        assert tokens == same == [0, 0, 2, 2]
+
+
 def test_the_last_token_can_be_drawn_and_none_beyond_it():
     logits = np.zeros(3)
     assert sample_token(logits, 1.0, 1 - 2.0**-53) == 2

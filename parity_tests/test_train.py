@@ -17,7 +17,7 @@ from ref_numpy.train import loss_and_gradients, train, train_step
 from ref_numpy.transformer import init_params, transformer_forward
 from torch_impl import data as fast_data
 from torch_impl import train as fast
-from torch_impl.transformer import Transformer
+from torch_impl.transformer import Transformer, initialised
 
 MODEL = ModelConfig(vocab_size=29, context_length=11, n_layer=2, n_head=3, d_model=12, dropout=0.1)
 TRAINING = TrainConfig(
@@ -190,3 +190,30 @@ def test_a_text_with_nothing_to_predict_is_refused():
     model = state_of(init_params(MODEL, 0), MODEL, TRAINING).model
     with pytest.raises(ValueError, match="a text of 1 tokens has nothing to predict; it needs 2"):
         fast.evaluate(model, torch.tensor([3]))
+
+
+def test_float16_gradients_are_those_of_float32_and_an_overflow_costs_one_step():
+    """The scale is in no result. Where it makes a gradient infinite, no weight moves, and it is halved."""
+    config = replace(TRAINING, micro_batches=2, clip=0.1)
+    inputs, targets = sample_batch(np.arange(29).repeat(20), MODEL.context_length, 0, config)
+    batch = torch.from_numpy(inputs), torch.from_numpy(targets), torch.tensor(0)
+
+    def state_in(precision: torch.dtype) -> fast.TrainState:
+        return fast.start(initialised(MODEL, 0, precision), config)
+
+    want = fast.train_step(state_in(torch.float32), *batch, config)
+    state = state_in(torch.float16)
+    before = {name: value.copy() for name, value in values(state).items()}
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+    scales, moved = [], []
+    for _ in range(16):
+        got = fast.train_step(state, *batch, config)
+        scales.append(state.scaler.get_scale())
+        moved.append(any((value != before[name]).any() for name, value in values(state).items()))
+        if moved[-1]:
+            break
+    assert moved == [False] * (len(moved) - 1) + [True] and len(moved) > 1
+    assert scales[:-1] == [2.0 ** (23 - i) for i in range(len(scales) - 1)]
+    assert got.loss.item() == pytest.approx(want.loss.item(), rel=1e-3)
+    assert got.grad_norm.item() == pytest.approx(want.grad_norm.item(), rel=1e-2)
+    assert all(np.isfinite(value).all() for value in values(state).values())

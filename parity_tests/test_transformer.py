@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from parity_tests.strategies import dropout_keys, model_configs, model_params, seeds
 from ref_numpy.config import ModelConfig
+from ref_numpy.rng import INIT, Key
 from ref_numpy.transformer import init_params, parameter_shapes, transformer_forward
+from torch_impl.rng import normal
 from torch_impl.transformer import Transformer, initialised
 
 
@@ -65,6 +67,17 @@ def test_initial_weights_are_those_of_gpt2():
             assert abs(value.mean()) < 6 * std / np.sqrt(value.size)
     firsts = [float(value.flat[0]) for name, value in params.items() if value.std() > 0]
     assert len(set(firsts)) == len(firsts)
+
+
+@given(config=model_configs(), seed=st.integers(0, 2**64 - 1))
+def test_initial_weights_are_the_normal_numbers_of_their_streams(config, seed):
+    """Of all 64 bits of the seed, and with the tails of a normal: the draws are those of the other side."""
+    for i, (name, value) in enumerate(init_params(config, seed, np.float64).items()):
+        if value.ndim == 2:
+            draws = normal(Key(seed, INIT, stream=i), value.size).reshape(value.shape).numpy()
+            ends_branch = name.endswith(("attention.proj.weight", "ffn.down.weight"))
+            std = 0.02 / np.sqrt(2 * config.n_layer) if ends_branch else 0.02
+            np.testing.assert_allclose(value, std * draws, rtol=1e-11, atol=1e-14)
 
 
 @given(arguments=cases(), place=st.integers(0, 6))
