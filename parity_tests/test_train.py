@@ -161,6 +161,15 @@ def test_dropout_of_a_step_is_its_own():
     assert losses[0] == losses[1] != losses[2]
 
 
+def test_a_step_of_the_reference_in_float32_is_in_float32_throughout():
+    params = init_params(MODEL, 0)
+    inputs, targets = sample_batch(np.arange(29).repeat(20), MODEL.context_length, 0, TRAINING)
+    _, gradients = loss_and_gradients(params, inputs, targets, 0, MODEL, TRAINING)
+    after, moments, _ = train_step(params, zero_moments(params), inputs, targets, 0, MODEL, TRAINING)
+    found = {value.dtype for kind in (gradients, after, *moments) for value in kind.values()}
+    assert found == {np.dtype(np.float32)}
+
+
 @given(length=st.integers(2, 60), seed=seeds, batch_size=st.sampled_from([1, 2, 64]))
 def test_evaluation_predicts_every_token_but_the_first_once(length, seed, batch_size):
     """By the reference: windows of the context length side by side, the last one shorter."""
