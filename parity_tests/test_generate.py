@@ -110,3 +110,5 @@ def test_an_empty_prompt_and_a_negative_temperature_are_refused():
     for sample, logits in ((sample_token, np.zeros(3)), (fast.sample_token, torch.zeros(3))):
         with pytest.raises(ValueError, match=r"temperature is -0\.5, but must be 0"):
             sample(logits, -0.5, 0.5)
+        with pytest.raises(ValueError, match="temperature is nan, but must be 0"):
+            sample(logits, float("nan"), 0.5)

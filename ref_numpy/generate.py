@@ -23,7 +23,7 @@ def sample_token(logits: Float[Array, "V"], temperature: float, u: float) -> int
     largest logit wins, the first of equals. Computed in float64, so that both implementations agree.
     Raises ValueError for a negative temperature.
     """
-    if temperature < 0:
+    if not temperature >= 0:  # also where it is no number
         raise ValueError(f"temperature is {temperature}, but must be 0 (greedy) or more")
     logits = logits.astype(np.float64)
     if temperature == 0:

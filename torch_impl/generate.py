@@ -27,7 +27,7 @@ def sample_token(logits: Float[Tensor, "V"], temperature: float, u: float) -> in
 
     Raises ValueError for a negative temperature.
     """
-    if temperature < 0:
+    if not temperature >= 0:  # also where it is no number
         raise ValueError(f"temperature is {temperature}, but must be 0 (greedy) or more")
     logits = logits.cpu().double()
     if temperature == 0:
