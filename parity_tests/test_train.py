@@ -1,6 +1,7 @@
 """Training: the trajectory of both sides from one seed, and the laws of a step."""
 
 from dataclasses import replace
+from itertools import chain, islice
 
 import numpy as np
 import pytest
@@ -84,17 +85,20 @@ def test_fifty_steps_agree(schedule):
 
 
 def test_the_loops_agree():
-    """The loops themselves: whole batches of a text, as train and train_steps draw them."""
+    """The loops themselves: whole batches of a text, as train and train_steps draw them.
+
+    train_steps is left after three steps and called again, and goes on where it was.
+    """
     config = replace(TRAINING, steps=7, warmup_steps=2)
     params = init_params(MODEL, config.seed, np.float64)
     tokens = np.random.default_rng(6).integers(MODEL.vocab_size, size=300)
     state = state_of(params, MODEL, config)
-    steps = zip(
-        train(params, tokens, MODEL, config),
-        fast.train_steps(state, torch.from_numpy(tokens), config),
-        strict=True,
+    on_device = torch.from_numpy(tokens)
+    first, rest = (
+        islice(fast.train_steps(state, on_device, config), 3),
+        fast.train_steps(state, on_device, config),
     )
-    for (after, want), got in steps:
+    for (after, want), got in zip(train(params, tokens, MODEL, config), chain(first, rest), strict=True):
         assert got.loss.item() == pytest.approx(want.loss, rel=1e-9)
         for name, value in values(state).items():
             np.testing.assert_allclose(value, after[name], rtol=1e-8, atol=1e-9)
