@@ -1,5 +1,7 @@
 """The whole model: parity over the product of options, one initialiser, and no look into the future."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 
 from parity_tests.strategies import dropout_keys, model_configs, model_params, seeds
 from ref_numpy.config import ModelConfig
+from ref_numpy.dropout import DropoutKey
 from ref_numpy.rng import INIT, Key
 from ref_numpy.transformer import init_params, parameter_shapes, transformer_forward
 from torch_impl.rng import normal
@@ -29,6 +32,24 @@ def cases(draw):
 @given(arguments=cases(), seed=seeds)
 def test_parity(agree, arguments, seed):
     agree("transformer", seed, judge_rounding=arguments["config"].activation != "relu", **arguments)
+
+
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("norm_placement", ["pre", "post"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
+def test_parity_of_every_combination_of_options(agree, norm, norm_placement, activation):
+    """Cases that are drawn may leave one out. Two layers, so that the second's dropout masks count too."""
+    shape = {"vocab_size": 7, "context_length": 5, "n_layer": 2, "n_head": 2, "d_model": 6, "d_ff": 9}
+    ids = np.random.default_rng(0).integers(7, size=(2, 4))
+    named = {"norm": norm, "norm_placement": norm_placement, "activation": activation}
+    for positions, bias, tied, dropout in product(
+        ("learned", "sinusoidal"), *[(True, False)] * 2, (0.0, 0.3)
+    ):
+        config = ModelConfig(
+            **shape, **named, positions=positions, bias=bias, tied_embeddings=tied, dropout=dropout
+        )
+        case = {"params": model_params(config, 1), "ids": ids, "config": config, "key": DropoutKey(5, 6, 7)}
+        agree("transformer", judge_rounding=False, **case)
 
 
 @given(config=model_configs())
