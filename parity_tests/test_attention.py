@@ -130,6 +130,21 @@ def test_one_key_is_copied_and_equal_scores_are_averaged():
     assert y[0, 0].tolist() == [[1, 2], [2, 4]]
 
 
+def test_scores_of_any_size_are_weighed(target):
+    """Scores of 0, 10^4, 10^4 and of 0, -10^4, -10^4: exp of them alone would overflow, or leave nothing."""
+    arguments = {
+        "q": np.array([100.0, -100.0]).reshape(1, 1, 2, 1),
+        "k": np.array([0.0, 100.0, 100.0]).reshape(1, 1, 3, 1),
+        "v": np.array([1.0, 2.0, 4.0]).reshape(1, 1, 3, 1),
+        "mask": np.ones((2, 3), bool),
+    }
+    y, _ = attention_forward(*arguments.values())
+    assert y.ravel().tolist() == [3, 1]
+    if target.backend.offers("attention"):
+        got = target.backend.run("attention", arguments, y, "float64", "cpu")
+        assert got.y.ravel().tolist() == [3, 1]
+
+
 def test_scores_are_divided_by_the_root_of_the_head_width():
     """q k = 8 over width 4: weights 1 : e^4."""
     q, k = np.full((1, 1, 1, 4), 2.0), np.stack([np.zeros(4), np.ones(4)])[None, None]

@@ -67,6 +67,37 @@ def test_a_contradiction_in_a_training_is_refused(wrong, message):
 
 
 @pytest.mark.parametrize(
+    ("config", "name", "allowed", "refused"),
+    [
+        *(
+            (ModelConfig, name, 1, 0)
+            for name in ("vocab_size", "context_length", "n_layer", "n_head", "d_model")
+        ),
+        (ModelConfig, "dropout", 0.0, -0.1),
+        (ModelConfig, "dropout", 0.99, 0.991),
+        (ModelConfig, "d_ff", 0, -1),
+        *((TrainConfig, name, 1, 0) for name in ("batch_size", "micro_batches")),
+        (TrainConfig, "learning_rate", 1e-4, 0.0),
+        (TrainConfig, "min_learning_rate", 0.0, -1e-9),
+        (TrainConfig, "min_learning_rate", 1e-3, 1.1e-3),
+        (TrainConfig, "warmup_steps", 0, -1),
+        (TrainConfig, "warmup_steps", 1000, 1001),
+        *((TrainConfig, name, 0.0, -0.1) for name in ("beta1", "beta2", "label_smoothing")),
+        *((TrainConfig, name, 0.999, 1.0) for name in ("beta1", "beta2", "label_smoothing")),
+        *((TrainConfig, name, 0.0, -0.1) for name in ("weight_decay", "clip")),
+        (TrainConfig, "epsilon", 1e-30, 0.0),
+        (TrainConfig, "seed", 0, -1),
+        (TrainConfig, "seed", 2**64 - 1, 2**64),
+    ],
+)
+def test_the_last_value_allowed_and_the_first_refused(config, name, allowed, refused):
+    sizes = {"n_head": 1} if config is ModelConfig else {}
+    assert getattr(config(**(sizes | {name: allowed})), name) == allowed
+    with pytest.raises(ConfigError, match=f"^{name} is {refused}, but must "):
+        config(**(sizes | {name: refused}))
+
+
+@pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ("vocab_size=2.5", "vocab_size is 2.5, but must be a int"),

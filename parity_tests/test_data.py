@@ -32,6 +32,14 @@ def test_batches_are_equal(case):
             assert a.tolist() == b.tolist()
 
 
+def test_batches_of_a_long_text_are_equal():
+    """Of a uniform number rounded to float32, one start in ten would be another among four million places."""
+    tokens, config = np.arange(2**22, dtype=np.int32), TrainConfig(batch_size=1000)
+    want, _ = sample_batch(tokens, 1, 0, config)
+    got, _ = fast.sample_batch(torch.from_numpy(tokens), 1, 0, config)
+    np.testing.assert_array_equal(got, want)
+
+
 @given(case=cases())
 def test_targets_are_the_inputs_one_token_on(case):
     tokens, T, step, config = case

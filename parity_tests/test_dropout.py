@@ -1,6 +1,7 @@
 """Dropout: the same units on both sides, at the right rate, wherever a sequence is computed."""
 
 import numpy as np
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -44,6 +45,14 @@ def test_the_share_that_is_dropped_is_p_and_the_mean_stays(p, key):
     assert abs(y.mean() - 1) <= (6 * deviation + 2.0**-17) / (1 - p)
     kept = y[y != 0]
     assert kept.size == 0 or np.ptp(kept) == 0
+
+
+@given(key=dropout_keys())
+def test_a_small_rate_drops_too(key):
+    """Of 40,000 units that go one in a thousand; that none goes has a chance of e^-40."""
+    x = np.ones((4, 10_000))
+    assert 0 < (dropout_forward(x, 1e-3, key)[0] == 0).sum() < 100
+    assert 0 < (fast.dropout(torch.from_numpy(x), 1e-3, key) == 0).sum() < 100
 
 
 @given(key=dropout_keys(), field=st.sampled_from(["seed", "step", "site", "first_row"]))

@@ -1,6 +1,7 @@
 """Feed-forward layers: parity with every activation."""
 
-from hypothesis import given
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parity_tests.strategies import arrays, seeds, sizes
@@ -15,13 +16,15 @@ def cases(draw):
         "up_bias": None,
         "down_weight": draw(arrays((C, F), ("normal",))) / F**0.5,
         "down_bias": None,
-        "activation": draw(st.sampled_from(["relu", "gelu", "gelu_tanh", "silu"])),
     }
 
 
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
+@settings(max_examples=12)
 @given(arguments=cases(), bias=st.booleans(), data=st.data(), seed=seeds)
-def test_parity(agree, arguments, bias, data, seed):
+def test_parity(agree, activation, arguments, bias, data, seed):
+    """By name, not drawn: of thirty draws one in a hundred has no case of some activation."""
     if bias:
         arguments["up_bias"] = data.draw(arrays(arguments["up_weight"].shape[:1], ("normal",)))
         arguments["down_bias"] = data.draw(arrays(arguments["down_weight"].shape[:1], ("normal",)))
-    agree("ffn", seed, judge_rounding=arguments["activation"] != "relu", **arguments)
+    agree("ffn", seed, judge_rounding=activation != "relu", **arguments, activation=activation)

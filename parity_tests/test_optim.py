@@ -93,6 +93,25 @@ def test_steps_agree(config, shape, seed, steps, size):
         )
 
 
+@given(config=optimizer_configs(), seed=seeds)
+def test_a_step_of_the_reference_writes_to_nothing_and_keeps_the_precision(config, seed):
+    random = np.random.default_rng(seed)
+
+    def drawn() -> dict[str, np.ndarray]:
+        arrays = {"matrix": array(random, (2, 3)), "vector": array(random, (3,))}
+        arrays = {name: value.astype(np.float32) for name, value in arrays.items()}
+        for value in arrays.values():
+            value.flags.writeable = False
+        return arrays
+
+    params, gradients, m = drawn(), drawn(), drawn()
+    v = {name: value * value for name, value in m.items()}
+    clipped, norm = plain.clip_by_global_norm(gradients, config.clip)
+    new, moments = plain.optimizer_step(params, clipped, plain.Moments(m, v), 3, 0.01, config)
+    kept = [norm, *(value for kind in (clipped, new, *moments) for value in kind.values())]
+    assert {value.dtype for value in kept} == {np.dtype(np.float32)}
+
+
 @given(config=schedules())
 def test_learning_rates_are_equal(config):
     """Bit for bit: schedule values are numbers of Python on both sides."""

@@ -31,6 +31,13 @@ def words(text: str) -> list[int]:
     return [int(word, 16) for word in text.split()]
 
 
+def test_no_two_purposes_share_their_bits():
+    """Else a model's first weights and the places of its first batch would be made of the same numbers."""
+    block = np.arange(1, dtype=np.uint64)
+    draws = {tuple(plain.random_bits(Key(0, use), block)[0]) for use in (INIT, DATA, DROPOUT, SAMPLE)}
+    assert len(draws) == 4
+
+
 @pytest.mark.parametrize(("counter", "key", "result"), KNOWN_ANSWERS)
 def test_known_answers(counter, key, result):
     in_numpy = plain.philox(np.array(words(counter), np.uint64)[:, None], tuple(words(key)))

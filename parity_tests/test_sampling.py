@@ -78,9 +78,7 @@ def test_a_token_seen_twice_is_penalised_once_whatever_its_sign():
     assert got.tolist() == [0.5, -8.0, 1.0]
 
 
-@pytest.mark.parametrize(
-    ("sample", "array"), [(plain.sample_token, np.array), (fast.sample_token, torch.tensor)]
-)
+@pytest.mark.parametrize(("sample", "array"), BOTH)
 def test_forbidden_tokens_are_never_chosen_not_even_greedily(sample, array):
     config = SamplingConfig(temperature=0.0, forbidden=(1,))
     assert sample(array([0.0, 9.0, 3.0]), [], config, 0.5) == 2
@@ -88,9 +86,7 @@ def test_forbidden_tokens_are_never_chosen_not_even_greedily(sample, array):
         sample(array([0.0, 0.0]), [], replace(config, forbidden=(0, 1)), 0.5)
 
 
-@pytest.mark.parametrize(
-    ("sample", "array"), [(plain.sample_token, np.array), (fast.sample_token, torch.tensor)]
-)
+@pytest.mark.parametrize(("sample", "array"), BOTH)
 def test_greedy_takes_the_first_of_equals(sample, array):
     assert sample(array([1.0, 3.0, 3.0, 2.0]), [], SamplingConfig(temperature=0.0), 0.99) == 1
 
@@ -120,6 +116,25 @@ def test_a_slice_of_the_distribution_begins_with_its_own_boundary():
     """Two equal tokens, u = 1/2: the first owns [0, 1/2), so the second is drawn."""
     assert plain.draw(np.zeros(2), 0.5) == 1
     assert fast.draw(torch.zeros(2, dtype=torch.float64), 0.5) == 1
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_token_is_drawn_in_float64_whatever_the_logits_are(dtype):
+    """A million equal tokens, and u a millionth of a slice below and above a boundary in the middle."""
+    logits, middle = np.zeros(1_000_000, dtype), 600_001
+    for offset, token in ((-1e-12, middle - 1), (1e-12, middle)):
+        for sample, array in BOTH:
+            assert sample(array(logits), [], SamplingConfig(), middle / logits.size + offset) == token
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.01])
+def test_logits_of_any_size_are_sampled(temperature):
+    """What all logits share has no say, so none may overflow."""
+    config = SamplingConfig(temperature=temperature)
+    for shift in (-1e5, 0.0, 1e5):
+        logits = np.array([0.0, -1e4, 0.0]) + shift
+        for sample, array in BOTH:
+            assert [sample(array(logits), [], config, u) for u in (0.0, 0.49, 0.51, 0.99)] == [0, 0, 2, 2]
 
 
 @given(logits=logits_of_any_size)

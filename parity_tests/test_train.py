@@ -1,6 +1,7 @@
 """Training: the trajectory of both sides from one seed, and the laws of a step."""
 
 from dataclasses import replace
+from itertools import chain, islice
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from ref_numpy.train import loss_and_gradients, train, train_step
 from ref_numpy.transformer import init_params, transformer_forward
 from torch_impl import data as fast_data
 from torch_impl import train as fast
-from torch_impl.transformer import Transformer
+from torch_impl.transformer import Transformer, initialised
 
 MODEL = ModelConfig(vocab_size=29, context_length=11, n_layer=2, n_head=3, d_model=12, dropout=0.1)
 TRAINING = TrainConfig(
@@ -84,17 +85,20 @@ def test_fifty_steps_agree(schedule):
 
 
 def test_the_loops_agree():
-    """The loops themselves: whole batches of a text, as train and train_steps draw them."""
+    """The loops themselves: whole batches of a text, as train and train_steps draw them.
+
+    train_steps is left after three steps and called again, and goes on where it was.
+    """
     config = replace(TRAINING, steps=7, warmup_steps=2)
     params = init_params(MODEL, config.seed, np.float64)
     tokens = np.random.default_rng(6).integers(MODEL.vocab_size, size=300)
     state = state_of(params, MODEL, config)
-    steps = zip(
-        train(params, tokens, MODEL, config),
-        fast.train_steps(state, torch.from_numpy(tokens), config),
-        strict=True,
+    on_device = torch.from_numpy(tokens)
+    first, rest = (
+        islice(fast.train_steps(state, on_device, config), 3),
+        fast.train_steps(state, on_device, config),
     )
-    for (after, want), got in steps:
+    for (after, want), got in zip(train(params, tokens, MODEL, config), chain(first, rest), strict=True):
         assert got.loss.item() == pytest.approx(want.loss, rel=1e-9)
         for name, value in values(state).items():
             np.testing.assert_allclose(value, after[name], rtol=1e-8, atol=1e-9)
@@ -161,6 +165,15 @@ def test_dropout_of_a_step_is_its_own():
     assert losses[0] == losses[1] != losses[2]
 
 
+def test_a_step_of_the_reference_in_float32_is_in_float32_throughout():
+    params = init_params(MODEL, 0)
+    inputs, targets = sample_batch(np.arange(29).repeat(20), MODEL.context_length, 0, TRAINING)
+    _, gradients = loss_and_gradients(params, inputs, targets, 0, MODEL, TRAINING)
+    after, moments, _ = train_step(params, zero_moments(params), inputs, targets, 0, MODEL, TRAINING)
+    found = {value.dtype for kind in (gradients, after, *moments) for value in kind.values()}
+    assert found == {np.dtype(np.float32)}
+
+
 @given(length=st.integers(2, 60), seed=seeds, batch_size=st.sampled_from([1, 2, 64]))
 def test_evaluation_predicts_every_token_but_the_first_once(length, seed, batch_size):
     """By the reference: windows of the context length side by side, the last one shorter."""
@@ -190,3 +203,30 @@ def test_a_text_with_nothing_to_predict_is_refused():
     model = state_of(init_params(MODEL, 0), MODEL, TRAINING).model
     with pytest.raises(ValueError, match="a text of 1 tokens has nothing to predict; it needs 2"):
         fast.evaluate(model, torch.tensor([3]))
+
+
+def test_float16_gradients_are_those_of_float32_and_an_overflow_costs_one_step():
+    """The scale is in no result. Where it makes a gradient infinite, no weight moves, and it is halved."""
+    config = replace(TRAINING, micro_batches=2, clip=0.1)
+    inputs, targets = sample_batch(np.arange(29).repeat(20), MODEL.context_length, 0, config)
+    batch = torch.from_numpy(inputs), torch.from_numpy(targets), torch.tensor(0)
+
+    def state_in(precision: torch.dtype) -> fast.TrainState:
+        return fast.start(initialised(MODEL, 0, precision), config)
+
+    want = fast.train_step(state_in(torch.float32), *batch, config)
+    state = state_in(torch.float16)
+    before = {name: value.copy() for name, value in values(state).items()}
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+    scales, moved = [], []
+    for _ in range(16):
+        got = fast.train_step(state, *batch, config)
+        scales.append(state.scaler.get_scale())
+        moved.append(any((value != before[name]).any() for name, value in values(state).items()))
+        if moved[-1]:
+            break
+    assert moved == [False] * (len(moved) - 1) + [True] and len(moved) > 1
+    assert scales[:-1] == [2.0 ** (23 - i) for i in range(len(scales) - 1)]
+    assert got.loss.item() == pytest.approx(want.loss.item(), rel=1e-3)
+    assert got.grad_norm.item() == pytest.approx(want.grad_norm.item(), rel=1e-2)
+    assert all(np.isfinite(value).all() for value in values(state).values())

@@ -1,5 +1,7 @@
 """The whole model: parity over the product of options, one initialiser, and no look into the future."""
 
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,10 @@ from hypothesis import strategies as st
 
 from parity_tests.strategies import dropout_keys, model_configs, model_params, seeds
 from ref_numpy.config import ModelConfig
+from ref_numpy.dropout import DropoutKey
+from ref_numpy.rng import INIT, Key
 from ref_numpy.transformer import init_params, parameter_shapes, transformer_forward
+from torch_impl.rng import normal
 from torch_impl.transformer import Transformer, initialised
 
 
@@ -27,6 +32,24 @@ def cases(draw):
 @given(arguments=cases(), seed=seeds)
 def test_parity(agree, arguments, seed):
     agree("transformer", seed, judge_rounding=arguments["config"].activation != "relu", **arguments)
+
+
+@pytest.mark.parametrize("norm", ["layernorm", "rmsnorm"])
+@pytest.mark.parametrize("norm_placement", ["pre", "post"])
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
+def test_parity_of_every_combination_of_options(agree, norm, norm_placement, activation):
+    """Cases that are drawn may leave one out. Two layers, so that the second's dropout masks count too."""
+    shape = {"vocab_size": 7, "context_length": 5, "n_layer": 2, "n_head": 2, "d_model": 6, "d_ff": 9}
+    ids = np.random.default_rng(0).integers(7, size=(2, 4))
+    named = {"norm": norm, "norm_placement": norm_placement, "activation": activation}
+    for positions, bias, tied, dropout in product(
+        ("learned", "sinusoidal"), *[(True, False)] * 2, (0.0, 0.3)
+    ):
+        config = ModelConfig(
+            **shape, **named, positions=positions, bias=bias, tied_embeddings=tied, dropout=dropout
+        )
+        case = {"params": model_params(config, 1), "ids": ids, "config": config, "key": DropoutKey(5, 6, 7)}
+        agree("transformer", judge_rounding=False, **case)
 
 
 @given(config=model_configs())
@@ -65,6 +88,17 @@ def test_initial_weights_are_those_of_gpt2():
             assert abs(value.mean()) < 6 * std / np.sqrt(value.size)
     firsts = [float(value.flat[0]) for name, value in params.items() if value.std() > 0]
     assert len(set(firsts)) == len(firsts)
+
+
+@given(config=model_configs(), seed=st.integers(0, 2**64 - 1))
+def test_initial_weights_are_the_normal_numbers_of_their_streams(config, seed):
+    """Of all 64 bits of the seed, and with the tails of a normal: the draws are those of the other side."""
+    for i, (name, value) in enumerate(init_params(config, seed, np.float64).items()):
+        if value.ndim == 2:
+            draws = normal(Key(seed, INIT, stream=i), value.size).reshape(value.shape).numpy()
+            ends_branch = name.endswith(("attention.proj.weight", "ffn.down.weight"))
+            std = 0.02 / np.sqrt(2 * config.n_layer) if ends_branch else 0.02
+            np.testing.assert_allclose(value, std * draws, rtol=1e-11, atol=1e-14)
 
 
 @given(arguments=cases(), place=st.integers(0, 6))

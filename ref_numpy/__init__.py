@@ -1,4 +1,6 @@
 """The reference: a transformer language model in plain NumPy, forward and backward derived by hand.
 
-Read in this order: linear, activations, layernorm, attention, ffn, block, transformer, loss, optim, train.
+Read in this order: linear, activations, layernorm, rng, dropout, embedding, positions, attention, ffn, block,
+transformer, loss, optim, data, train, generate. In all of them dx stands for the gradient of the loss with
+respect to x, an array of x's shape; backward is given dy and the forward's cache, and makes dx of them.
 """

@@ -44,9 +44,10 @@ def gelu_tanh_forward(x: Float[Array, "*shape"]) -> tuple[Float[Array, "*shape"]
 
 
 def gelu_tanh_backward(dy: Float[Array, "*shape"], x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """dx = dy [ (1 + tanh u) / 2 (1)  +  x/2 (1 - tanh^2 u) u' (2) ].
+    """dx = dy (sum of both terms), by the product rule and tanh' = 1 - tanh^2.
 
-    u' = sqrt(2/pi) (1 + 3 * 0.044715 x^2), by the product rule and tanh' = 1 - tanh^2.
+    (1) through the factor x/2:  (1 + tanh u) / 2
+    (2) through tanh u:          x/2 (1 - tanh^2 u) u',  u' = sqrt(2/pi) (1 + 3 * 0.044715 x^2)
     """
     tanh_u = np.tanh(sqrt(2.0 / pi) * (x + 0.044715 * x * x * x))
     du = sqrt(2.0 / pi) * (1.0 + 3 * 0.044715 * x * x)

@@ -2,6 +2,7 @@
 
 Shapes: B batch, T query length, S key length, C width, H heads, D = C / H head width.
 Masks are boolean, True where a query may look at a key; they broadcast to (B, H, T, S).
+C3 stands for 3 C: the features of q, k and v in one.
 A query that may look at nothing gets the zero vector, and passes no gradient on.
 Not here: additive masks, dropout of attention weights (see dropout.py), caching of keys and values.
 """
@@ -41,7 +42,7 @@ def attention_forward(
     highest = np.where(np.isneginf(highest), 0, highest)  # a row that sees nothing: -inf - 0, not -inf + inf
     weights = np.exp(scores - highest)  # shifted so that the largest is exp(0): cannot overflow
     total = weights.sum(axis=-1, keepdims=True)
-    p = weights / np.where(total == 0, 1, total)
+    p = weights / np.where(total == 0, 1, total)  # (B, H, T, S); that row: 0 / 1 in place of 0 / 0
     return p @ v, AttentionCache(q, k, v, p)
 
 
@@ -53,7 +54,8 @@ def attention_backward(
     With s = q k^T / sqrt D, p = softmax(s), y = p v, row by row (t a query; i, j keys):
         (1) dv = p^T dy
         (2) dp = dy v^T
-        (3) ds_i = sum_j dp_j dp_j/ds_i,  dp_j/ds_i = p_j (1[i=j] - p_i)   =>  ds = p (dp - sum_j p_j dp_j)
+        (3) ds_i = sum_j dp_j J_ji with J_ji, the derivative of p_j by s_i, being p_j (1[i=j] - p_i);
+            hence ds_i = p_i (dp_i - sum_j p_j dp_j)
         (4) dq = ds k / sqrt D,  dk = ds^T q / sqrt D
     Where the mask forbids, p = 0 and so ds = 0: the mask needs no mention.
     """
@@ -63,7 +65,7 @@ def attention_backward(
     dp = dy @ v.swapaxes(-1, -2)  # (2) (B, H, T, S)
     ds = p * (dp - (p * dp).sum(axis=-1, keepdims=True))  # (3)
     dq = ds @ k * scale  # (4)
-    dk = ds.swapaxes(-1, -2) @ q * scale
+    dk = ds.swapaxes(-1, -2) @ q * scale  # (4)
     return dq, dk, dv
 
 
@@ -91,7 +93,7 @@ def multi_head_attention_forward(
     qkv, qkv_cache = linear_forward(x, qkv_weight, qkv_bias)  # (B, T, 3C)
     q, k, v = qkv.reshape(B, T, 3, n_head, D).transpose(2, 0, 3, 1, 4)  # each (B, H, T, D)
     heads, attention_cache = attention_forward(q, k, v, mask)  # (B, H, T, D)
-    joined = heads.transpose(0, 2, 1, 3).reshape(B, T, C)
+    joined = heads.transpose(0, 2, 1, 3).reshape(B, T, C)  # heads side by side
     y, proj_cache = linear_forward(joined, proj_weight, proj_bias)
     return y, MultiHeadAttentionCache(qkv_cache, attention_cache, proj_cache)
 
@@ -108,8 +110,8 @@ def multi_head_attention_backward(
     """Gradients of x, qkv_weight, qkv_bias, proj_weight, proj_bias: the forward's lines in reverse order."""
     B, H, T, D = cache.attention.q.shape
     djoined, dproj_weight, dproj_bias = linear_backward(dy, cache.proj)
-    dheads = djoined.reshape(B, T, H, D).transpose(0, 2, 1, 3)
+    dheads = djoined.reshape(B, T, H, D).transpose(0, 2, 1, 3)  # (B, H, T, D)
     dq, dk, dv = attention_backward(dheads, cache.attention)
-    dqkv = np.stack([dq, dk, dv]).transpose(1, 3, 0, 2, 4).reshape(B, T, 3 * H * D)
+    dqkv = np.stack([dq, dk, dv]).transpose(1, 3, 0, 2, 4).reshape(B, T, 3 * H * D)  # (B, T, 3C)
     dx, dqkv_weight, dqkv_bias = linear_backward(dqkv, cache.qkv)
     return dx, dqkv_weight, dqkv_bias, dproj_weight, dproj_bias

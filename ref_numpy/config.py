@@ -50,13 +50,13 @@ class ModelConfig:
     norm_placement: Literal["pre", "post"] = "pre"
     """Normalise the input of a sublayer (pre, GPT-2) or the sum after it (post, Vaswani et al.)."""
     norm_epsilon: float = 1e-5
-    """Added to the variance, inside the root."""
+    """Added to the variance (rmsnorm: to the mean square), inside the root."""
     activation: Literal["relu", "gelu", "gelu_tanh", "silu"] = "gelu_tanh"
     """Nonlinearity of the feed-forward layer; gelu is the exact one, gelu_tanh GPT-2's approximation."""
     positions: Literal["learned", "sinusoidal"] = "learned"
     """How a token knows its place. Sinusoidal also scales the embedding by sqrt(d_model), as in its paper."""
     bias: bool = True
-    """Biases in linear layers and layer norms."""
+    """Biases in linear layers and layer norms; the output projection never has one."""
     tied_embeddings: bool = True
     """Use the token embedding as the output projection."""
     dropout: float = 0.0

@@ -38,7 +38,8 @@ def keep_mask(shape: tuple[int, ...], p: float, key: DropoutKey) -> Bool[Array, 
     """True for the units that stay. The first axis counts sequences.
 
     Unit u of sequence r takes half (u mod 2) of word (u div 2 mod 4) of block r ceil(n / 8) + u div 8, where
-    n is the number of units of a sequence: a sequence's bits do not depend on its neighbours in the batch.
+    n is the number of units of a sequence, and r its number in the step: key.first_row + its row in x. So the
+    bits of a sequence do not depend on its neighbours in the batch.
     """
     rows, units = shape[0], int(np.prod(shape[1:]))
     blocks_per_row = -(-units // 8)

@@ -13,7 +13,7 @@ from numpy import ndarray as Array
 
 class NormCache(NamedTuple):
     x_hat: Array  # normalised input
-    inverse_scale: Array  # 1 / standard deviation, or 1 / root mean square; one per row
+    inverse_scale: Array  # r = 1 / sqrt(var x + epsilon), or 1 / sqrt(mean(x^2) + epsilon); one per row
     weight: Array
     has_bias: bool
 
@@ -39,15 +39,15 @@ def layernorm_backward(
 
     Write r = inverse_scale and g = dy w for the gradient of x_hat. x reaches x_hat three ways:
         (1) directly:           r g
-        (2) through the mean:  -r mean(g)              since d(mean)/dx_j = 1/C and x_hat falls by r of it
-        (3) through the scale: -r x_hat mean(g x_hat)  since dr/dx_j = -r^2 x_hat_j / C
+        (2) through the mean:  -r mean(g)              as the mean grows by 1/C of x_j, and x_hat falls by r/C
+        (3) through the scale: -r x_hat mean(g x_hat)  as the derivative of r by x_j is -r^2 x_hat_j / C
     so dx = r (g - mean(g) - x_hat mean(g x_hat)), and dw = sum over rows of dy x_hat, db of dy.
     """
     x_hat, inverse_scale, weight, has_bias = cache
     g = dy * weight
     through_mean = g.mean(axis=-1, keepdims=True)  # (2)
     through_scale = x_hat * (g * x_hat).mean(axis=-1, keepdims=True)  # (3)
-    dx = inverse_scale * (g - through_mean - through_scale)
+    dx = inverse_scale * (g - through_mean - through_scale)  # (1) + (2) + (3)
     rows = tuple(range(dy.ndim - 1))
     return dx, (dy * x_hat).sum(axis=rows), dy.sum(axis=rows) if has_bias else None
 
@@ -67,6 +67,6 @@ def rmsnorm_backward(
     """dx = r (g - x_hat mean(g x_hat)), dw = sum over rows of dy x_hat: layer norm's without term (2)."""
     x_hat, inverse_scale, weight, _ = cache
     g = dy * weight
-    through_scale = x_hat * (g * x_hat).mean(axis=-1, keepdims=True)
-    dx = inverse_scale * (g - through_scale)
+    through_scale = x_hat * (g * x_hat).mean(axis=-1, keepdims=True)  # (3)
+    dx = inverse_scale * (g - through_scale)  # (1) + (3)
     return dx, (dy * x_hat).sum(axis=tuple(range(dy.ndim - 1)))

@@ -1,5 +1,6 @@
 """Linear layer: y = x W^T + b.
 
+dx is the gradient of the loss with respect to x, here as in every file.
 Shapes: I inputs, O outputs; the leading axes of x (batch, time, ...) are rows, all treated alike.
 Not here: anything sparse, quantised or in place.
 """

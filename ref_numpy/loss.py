@@ -66,5 +66,5 @@ def cross_entropy_backward(
     places = np.arange(targets.size)
     dlogits = np.exp(log_p) - s / shape[-1]  # (1), and the smoothed part of (2)
     dlogits[places, np.where(counted, targets, 0)] -= 1 - s  # (2)
-    dlogits *= (dloss / max(count, 1) * counted)[:, None].astype(dlogits.dtype)
+    dlogits *= (dloss / max(count, 1) * counted)[:, None]
     return dlogits.reshape(shape)

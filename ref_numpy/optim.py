@@ -69,7 +69,8 @@ def adamw(
 ) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"], Float[Array, "*shape"]]:
     """AdamW (Loshchilov & Hutter 2019, algorithm 2): param shrinks by lr weight_decay param, then Adam steps.
 
-    The decay never enters the gradient, and so not the moments either.
+    The decay never enters the gradient, and so not the moments either. As in PyTorch it is multiplied by the
+    whole learning rate; in the paper by the schedule's factor eta_t alone.
     """
     decayed = param - learning_rate * weight_decay * param
     return adam(decayed, gradient, m, v, t, learning_rate, beta1, beta2, epsilon)
@@ -122,7 +123,7 @@ def learning_rate_at(step: int, config: TrainConfig) -> float:
         return peak * (step + 1) / (warmup + 1)
     if config.schedule == "constant":
         return peak
-    r = (step - warmup) / max(config.steps - warmup, 1)
+    r = (step - warmup) / max(config.steps - warmup, 1)  # a warm-up of all steps leaves none to divide by
     if config.schedule == "linear":
         return peak - (peak - least) * r
     return least + (peak - least) * 0.5 * (1.0 + cos(pi * r))

@@ -22,7 +22,7 @@ from numpy import ndarray as Array
 INIT, DATA, DROPOUT, SAMPLE = 0, 1, 2, 3
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)  # multipliers of the two lanes
-_W0, _W1 = 0x9E3779B9, 0xBB67AE85  # key increments: golden ratio, sqrt(3) - 1
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85  # key increments: fractions of the golden ratio, of sqrt 3
 _LOW, _32 = np.uint64(0xFFFFFFFF), np.uint64(32)
 
 

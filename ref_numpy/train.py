@@ -9,7 +9,9 @@ Shapes: N tokens of text, M micro-batches, B sequences in each, T context length
 Not here: files, checkpoints, devices (see train_gpu.py, whose loop is this one's twin).
 """
 
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -42,8 +44,8 @@ def loss_and_gradients(
 ) -> tuple[float, Params]:
     """Mean loss over the tokens that count in the whole step, and its gradients, one micro-batch at a time.
 
-    With n_m of the n counted tokens in micro-batch m, sum_m (sum of its losses) / n is the mean over all; the
-    mean of the micro-batches' own means would weigh a token by how few others stand beside it.
+    Each micro-batch divides its sum of losses by the count of the whole step, so that their shares add up to
+    the mean; the mean of their own means would weigh a token by how few others count beside it.
     """
     count = int((targets != IGNORE).sum())
     total_loss = 0.0
@@ -99,7 +101,8 @@ def main() -> None:
     n_params = sum(param.size for param in params.values())
     print(f"{n_params:,} parameters, {tokens.size:,} bytes of text")
 
-    with tqdm(total=config.steps, unit="step") as bar:
+    # Ctrl-C ends the training early; what the model writes by then still follows.
+    with suppress(KeyboardInterrupt), tqdm(total=config.steps, unit="step") as bar:
         for trained, metrics in train(params, tokens, model_config, config):
             params = trained
             bar.update()
@@ -107,6 +110,7 @@ def main() -> None:
 
     prompt = np.frombuffer(b"The ", np.uint8)
     written = bytes(generate(params, prompt, model_config, 400, SamplingConfig(temperature=0.8)))
+    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character still shows the rest
     print("The " + written.decode("utf-8", errors="replace"))
 
 

@@ -73,7 +73,8 @@ def init_params(config: ModelConfig, seed: int, dtype: DTypeLike = np.float32) -
 
     Matrices and embeddings ~ N(0, 0.02^2), but those that end a residual branch (attention.proj, ffn.down)
     ~ N(0, 0.02^2 / (2 L)), so that the sum over 2 L branches keeps its size. Biases 0, norm weights 1.
-    Parameter number i draws from stream i of the seed.
+    (OpenAI's code draws learned positions with 0.01; 0.02 is what later implementations took for them too.)
+    Parameter number i of parameter_shapes draws from stream i of the seed.
     """
     params = {}
     for i, (name, shape) in enumerate(parameter_shapes(config).items()):
@@ -158,7 +159,8 @@ def transformer_backward(dlogits: Float[Array, "B T V"], cache: TransformerCache
 
     dx = dropout_backward(dx, cache.dropout)
     if config.positions == "learned":
-        gradients["position_embedding.weight"] = learned_positions_backward(dx.sum(axis=0), cache.positions)
+        dplaces = dx.sum(axis=0)  # (T, C): every sequence of the batch read the same vectors
+        gradients["position_embedding.weight"] = learned_positions_backward(dplaces, cache.positions)
     dtable = embedding_backward(dx * _embedding_scale(config), cache.embedding)  # (2)
     if config.tied_embeddings:
         gradients["token_embedding.weight"] = dtable + dhead

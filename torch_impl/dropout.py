@@ -23,9 +23,8 @@ def keep_mask(
     rows, units = shape[0], math.prod(shape[1:])
     blocks_per_row = -(-units // 8)
     blocks = torch.arange(rows * blocks_per_row, device=device) + key.first_row * blocks_per_row
-    words = torch.stack(
-        random_bits(Key(key.seed, DROPOUT, key.step, key.site), blocks), dim=-1
-    )  # (blocks, 4)
+    bits = random_bits(Key(key.seed, DROPOUT, key.step, key.site), blocks)
+    words = torch.stack(bits, dim=-1)  # (blocks, 4)
     halves = torch.stack([words & 0xFFFF, words >> 16], dim=-1)  # (blocks, 4, 2)
     return (halves.reshape(rows, -1)[:, :units] >= _threshold(p)).reshape(shape)
 

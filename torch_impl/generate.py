@@ -127,10 +127,8 @@ def write(request: Request) -> None:
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     decode_bytes, before = loaded.tokenizer.decode_bytes, int(prompt[-1])
     for token in generate(loaded.model, prompt, flags.max_new_tokens, request.sampling, flags.seed):
-        after_it = decode_bytes([before, token])[
-            len(decode_bytes([before])) :
-        ]  # words: with the space between
-        print(decoder.decode(after_it), end="", flush=True)
+        pair = decode_bytes([before, token])  # together: between two words there is a space
+        print(decoder.decode(pair[len(decode_bytes([before])) :]), end="", flush=True)
         before = token
     print(decoder.decode(b"", final=True))
 

@@ -17,7 +17,8 @@ def cross_entropy(
     """loss = 1/count sum over counted places of -sum_v q_v log p_v, computed in at least float32.
 
     count is the number of places to average over, by default those whose target is not IGNORE; a tensor
-    keeps it on the device. Where nothing counts the loss is 0.
+    keeps it on the device. Where nothing counts the loss is 0. A target that is neither a token nor IGNORE
+    raises IndexError on the CPU and is undefined on a GPU.
     """
     if count is None:
         count = (targets != IGNORE).sum()

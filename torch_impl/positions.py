@@ -12,9 +12,8 @@ def sinusoidal_positions(
 ) -> Float[Tensor, "T C"]:
     """PE(t, 2i) = sin(t / 10000^(2i/C)), PE(t, 2i+1) = cos(t / 10000^(2i/C)), computed in float64."""
     pairs = torch.arange(0, width, 2, dtype=torch.float64)
-    angle = torch.arange(length, dtype=torch.float64)[:, None] / 10000.0 ** (
-        pairs / width
-    )  # (T, ceil(C / 2))
+    places = torch.arange(length, dtype=torch.float64)[:, None]
+    angle = places / 10000.0 ** (pairs / width)  # (T, ceil(C / 2))
     table = torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(1)[:, :width]
     return table.to(device=device, dtype=dtype)
 
