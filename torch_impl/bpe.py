@@ -6,6 +6,8 @@ encoding gives each distinct pre-token a number, merges the new ones together, a
 Merges are learned in torch_impl.training.bpe_merges and applied in bpe_table; bpe_corpus there reads files.
 """
 
+import gc
+import os
 import re
 import sys
 from collections import Counter, defaultdict
@@ -14,6 +16,10 @@ from itertools import chain, count, islice
 from pathlib import Path
 from threading import Lock
 from typing import Literal
+
+if __name__ == "__main__":
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # they start slowly, with nothing to do here
+    gc.disable()  # words and merges make no cycles, and looking for some would take a tenth of the time
 
 import numpy as np
 import regex
@@ -267,10 +273,6 @@ class BPETokenizer:
 
 
 if __name__ == "__main__":
-    import gc
-
-    gc.disable()  # words and merges make no cycles, and looking for some would take a tenth of the time
-
     from torch_impl.training.bpe_command import main
 
     sys.exit(main(sys.argv[1:]))
