@@ -275,4 +275,6 @@ class BPETokenizer:
 if __name__ == "__main__":
     from torch_impl.training.bpe_command import main
 
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    gc.freeze()  # or the end of the process would look for cycles after all
+    sys.exit(code)
