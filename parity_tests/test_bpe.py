@@ -1,6 +1,8 @@
 """Byte pair encoding: both sides equal each other, Hugging Face's tokenizers and tiktoken, to the last id."""
 
 import json
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pydoc_data.topics import topics
 
 import numpy as np
@@ -225,6 +227,22 @@ def test_what_is_remembered_does_not_matter(vocabulary, text, kept, waiting):
         tokenizer = bpe.BPETokenizer(vocabulary)
         for _ in range(2):
             assert tokenizer.encode(text).tolist() == ref.encode(text, vocabulary)
+
+
+def test_a_text_that_cannot_be_encoded_leaves_no_trace(vocabulary):
+    """Its words had numbers by then, and the words of the next text would have had their ids."""
+    tokenizer = bpe.BPETokenizer(vocabulary)
+    with pytest.raises(UnicodeEncodeError):
+        tokenizer.encode("seen before \ud800 half")
+    assert tokenizer.decode(tokenizer.encode("before half and after")) == "before half and after"
+
+
+def test_threads_share_a_tokenizer_and_processes_copy_it(vocabulary):
+    tokenizer = pickle.loads(pickle.dumps(bpe.BPETokenizer(vocabulary)))
+    pages = list(topics.values())
+    with ThreadPoolExecutor(4) as threads:
+        encoded = list(threads.map(tokenizer.encode, pages))
+    assert [tokenizer.decode(ids) for ids in encoded] == pages
 
 
 def test_a_megabyte_without_a_space_is_encoded(tokenizer):

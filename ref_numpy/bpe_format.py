@@ -156,9 +156,12 @@ def vocabulary_of(
     return Vocabulary(listed, merges, special, split)
 
 
-def _ids_by_name(vocabulary: Vocabulary) -> dict[str, int]:
-    names = {id: text for text, id in vocabulary.special_tokens.items()}
-    return {names.get(id) or printable(token): id for id, token in enumerate(vocabulary.tokens)}
+def _named(vocabulary: Vocabulary) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The ids by name, and the merges by the names of the two."""
+    names = {token: printable(token) for token in vocabulary.tokens}
+    special = {id: text for text, id in vocabulary.special_tokens.items()}
+    ids = {special.get(id) or names[token]: id for id, token in enumerate(vocabulary.tokens)}
+    return ids, [(names[left], names[right]) for left, right in vocabulary.merges]
 
 
 def _from_names(
@@ -193,6 +196,7 @@ def to_json(vocabulary: Vocabulary) -> str:
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     cut = {"type": "Split", "pattern": {"Regex": vocabulary.split}, "behavior": "Isolated", "invert": False}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    ids, merges = _named(vocabulary)
     content = {
         "version": "1.0",
         "truncation": None,
@@ -215,8 +219,8 @@ def to_json(vocabulary: Vocabulary) -> str:
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": False,
-            "vocab": _ids_by_name(vocabulary),
-            "merges": [[printable(left), printable(right)] for left, right in vocabulary.merges],
+            "vocab": ids,
+            "merges": merges,
         },
     }
     return json.dumps(content, ensure_ascii=False)
@@ -259,8 +263,9 @@ def _pattern_of(pre_tokenizer: dict | None) -> str | None:
 
 def to_gpt2_files(vocabulary: Vocabulary) -> tuple[str, str]:
     """The contents of vocab.json and of merges.txt, the latter with its version line."""
-    lines = (f"{printable(left)} {printable(right)}\n" for left, right in vocabulary.merges)
-    return json.dumps(_ids_by_name(vocabulary), ensure_ascii=False), "#version: 0.2\n" + "".join(lines)
+    ids, merges = _named(vocabulary)
+    lines = (f"{left} {right}\n" for left, right in merges)
+    return json.dumps(ids, ensure_ascii=False), "#version: 0.2\n" + "".join(lines)
 
 
 def from_gpt2_files(vocab: str | bytes, merges: str, split: str | None = SPLITS["gpt2"]) -> Vocabulary:

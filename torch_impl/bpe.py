@@ -2,30 +2,39 @@
 
 Splitting text is most of the work, so the rest is arranged around it: text that is ASCII is split by a
 simpler pattern that means the same there; training counts each distinct pre-token once and works on those;
-encoding looks a pre-token up among those seen before, as packed ids, and joins what it finds.
+encoding gives each distinct pre-token a number, merges the new ones together, and gathers their ids.
 Merges are learned in torch_impl.training.bpe_merges and applied in bpe_table; bpe_corpus there reads files.
 """
 
+import gc
+import os
 import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
+from itertools import chain, count, islice
 from pathlib import Path
+from threading import Lock
 from typing import Literal
+
+if __name__ == "__main__":
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # they start slowly, with nothing to do here
+    gc.disable()  # words and merges make no cycles, and looking for some would take a tenth of the time
 
 import numpy as np
 import regex
-from jaxtyping import Integer, UInt
+from jaxtyping import Int, Integer, UInt
 from numpy import ndarray as Array
 
 from ref_numpy.bpe_format import SPLITS, TokenizerError, Vocabulary, new_vocabulary, to_json
 from torch_impl.training.bpe_merges import learn_merges
 from torch_impl.training.bpe_table import MergeTable
 from torch_impl.training.files import write_file
+from torch_impl.training.pieces import Pieces
 
-_PART = 1 << 16  # characters that are split and looked up before the next ones
+_PART = 1 << 16  # characters that are split, or ids that are decoded, before the next ones
 _BLOCK = 1 << 11  # characters that are split as ASCII or not
-_WAITING = 4  # parts whose unknown words are encoded together
+_WAITING = 32  # parts whose new words are encoded together
 _WORDS_KEPT = 1 << 17  # encoded words that are remembered
 _FEW, _LONG = 32, 64  # words, bytes: below and above, a loop is faster than whole arrays
 
@@ -167,8 +176,11 @@ class BPETokenizer:
             np.array([ids[bytes([byte])] for byte in range(256)]),
         )
         self._split = Splitter(vocabulary.split)
-        self._words: dict[str, bytes] = {}  # ids of a word in the bytes of dtype
-        self._tokens = np.array([*vocabulary.tokens, b""], object)[:-1]
+        self._lock = Lock()  # threads may share a tokenizer
+        self.forget()
+        self._tokens = Pieces(
+            np.frombuffer(b"".join(vocabulary.tokens), np.uint8), np.array([*map(len, vocabulary.tokens)])
+        )
 
     def encode(self, text: str, allowed_special: Collection[str] = ()) -> UInt[Array, "N"]:
         """The ids of a text. Special tokens are read as such only if named in allowed_special, else as text.
@@ -180,52 +192,54 @@ class BPETokenizer:
             if name not in self.special_tokens:
                 raise TokenizerError(f"{name!r} is no special token of this vocabulary")
         special = special_pattern(allowed_special)
-        packed = []
-        for place, part in enumerate(special.split(text) if special else [text]):
-            if place % 2:
-                packed.append(self.special_tokens[part].to_bytes(self.dtype.itemsize, sys.byteorder))
-            else:
-                packed += self._encode_text(part)
-        return np.frombuffer(bytearray().join(packed), self.dtype)
+        rows = [np.empty(0, self.dtype)]
+        with self._lock:
+            for place, part in enumerate(special.split(text) if special else [text]):
+                if place % 2:
+                    rows.append(np.array([self.special_tokens[part]], self.dtype))
+                else:
+                    rows += self._encode_text(part)
+        return np.concatenate(rows)
 
-    def _encode_text(self, text: str) -> list[bytes]:
-        known = self._words.__getitem__
-        packed, waiting = [], {}  # parts with unknown words wait, so that many words are encoded together
-        for words in self._split(text):
-            try:
-                packed.append(b"".join(map(known, words)))
-            except KeyError:
-                waiting[len(packed)] = words
-                packed.append(b"")
-            if len(waiting) == _WAITING:
-                self._finish(packed, waiting)
-        self._finish(packed, waiting)
-        return packed
+    def _encode_text(self, text: str) -> Iterator[UInt[Array, "_"]]:
+        waiting = []  # numbers of words: many new ones are encoded together
+        try:
+            for words in self._split(text):
+                waiting.append(np.fromiter(map(self._number.__getitem__, words), np.int32, len(words)))
+                if len(waiting) == _WAITING:
+                    yield from self._ids_of(waiting)
+                    waiting.clear()
+            yield from self._ids_of(waiting)
+        except BaseException:
+            self.forget()  # some words have a number, but no ids
+            raise
 
-    def _finish(self, packed: list[bytes], waiting: dict[int, list[str]]) -> None:
-        self._learn(set().union(*waiting.values()))
-        for place, words in waiting.items():
-            packed[place] = b"".join(map(self._words.__getitem__, words))
-        waiting.clear()
-
-    def _learn(self, words: set[str]) -> None:
-        """Encode those of the words that are not known yet."""
-        if len(self._words) > _WORDS_KEPT:
+    def _ids_of(self, rows: list[Int[Array, "_"]]) -> Iterator[UInt[Array, "_"]]:
+        """The ids of rows of numbered words, after the new ones among all words have been encoded."""
+        if new := len(self._number) - self._words.size:
+            self._learn([*islice(reversed(self._number), new)][::-1])
+        yield from map(self._words.row, rows)
+        if len(self._number) > _WORDS_KEPT:
             self.forget()
-        unknown = words.difference(self._words)
-        short = [word for word in unknown if len(word) <= _LONG] if len(unknown) > _FEW else []
+
+    def _learn(self, words: list[str]) -> None:
+        short = [n for n, word in enumerate(words) if len(word) <= _LONG] if len(words) > _FEW else []
+        long = [*set(range(len(words))).difference(short)]
+        encoded = [self._merges.encode_word(words[n]) for n in long]
+        ids, lengths = [*chain(*encoded)], [*map(len, encoded)]
         if short:
-            ids, lengths = self._merges.encode_words(short)
-            packed = ids.astype(self.dtype).tobytes()
-            ends = (np.cumsum(lengths) * self.dtype.itemsize).tolist()
-            for word, start, end in zip(short, [0, *ends], ends, strict=False):
-                self._words[word] = packed[start:end]
-        for word in unknown.difference(short):
-            self._words[word] = np.array(self._merges.encode_word(word), self.dtype).tobytes()
+            short_ids, short_lengths = self._merges.encode_words([words[n] for n in short])
+            ids, lengths = np.concatenate([short_ids, ids]), np.concatenate([short_lengths, lengths])
+        self._words.add(np.array(ids, self.dtype), np.array(lengths, int), np.array([*short, *long]))
 
     def forget(self) -> None:
         """Drop the encoded words that are remembered, and their memory."""
-        self._words.clear()
+        self._number = defaultdict(count().__next__)
+        self._words = Pieces(np.empty(0, self.dtype), np.empty(0, int))
+
+    def __reduce__(self) -> tuple:
+        """A copy, in another process too, knows the vocabulary and has seen no words yet."""
+        return BPETokenizer, (self.vocabulary,)
 
     def encode_iterable(self, texts: Iterable[str], allowed_special: Collection[str] = ()) -> Iterator[int]:
         """The ids of texts one after the other, such as the lines of a file; each stands for itself."""
@@ -240,7 +254,8 @@ class BPETokenizer:
         for id in (int(ids.min()), int(ids.max())):
             if not 0 <= id < self.vocab_size:
                 raise TokenizerError(f"id {id} is no token; ids run from 0 to {self.vocab_size - 1}")
-        return b"".join(self._tokens[ids].tolist())
+        parts = (ids[start : start + _PART] for start in range(0, ids.size, _PART))
+        return b"".join(self._tokens.row(part).tobytes() for part in parts)
 
     def decode(
         self, ids: Integer[Array, "N"] | Iterable[int], errors: Literal["replace", "strict"] = "replace"
@@ -258,10 +273,8 @@ class BPETokenizer:
 
 
 if __name__ == "__main__":
-    import gc
-
-    gc.disable()  # words and merges make no cycles, and looking for some would take a tenth of the time
-
     from torch_impl.training.bpe_command import main
 
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    gc.freeze()  # or the end of the process would look for cycles after all
+    sys.exit(code)

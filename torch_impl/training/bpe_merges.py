@@ -58,13 +58,10 @@ class _Corpus:
         """Count new pairs and note their places; returns the pairs, each once."""
         if not pairs.size:
             return []
-        order = np.argsort(pairs, kind="stable")
-        pairs, places = pairs[order], places[order]
-        starts = np.flatnonzero(np.concatenate([[True], pairs[1:] != pairs[:-1]]))
-        distinct = pairs[starts].tolist()
-        ends = [*starts[1:].tolist(), pairs.size]
-        sums = np.add.reduceat(weights[order], starts).tolist()
-        for pair, start, end, total in zip(distinct, starts.tolist(), ends, sums, strict=True):
+        order, starts, sums = _sums(pairs, weights)
+        distinct, places, starts = pairs[order[starts]].tolist(), places[order], starts.tolist()
+        ends = [*starts[1:], pairs.size]
+        for pair, start, end, total in zip(distinct, starts, ends, sums, strict=True):
             self.count[pair] += total
             known = self.where.get(pair)
             here = places[start:end]
@@ -109,8 +106,8 @@ class _Corpus:
 
     def _merge_arrays(self, a: int, b: int, new: int, places: Int[Array, "_"]) -> list[int]:
         token, previous, next = self.token, self.previous, self.next
-        p = np.unique(places)
-        p = p[(token[p] == a) & (token[next[p]] == b)]
+        p = np.sort(places)
+        p = p[(token[p] == a) & (token[next[p]] == b) & np.append(p[1:] != p[:-1], True)]
         q = next[p]
         if a == b:  # of overlapping places, a a a a, every second one of a run is merged
             run_starts = np.concatenate([[True], p[1:] != q[:-1]])
@@ -137,11 +134,20 @@ class _Corpus:
         )
 
     def _subtract(self, pairs: Int64[Array, "N"], weights: Int64[Array, "N"]) -> None:
-        distinct, index = np.unique(pairs, return_inverse=True)
-        sums = np.zeros(distinct.size, np.int64)
-        np.add.at(sums, index, weights)
-        for pair, total in zip(distinct.tolist(), sums.tolist(), strict=True):
-            self.count[pair] -= total
+        if pairs.size:
+            order, starts, sums = _sums(pairs, weights)
+            for pair, total in zip(pairs[order[starts]].tolist(), sums, strict=True):
+                self.count[pair] -= total
+
+
+def _sums(
+    keys: Int64[Array, "N"], weights: Int64[Array, "N"]
+) -> tuple[Int64[Array, "N"], Int64[Array, "K"], list[int]]:
+    """The order that brings equal keys together, where each run of them starts in it, and its weight."""
+    order = np.argsort(keys, kind="stable")
+    runs = keys[order]
+    starts = np.flatnonzero(np.concatenate([[True], runs[1:] != runs[:-1]]))
+    return order, starts, np.add.reduceat(weights[order], starts).tolist()
 
 
 def pair_of(left: Int[Array, "N"] | int, right: Int[Array, "N"] | int) -> Int64[Array, "N"]:
