@@ -14,8 +14,8 @@ import tyro
 from tqdm import tqdm
 
 from ref_numpy.config import ModelConfig, TrainConfig
+from ref_numpy.parameters import init_params
 from ref_numpy.train import train
-from ref_numpy.transformer import init_params
 from torch_impl.train import start, train_steps
 from torch_impl.transformer import Transformer
 

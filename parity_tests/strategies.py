@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from ref_numpy.config import ModelConfig, SamplingConfig
 from ref_numpy.dropout import DropoutKey
-from ref_numpy.transformer import parameter_shapes
+from ref_numpy.parameters import parameter_shapes
 
 SIZES = (1, 2, 3, 4, 5, 7, 8, 11, 13)
 REGIMES = ("normal", "tiny", "huge", "offset", "ties", "constant_row", "one_hot")

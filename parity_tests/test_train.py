@@ -14,8 +14,9 @@ from ref_numpy.config import ModelConfig, TrainConfig
 from ref_numpy.data import sample_batch
 from ref_numpy.loss import IGNORE, cross_entropy_forward
 from ref_numpy.optim import zero_moments
+from ref_numpy.parameters import init_params
 from ref_numpy.train import loss_and_gradients, train, train_step
-from ref_numpy.transformer import init_params, transformer_forward
+from ref_numpy.transformer import transformer_forward
 from torch_impl import data as fast_data
 from torch_impl import train as fast
 from torch_impl.transformer import Transformer, initialised

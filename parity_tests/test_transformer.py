@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from parity_tests.strategies import dropout_keys, model_configs, model_params, seeds
 from ref_numpy.config import ModelConfig
 from ref_numpy.dropout import DropoutKey
+from ref_numpy.parameters import init_params, parameter_shapes
 from ref_numpy.rng import INIT, Key
-from ref_numpy.transformer import init_params, parameter_shapes, transformer_forward
+from ref_numpy.transformer import transformer_forward
 from torch_impl.rng import normal
 from torch_impl.transformer import Transformer, initialised
 

@@ -31,8 +31,10 @@ def _check_types(config: object) -> None:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a decoder-only transformer. Raises ConfigError where sizes contradict each other."""
+    """The shape of a transformer. Raises ConfigError where its values contradict each other."""
 
+    architecture: Literal["decoder", "encoder", "encoder-decoder"] = "decoder"
+    """A decoder writes (GPT-2), an encoder fills gaps (BERT), an encoder-decoder answers (Vaswani et al.)."""
     vocab_size: int = 256
     """Number of distinct tokens, V."""
     context_length: int = 64
@@ -41,6 +43,8 @@ class ModelConfig:
     """Number of blocks, L."""
     n_head: int = 4
     """Number of attention heads, H; must divide d_model."""
+    n_kv_head: int = 0
+    """Number of key/value heads, K, each read by H / K heads (grouped queries); 0 means n_head."""
     d_model: int = 96
     """Width of the residual stream, C."""
     d_ff: int = 0
@@ -51,10 +55,22 @@ class ModelConfig:
     """Normalise the input of a sublayer (pre, GPT-2) or the sum after it (post, Vaswani et al.)."""
     norm_epsilon: float = 1e-5
     """Added to the variance (rmsnorm: to the mean square), inside the root."""
-    activation: Literal["relu", "gelu", "gelu_tanh", "silu"] = "gelu_tanh"
-    """Nonlinearity of the feed-forward layer; gelu is the exact one, gelu_tanh GPT-2's approximation."""
-    positions: Literal["learned", "sinusoidal"] = "learned"
+    qk_norm: bool = False
+    """Queries and keys pass an RMSNorm over the head width, with weights of their own."""
+    attention_pattern: str = "full"
+    """Which layers see everything and which a window, repeated over the layers: full; local, local, full."""
+    window: int = 0
+    """Keys that a query sees in a local layer, its own counted."""
+    activation: Literal["relu", "gelu", "gelu_tanh", "silu", "swiglu"] = "gelu_tanh"
+    """Nonlinearity of the feed-forward layer: gelu is the exact one, gelu_tanh GPT-2's; swiglu has a gate."""
+    positions: Literal["none", "learned", "sinusoidal", "rope", "alibi"] = "learned"
     """How a token knows its place. Sinusoidal also scales the embedding by sqrt(d_model), as in its paper."""
+    rope_base: float = 10000.0
+    """Wavelengths of rotary positions run from 2 pi to 2 pi times almost this."""
+    rope_layout: Literal["half", "interleaved"] = "half"
+    """Features that turn together: i and i + D/2 (Llama), or 2i and 2i + 1 (as in the paper)."""
+    rope_scale: float = 1.0
+    """Places are divided by it, so that a context that many times as long keeps its angles."""
     bias: bool = True
     """Biases in linear layers and layer norms; the output projection never has one."""
     tied_embeddings: bool = True
@@ -67,19 +83,82 @@ class ModelConfig:
         for name in ("vocab_size", "context_length", "n_layer", "n_head", "d_model"):
             value = getattr(self, name)
             _require(value >= 1, f"{name} is {value}, but must be at least 1")
-        _require(self.d_ff >= 0, f"d_ff is {self.d_ff}, but must be 0 (meaning 4 * d_model) or more")
+        for name, meaning in (("d_ff", "meaning 4 * d_model"), ("n_kv_head", "meaning n_head")):
+            value = getattr(self, name)
+            _require(value >= 0, f"{name} is {value}, but must be 0 ({meaning}) or more")
         _require(
             self.d_model % self.n_head == 0,
             f"d_model {self.d_model} does not divide into n_head {self.n_head} heads; "
             f"try d_model {-(-self.d_model // self.n_head) * self.n_head}",
         )
+        _require(
+            self.n_head % self.kv_heads == 0,
+            f"n_head {self.n_head} does not divide into n_kv_head {self.n_kv_head} groups; "
+            f"try n_head {-(-self.n_head // self.kv_heads) * self.kv_heads}",
+        )
         _require(0 <= self.dropout <= 0.99, f"dropout is {self.dropout}, but must lie in [0, 0.99]")
         _require(self.norm_epsilon > 0, f"norm_epsilon is {self.norm_epsilon}, but must be above 0")
+        self._check_windows()
+        self._check_rotation()
+
+    def _check_windows(self) -> None:
+        pattern, window = self.attention_pattern, self.window
+        _require(
+            set(self._pattern) <= {"full", "local"},
+            f"attention_pattern is {pattern!r}, but must be a list of full and local: 'local, local, full'",
+        )
+        _require(window >= 0, f"window is {window}, but must not be negative")
+        _require(
+            window > 0 or "local" not in self._pattern,
+            f"attention_pattern {pattern!r} has local layers, but window is 0; say how many keys they see",
+        )
+        _require(
+            window == 0 or "local" in self._pattern,
+            f"window is {window}, but attention_pattern {pattern!r} has no local layer; set it to local",
+        )
+        _require(
+            window == 0 or self.architecture == "decoder",
+            f"window is {window}, but it reaches back in a causal order, which architecture "
+            f"{self.architecture} has not; set it to 0",
+        )
+
+    def _check_rotation(self) -> None:
+        for name, default in (("rope_base", 10000.0), ("rope_scale", 1.0), ("rope_layout", "half")):
+            value = getattr(self, name)
+            _require(
+                value == default or self.positions == "rope",
+                f"{name} is {value}, but positions are {self.positions}; set positions to rope",
+            )
+        _require(1 < self.rope_base < inf, f"rope_base is {self.rope_base}, but must be above 1")
+        _require(0 < self.rope_scale < inf, f"rope_scale is {self.rope_scale}, but must be above 0")
+        _require(
+            self.positions != "rope" or self.head_width % 2 == 0,
+            f"rope turns pairs of features, but a head is {self.head_width} wide (d_model {self.d_model} / "
+            f"n_head {self.n_head}); make that an even number",
+        )
 
     @property
     def ffn_width(self) -> int:
         """F: d_ff, or its default of four times the model width."""
         return self.d_ff or 4 * self.d_model
+
+    @property
+    def kv_heads(self) -> int:
+        """K: n_kv_head, or its default of one for each head."""
+        return self.n_kv_head or self.n_head
+
+    @property
+    def head_width(self) -> int:
+        """D = C / H."""
+        return self.d_model // self.n_head
+
+    @property
+    def _pattern(self) -> list[str]:
+        return [word.strip() for word in self.attention_pattern.split(",")]
+
+    def window_of(self, layer: int) -> int:
+        """Keys that a query of this layer sees; 0 means all."""
+        return self.window if self._pattern[layer % len(self._pattern)] == "local" else 0
 
 
 @dataclass(frozen=True)

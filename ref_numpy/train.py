@@ -25,7 +25,8 @@ from ref_numpy.dropout import DropoutKey
 from ref_numpy.generate import generate
 from ref_numpy.loss import IGNORE, cross_entropy_backward, cross_entropy_forward
 from ref_numpy.optim import Moments, clip_by_global_norm, learning_rate_at, optimizer_step, zero_moments
-from ref_numpy.transformer import init_params, transformer_backward, transformer_forward
+from ref_numpy.parameters import init_params
+from ref_numpy.transformer import transformer_backward, transformer_forward
 
 
 class StepMetrics(NamedTuple):

@@ -1,102 +1,47 @@
-"""A decoder-only transformer language model (Radford et al. 2019: GPT-2).
+"""A transformer: a decoder (Radford et al. 2019, GPT-2) or an encoder (Devlin et al. 2019, BERT).
+
+The two differ in one thing: in a decoder a token sees what came before it, in an encoder everything.
 
 Shapes: B batch, T time (at most the context length N), C width, V vocabulary, L layers.
-Parameters are one flat dict, with the names and shapes of the PyTorch model's state_dict:
-
-    token_embedding.weight (V, C)         position_embedding.weight (N, C), where positions are learned
-    blocks.<l>.<name in the block>        see block.py
-    norm.weight, norm.bias (C)            the last norm, where norms come before the sublayers
-    head.weight (V, C)                    where the output does not share the token embedding
-
-Not here: caching for generation, any mask but the causal one.
+Parameters are one flat dict, see parameters.py.
+Not here: caching for generation; an encoder and a decoder together (see seq2seq.py).
 """
 
 from math import sqrt
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Integer
+from jaxtyping import Bool, Float, Integer
 from numpy import ndarray as Array
-from numpy.typing import DTypeLike
 
-from ref_numpy.attention import causal_mask
-from ref_numpy.block import BlockCache, Params, block_backward, block_forward, norm_backward, norm_forward
+from ref_numpy.block import (
+    BlockCache,
+    Params,
+    block_backward,
+    block_forward,
+    named,
+    norm_backward,
+    norm_forward,
+    within,
+)
 from ref_numpy.config import ModelConfig
 from ref_numpy.dropout import DropoutCache, DropoutKey, dropout_backward, dropout_forward
 from ref_numpy.embedding import EmbeddingCache, embedding_backward, embedding_forward
 from ref_numpy.layernorm import NormCache
 from ref_numpy.linear import LinearCache, linear_backward, linear_forward
+from ref_numpy.masks import causal_mask, document_mask, places_in_documents, window_mask
 from ref_numpy.positions import (
     LearnedPositionsCache,
     learned_positions_backward,
     learned_positions_forward,
     sinusoidal_positions,
 )
-from ref_numpy.rng import INIT, Key, normal
 
 
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every parameter, in the order in which the model uses them."""
-    C, F = config.d_model, config.ffn_width
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def linear(name: str, outputs: int, inputs: int) -> None:
-        shapes[f"{name}.weight"] = (outputs, inputs)
-        if config.bias:
-            shapes[f"{name}.bias"] = (outputs,)
-
-    def norm(name: str) -> None:
-        shapes[f"{name}.weight"] = (C,)
-        if config.bias and config.norm == "layernorm":
-            shapes[f"{name}.bias"] = (C,)
-
-    shapes["token_embedding.weight"] = (config.vocab_size, C)
-    if config.positions == "learned":
-        shapes["position_embedding.weight"] = (config.context_length, C)
-    for layer in range(config.n_layer):
-        block = f"blocks.{layer}"
-        norm(f"{block}.norm1")
-        linear(f"{block}.attention.qkv", 3 * C, C)
-        linear(f"{block}.attention.proj", C, C)
-        norm(f"{block}.norm2")
-        linear(f"{block}.ffn.up", F, C)
-        linear(f"{block}.ffn.down", C, F)
-    if config.norm_placement == "pre":
-        norm("norm")
-    if not config.tied_embeddings:
-        shapes["head.weight"] = (config.vocab_size, C)
-    return shapes
-
-
-def init_params(config: ModelConfig, seed: int, dtype: DTypeLike = np.float32) -> Params:
-    """GPT-2's initial weights (Radford et al. 2019, section 2.3), the same for both implementations.
-
-    Matrices and embeddings ~ N(0, 0.02^2), but those that end a residual branch (attention.proj, ffn.down)
-    ~ N(0, 0.02^2 / (2 L)), so that the sum over 2 L branches keeps its size. Biases 0, norm weights 1.
-    (OpenAI's code draws learned positions with 0.01; 0.02 is what later implementations took for them too.)
-    Parameter number i of parameter_shapes draws from stream i of the seed.
-    """
-    params = {}
-    for i, (name, shape) in enumerate(parameter_shapes(config).items()):
-        if name.endswith(".bias"):
-            value = np.zeros(shape)
-        elif "norm" in name:
-            value = np.ones(shape)
-        else:
-            ends_branch = name.endswith(("attention.proj.weight", "ffn.down.weight"))
-            std = 0.02 / sqrt(2 * config.n_layer) if ends_branch else 0.02
-            value = std * normal(Key(seed, INIT, stream=i), int(np.prod(shape))).reshape(shape)
-        params[name] = value.astype(dtype)
-    return params
-
-
-class TransformerCache(NamedTuple):
+class EmbedCache(NamedTuple):
     embedding: EmbeddingCache
     positions: LearnedPositionsCache | None
     dropout: DropoutCache
-    blocks: list[BlockCache]
-    norm: NormCache | None
-    head: LinearCache
     config: ModelConfig
 
 
@@ -105,41 +50,90 @@ def _embedding_scale(config: ModelConfig) -> float:
     return sqrt(config.d_model) if config.positions == "sinusoidal" else 1.0
 
 
-def _block_params(params: Params, layer: int) -> Params:
-    prefix = f"blocks.{layer}."
-    return {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
+def embed_forward(
+    params: Params,
+    ids: Integer[Array, "B T"],
+    places: Integer[Array, "*#B T"],
+    config: ModelConfig,
+    key: DropoutKey | None = None,
+) -> tuple[Float[Array, "B T C"], EmbedCache]:
+    """x = dropout(token vectors + positions), where positions are absolute; others act inside attention."""
+    table, positions = params["token_embedding.weight"], None
+    embedded, embedding = embedding_forward(ids, table)  # (B, T, C)
+    x = embedded * _embedding_scale(config)
+    if config.positions == "learned":
+        learned, positions = learned_positions_forward(places, params["position_embedding.weight"])
+        x = x + learned
+    elif config.positions == "sinusoidal":
+        x = x + sinusoidal_positions(places, config.d_model, table.dtype)
+    x, dropout = dropout_forward(x, config.dropout, key)
+    return x, EmbedCache(embedding, positions, dropout, config)
+
+
+def embed_backward(dx: Float[Array, "B T C"], cache: EmbedCache) -> Params:
+    """Gradients of the tables by name."""
+    gradients = {}
+    dx = dropout_backward(dx, cache.dropout)
+    if cache.positions:
+        shared = cache.positions.places.ndim == 1  # every sequence of the batch read the same vectors
+        gradients["position_embedding.weight"] = learned_positions_backward(
+            dx.sum(axis=0) if shared else dx, cache.positions
+        )
+    scaled = dx * _embedding_scale(cache.config)
+    return gradients | {"token_embedding.weight": embedding_backward(scaled, cache.embedding)}
+
+
+def attention_mask(
+    config: ModelConfig, layer: int, length: int, documents: Integer[Array, "B T"] | None
+) -> Bool[Array, "*#mask"]:
+    """What the tokens of a layer see: all, or what came before, perhaps within a window or one document."""
+    if config.architecture == "encoder":
+        mask = np.ones((length, length), dtype=bool)
+    elif window := config.window_of(layer):
+        mask = window_mask(length, window)
+    else:
+        mask = causal_mask(length)
+    return mask if documents is None else mask & document_mask(documents)
+
+
+class TransformerCache(NamedTuple):
+    embed: EmbedCache
+    blocks: list[BlockCache]
+    norm: NormCache | None
+    head: LinearCache
+    config: ModelConfig
 
 
 def transformer_forward(
-    params: Params, ids: Integer[Array, "B T"], config: ModelConfig, key: DropoutKey | None = None
+    params: Params,
+    ids: Integer[Array, "B T"],
+    config: ModelConfig,
+    key: DropoutKey | None = None,
+    documents: Integer[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T V"], TransformerCache]:
-    """Logits of the next token at every place. With a key, dropout acts (training); without, it does not.
+    """Logits at every place: of the next token in a decoder, of the token there in an encoder.
 
-    Raises ValueError where a sequence is longer than the context length or an id is outside the vocabulary.
+    With a key, dropout acts (training); without, it does not. With documents, the number of the text that
+    each token belongs to (or PADDING), texts in one sequence do not see each other, and each has its own
+    places. Raises ValueError where a sequence is longer than the context length or an id is outside
+    the vocabulary.
     """
     T = ids.shape[1]
     if T > config.context_length:
         raise ValueError(f"a sequence of {T} is longer than the context length of {config.context_length}")
-    table = params["token_embedding.weight"]
-    embedded, embedding = embedding_forward(ids, table)  # (B, T, C)
-    if config.positions == "learned":
-        places, positions = learned_positions_forward(params["position_embedding.weight"], T)  # (T, C)
-    else:
-        places, positions = sinusoidal_positions(T, config.d_model, table.dtype), None
-    x, dropout = dropout_forward(embedded * _embedding_scale(config) + places, config.dropout, key)
-
-    mask = causal_mask(T)
+    places = np.arange(T) if documents is None else places_in_documents(documents)
+    x, embed = embed_forward(params, ids, places, config, key)
     blocks = []
     for layer in range(config.n_layer):
-        x, block = block_forward(x, _block_params(params, layer), config, mask, layer, key)
+        mask = attention_mask(config, layer, T, documents)
+        x, block = block_forward(x, within(params, f"blocks.{layer}"), config, mask, places, layer, key)
         blocks.append(block)
-
     norm = None
     if config.norm_placement == "pre":  # post-norm blocks end with a norm already
         x, norm = norm_forward(x, params, "norm", config)
-    head_weight = table if config.tied_embeddings else params["head.weight"]
+    head_weight = params["token_embedding.weight" if config.tied_embeddings else "head.weight"]
     logits, head = linear_forward(x, head_weight, None)  # (B, T, V)
-    return logits, TransformerCache(embedding, positions, dropout, blocks, norm, head, config)
+    return logits, TransformerCache(embed, blocks, norm, head, config)
 
 
 def transformer_backward(dlogits: Float[Array, "B T V"], cache: TransformerCache) -> Params:
@@ -148,23 +142,16 @@ def transformer_backward(dlogits: Float[Array, "B T V"], cache: TransformerCache
     A tied embedding is read twice, as input table and as output projection, so its gradient is the sum
     of (1) what comes back through the head and (2) what comes back through the lookup.
     """
-    config = cache.config
+    config, gradients = cache.config, {}
     dx, dhead, _ = linear_backward(dlogits, cache.head)  # (1)
-    gradients = {}
     if config.norm_placement == "pre":
         dx, gradients = norm_backward(dx, cache.norm, "norm", config)
     for layer in reversed(range(config.n_layer)):
         dx, dblock = block_backward(dx, cache.blocks[layer])
-        gradients |= {f"blocks.{layer}.{name}": gradient for name, gradient in dblock.items()}
-
-    dx = dropout_backward(dx, cache.dropout)
-    if config.positions == "learned":
-        dplaces = dx.sum(axis=0)  # (T, C): every sequence of the batch read the same vectors
-        gradients["position_embedding.weight"] = learned_positions_backward(dplaces, cache.positions)
-    dtable = embedding_backward(dx * _embedding_scale(config), cache.embedding)  # (2)
+        gradients |= named(dblock, f"blocks.{layer}")
+    gradients |= embed_backward(dx, cache.embed)  # (2)
     if config.tied_embeddings:
-        gradients["token_embedding.weight"] = dtable + dhead
+        gradients["token_embedding.weight"] = gradients["token_embedding.weight"] + dhead
     else:
-        gradients["token_embedding.weight"] = dtable
         gradients["head.weight"] = dhead
     return gradients

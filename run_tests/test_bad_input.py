@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ref_numpy.transformer import parameter_shapes
+from ref_numpy.parameters import parameter_shapes
 from run_tests.conftest import SMALL, Outcome, content
 from torch_impl.training import run as run_module
 from torch_impl.training.memory import needed_bytes, parameter_count

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ref_numpy.config import ConfigError, ModelConfig, TrainConfig
-from ref_numpy.transformer import parameter_shapes
+from ref_numpy.parameters import parameter_shapes
 from torch_impl.training.command_line import parse
 from torch_impl.training.config import RunConfig, RunSettings, TokenizerSettings
 from torch_impl.training.files import InputError

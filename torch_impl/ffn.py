@@ -20,3 +20,16 @@ class FFN(nn.Module):
 
     def forward(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
         return self.down(self.activation(self.up(x)))
+
+
+class SwiGLU(nn.Module):
+    """y = W2 (silu(Wg x + bg) * (W1 x + b1)) + b2."""
+
+    def __init__(self, width: int, hidden: int, bias: bool) -> None:
+        super().__init__()
+        self.gate = Linear(width, hidden, bias)
+        self.up = Linear(width, hidden, bias)
+        self.down = Linear(hidden, width, bias)
+
+    def forward(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T C"]:
+        return self.down(silu(self.gate(x)) * self.up(x))

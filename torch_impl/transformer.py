@@ -1,10 +1,12 @@
-"""A decoder-only transformer language model. The twin of ref_numpy/transformer.py.
+"""A transformer language model: a decoder or an encoder. The twin of ref_numpy/transformer.py.
 
 The parameters keep the precision they were given (float32, or float64 for a comparison); the activations,
 and with them all products, are in compute_dtype. It is set here and nowhere else: there is no autocast.
 """
 
+from functools import partial
 from math import sqrt
+from typing import Self
 
 import torch
 from jaxtyping import Float, Integer
@@ -12,47 +14,117 @@ from torch import Tensor, nn
 
 from ref_numpy.config import ModelConfig
 from ref_numpy.dropout import DropoutKey
-from ref_numpy.transformer import init_params
+from ref_numpy.parameters import init_params
+from torch_impl.alibi import alibi_slopes
+from torch_impl.attention import attention, causal_attention, full_attention
 from torch_impl.block import Block, make_norm
 from torch_impl.dropout import dropout
 from torch_impl.embedding import Embedding
 from torch_impl.linear import Linear, linear
+from torch_impl.masks import causal_mask, document_mask, places_in_documents, window_mask
+from torch_impl.multi_head_attention import Attend
 from torch_impl.positions import LearnedPositions, SinusoidalPositions
+from torch_impl.rope import RotaryPositions, Rotation
 
 
-class Transformer(nn.Module):
-    """Embeddings, blocks, a last norm, and the output projection. The weights start undefined."""
+class Embedded(nn.Module):
+    """What every model begins and ends with: token vectors, positions, output projection."""
 
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
+        self.embedding_scale = sqrt(config.d_model) if config.positions == "sinusoidal" else 1.0
         self.token_embedding = Embedding(config.vocab_size, config.d_model)
+        self.position_embedding = self.rotary = None
         if config.positions == "learned":
             self.position_embedding = LearnedPositions(config.context_length, config.d_model)
-            self.embedding_scale = 1.0
-        else:
+        elif config.positions == "sinusoidal":
             self.position_embedding = SinusoidalPositions(config.context_length, config.d_model)
-            self.embedding_scale = sqrt(config.d_model)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.norm = make_norm(config) if config.norm_placement == "pre" else nn.Identity()
-        self.head = None if config.tied_embeddings else Linear(config.d_model, config.vocab_size, bias=False)
+        elif config.positions == "rope":
+            self.rotary = RotaryPositions(config)
+        self.head: Linear | None = None
 
-    def forward(self, ids: Integer[Tensor, "B T"], key: DropoutKey | None = None) -> Float[Tensor, "B T V"]:
-        """Logits of the next token at every place. With a key, dropout acts (training); without, it does not.
+    def add_head(self) -> None:
+        """Comes last, as the parameters are numbered in the order of their use."""
+        if not self.config.tied_embeddings:
+            self.head = Linear(self.config.d_model, self.config.vocab_size, bias=False)
 
-        Raises ValueError where a sequence is longer than the context length.
-        """
-        T, limit = ids.shape[1], self.config.context_length
-        if T > limit:
-            raise ValueError(f"a sequence of {T} is longer than the context length of {limit}")
-        x = self.token_embedding(ids) * self.embedding_scale + self.position_embedding(T)
-        x = dropout(x.to(self.compute_dtype), self.config.dropout, key)
-        for block in self.blocks:
-            x = block(x, key)
-        x = self.norm(x)
+    def initialise(self, seed: int) -> Self:
+        """Take on the initial weights of the seed, the same as the reference's."""
+        params = init_params(self.config, seed)
+        self.load_state_dict({name: torch.from_numpy(value) for name, value in params.items()})
+        return self
+
+    def embed(
+        self, ids: Integer[Tensor, "B T"], places: Integer[Tensor, "*#B T"], key: DropoutKey | None
+    ) -> Float[Tensor, "B T C"]:
+        """Token vectors and absolute positions. Raises ValueError for more tokens than the context holds."""
+        if ids.shape[1] > self.config.context_length:
+            raise ValueError(
+                f"a sequence of {ids.shape[1]} is longer than the context length of {self.config.context_length}"
+            )
+        x = self.token_embedding(ids) * self.embedding_scale
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(places)
+        return dropout(x.to(self.compute_dtype), self.config.dropout, key)
+
+    def rotation(self, places: Integer[Tensor, "*B T"]) -> Rotation | None:
+        """What turns queries and keys, where positions are rotary."""
+        return None if self.rotary is None else self.rotary(places)
+
+    def logits(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T V"]:
+        """The output projection, shared with the token embedding or not."""
         if self.head is None:
             return linear(x, self.token_embedding.weight.to(x.dtype), None)
         return self.head(x)
+
+
+def attend_by(
+    config: ModelConfig, window: int, length: int, documents: Tensor | None, device: torch.device
+) -> Attend:
+    """The attention of layers with this window (0: none): all, or what came before, within a document."""
+    slopes = alibi_slopes(config.n_head) if config.positions == "alibi" else None
+    causal = config.architecture != "encoder"
+    if documents is None and slopes is None and not window:
+        return causal_attention if causal else full_attention
+    if not causal:
+        mask = torch.ones(length, length, dtype=torch.bool, device=device)
+    else:
+        mask = window_mask(length, window, device) if window else causal_mask(length, device)
+    if documents is not None:
+        mask = mask & document_mask(documents)
+    return partial(attention, mask=mask, slopes=slopes)
+
+
+class Transformer(Embedded):
+    """Embeddings, blocks, a last norm, and the output projection. The weights start undefined."""
+
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(config, compute_dtype)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = make_norm(config) if config.norm_placement == "pre" else nn.Identity()
+        self.add_head()
+
+    def forward(
+        self,
+        ids: Integer[Tensor, "B T"],
+        key: DropoutKey | None = None,
+        documents: Integer[Tensor, "B T"] | None = None,
+    ) -> Float[Tensor, "B T V"]:
+        """Logits at every place: of the next token in a decoder, of the token there in an encoder.
+
+        With a key, dropout acts (training); without, it does not. With documents, the number of the text that
+        each token belongs to (or PADDING), texts in one sequence do not see each other. Raises ValueError
+        where a sequence is longer than the context length.
+        """
+        T, device = ids.shape[1], ids.device
+        places = torch.arange(T, device=device) if documents is None else places_in_documents(documents)
+        x, rotation = self.embed(ids, places, key), self.rotation(places)
+        windows = [self.config.window_of(layer) for layer in range(self.config.n_layer)]
+        attend = {window: attend_by(self.config, window, T, documents, device) for window in set(windows)}
+        for block, window in zip(self.blocks, windows, strict=True):
+            x = block(x, attend[window], rotation, key)
+        return self.logits(self.norm(x))
 
 
 def initialised(
@@ -62,7 +134,4 @@ def initialised(
     device: torch.device | str = "cpu",
 ) -> Transformer:
     """A model in float32 with the initial weights of the seed, the same as the reference's."""
-    model = Transformer(config, compute_dtype)
-    params = init_params(config, seed)
-    model.load_state_dict({name: torch.from_numpy(value) for name, value in params.items()})
-    return model.to(device)
+    return Transformer(config, compute_dtype).initialise(seed).to(device)

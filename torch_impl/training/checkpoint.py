@@ -1,6 +1,6 @@
 """Checkpoints: a folder that holds all a run needs to go on, and nothing that can execute.
 
-    model.safetensors       parameters, float32, under the names of ref_numpy.transformer.parameter_shapes
+    model.safetensors       parameters, float32, under the names of ref_numpy.parameters.parameter_shapes
     optimizer.safetensors   <parameter>.exp_avg, .exp_avg_sq and .step; empty before the first step
     config.json             model, training and run settings
     tokenizer.json          in the format of Hugging Face's tokenizers
@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ref_numpy.config import ConfigError, ModelConfig
-from ref_numpy.transformer import parameter_shapes
+from ref_numpy.parameters import parameter_shapes
 from torch_impl.train import TrainState
 from torch_impl.training.config import FORMAT_VERSION, RunConfig, parse_json, read_config
 from torch_impl.training.files import InputError, replaced_folder, whole_folder

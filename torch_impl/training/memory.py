@@ -10,7 +10,7 @@ from dataclasses import replace
 from math import prod
 
 from ref_numpy.config import ModelConfig
-from ref_numpy.transformer import parameter_shapes
+from ref_numpy.parameters import parameter_shapes
 from torch_impl.training.config import RunConfig
 from torch_impl.training.device import choose_device
 from torch_impl.training.files import InputError

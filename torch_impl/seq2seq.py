@@ -1,0 +1,77 @@
+"""An encoder-decoder transformer. The twin of ref_numpy/seq2seq.py."""
+
+import torch
+from jaxtyping import Bool, Float, Integer
+from torch import Tensor, nn
+
+from ref_numpy.config import ModelConfig
+from ref_numpy.dropout import DropoutKey
+from torch_impl.alibi import alibi_slopes
+from torch_impl.attention import attention
+from torch_impl.block import Block, make_norm
+from torch_impl.cross_block import CrossBlock
+from torch_impl.masks import causal_mask, padding_mask
+from torch_impl.transformer import Embedded
+
+
+class Stack(nn.Module):
+    """Blocks and, where norms come before the sublayers, a last norm."""
+
+    def __init__(self, blocks: list[nn.Module], config: ModelConfig) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = make_norm(config) if config.norm_placement == "pre" else nn.Identity()
+
+
+class Seq2Seq(Embedded):
+    """A source is read whole, a target written token by token. The weights start undefined."""
+
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(config, compute_dtype)
+        L = config.n_layer
+        self.first_site = 2 * L + 1  # of dropout, after those of the encoder
+        self.encoder = Stack([Block(config, layer) for layer in range(L)], config)
+        self.decoder = Stack([CrossBlock(config, self.first_site + 3 * layer) for layer in range(L)], config)
+        self.add_head()
+        self.slopes = alibi_slopes(config.n_head) if config.positions == "alibi" else None
+
+    def encode(
+        self, source: Integer[Tensor, "B S"], present: Bool[Tensor, "B S"], key: DropoutKey | None = None
+    ) -> Float[Tensor, "B S C"]:
+        """The memory: a vector for each token of the source, which has seen all of it but its padding."""
+        places, mask = torch.arange(source.shape[1], device=source.device), padding_mask(present)
+        x, rotation = self.embed(source, places, key), self.rotation(places)
+        for block in self.encoder.blocks:
+            x = block(x, lambda q, k, v: attention(q, k, v, mask, self.slopes), rotation, key)
+        return self.encoder.norm(x)
+
+    def decode(
+        self,
+        target: Integer[Tensor, "B T"],
+        memory: Float[Tensor, "B S C"],
+        present: Bool[Tensor, "B S"],
+        key: DropoutKey | None = None,
+    ) -> Float[Tensor, "B T V"]:
+        """Logits of the next token of the target at every place."""
+        T = target.shape[1]
+        places, mask = torch.arange(T, device=target.device), causal_mask(T, target.device)
+        x = self.embed(target, places, key and key._replace(site=self.first_site))
+        rotation, memory_mask = self.rotation(places), padding_mask(present)
+        for block in self.decoder.blocks:
+            x = block(
+                x, memory, memory_mask, lambda q, k, v: attention(q, k, v, mask, self.slopes), rotation, key
+            )
+        return self.logits(self.decoder.norm(x))
+
+    def forward(
+        self,
+        source: Integer[Tensor, "B S"],
+        present: Bool[Tensor, "B S"],
+        target: Integer[Tensor, "B T"],
+        key: DropoutKey | None = None,
+    ) -> Float[Tensor, "B T V"]:
+        """Teacher forcing: logits of the next token at every place of a target that is known.
+
+        present marks the tokens of the source. Raises ValueError where a sequence is longer than the context.
+        """
+        return self.decode(target, self.encode(source, present, key), present, key)
