@@ -25,7 +25,7 @@ _FILES = {
     "silu": "activations",
     "rmsnorm": "layernorm",
     "learned_positions": "positions",
-    "multi_head_attention": "attention",
+    "swiglu": "ffn",
     "cross_entropy": "loss",
 }
 

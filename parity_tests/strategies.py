@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from ref_numpy.config import ModelConfig, SamplingConfig
 from ref_numpy.dropout import DropoutKey
+from ref_numpy.masks import PADDING
 from ref_numpy.parameters import parameter_shapes
 
 SIZES = (1, 2, 3, 4, 5, 7, 8, 11, 13)
@@ -88,24 +89,52 @@ def dropout_keys(draw: st.DrawFn) -> DropoutKey:
 
 
 @st.composite
-def model_configs(draw: st.DrawFn, smooth: bool = False) -> ModelConfig:
+def model_configs(
+    draw: st.DrawFn, smooth: bool = False, architectures: tuple[str, ...] = ("decoder", "encoder")
+) -> ModelConfig:
     """Small models over the whole product of options, or all but those with a kink in them."""
-    n_head, head_width = draw(st.sampled_from([(1, 5), (2, 3), (3, 4), (4, 2), (3, 2), (1, 8)]))
+    n_head, head_width = draw(st.sampled_from([(1, 5), (2, 3), (3, 4), (4, 2), (6, 2), (1, 8)]))
+    architecture = draw(st.sampled_from(architectures))
+    rotary = ["rope"] * (head_width % 2 == 0)
+    positions = draw(st.sampled_from(["none", "learned", "sinusoidal", "alibi", *rotary]))
+    pattern = "full"
+    if architecture == "decoder":
+        pattern = draw(st.sampled_from(["full", "full", "local", "local, full"]))
     return ModelConfig(
+        architecture=architecture,
         vocab_size=draw(st.sampled_from([5, 17, 23])),
         context_length=draw(st.sampled_from([7, 11])),
         n_layer=draw(st.integers(1, 3)),
         n_head=n_head,
+        n_kv_head=draw(st.sampled_from([0] + [k for k in range(1, n_head) if n_head % k == 0])),
         d_model=n_head * head_width,
         d_ff=draw(st.sampled_from([0, 9, 14])),
         norm=draw(st.sampled_from(["layernorm", "rmsnorm"])),
         norm_placement=draw(st.sampled_from(["pre", "post"])),
         norm_epsilon=draw(st.sampled_from([1e-5, 1e-2])),
-        activation=draw(st.sampled_from(["gelu", "gelu_tanh", "silu"] + ["relu"] * (not smooth))),
-        positions=draw(st.sampled_from(["learned", "sinusoidal"])),
+        qk_norm=draw(st.booleans()),
+        attention_pattern=pattern,
+        window=draw(st.integers(1, 6)) if "local" in pattern else 0,
+        activation=draw(st.sampled_from(["gelu", "gelu_tanh", "silu", "swiglu"] + ["relu"] * (not smooth))),
+        positions=positions,
+        rope_base=draw(st.sampled_from([10000.0, 100.0])) if positions == "rope" else 10000.0,
+        rope_layout=draw(st.sampled_from(["half", "interleaved"])) if positions == "rope" else "half",
+        rope_scale=draw(st.sampled_from([1.0, 2.5])) if positions == "rope" else 1.0,
         bias=draw(st.booleans()),
         tied_embeddings=draw(st.booleans()),
         dropout=draw(st.sampled_from([0.0, 0.1, 0.5])),
+    )
+
+
+@st.composite
+def documents(draw: st.DrawFn, rows: int, length: int) -> np.ndarray | None:
+    """Several texts in each row, perhaps padding before, between or after them; or no documents at all."""
+    if draw(st.booleans()):
+        return None
+    random = np.random.default_rng(draw(seeds))
+    starts = np.cumsum(random.random((rows, length)) < 0.3, axis=1)
+    return np.where(
+        random.random((rows, length + 1))[np.arange(rows)[:, None], starts] < 0.2, PADDING, starts
     )
 
 
@@ -118,7 +147,7 @@ def model_params(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
     params = {}
     for name, shape in parameter_shapes(config).items():
         values = random.standard_normal(shape)
-        if name.endswith("norm.weight") or (".norm" in name and name.endswith("weight")):
+        if "norm" in name and name.endswith("weight"):
             params[name] = 1 + 0.3 * values
         elif len(shape) == 2 and "embedding" not in name:
             params[name] = values / shape[1] ** 0.5

@@ -4,13 +4,13 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parity_tests.strategies import array, dropout_keys, model_configs, model_params, seeds
-from ref_numpy.attention import causal_mask
+from parity_tests.strategies import array, dropout_keys, masks, model_configs, model_params, seeds
 from ref_numpy.block import block_forward
+from ref_numpy.masks import causal_mask
 
 
 @st.composite
-def cases(draw):
+def cases(draw, causal=False):
     config = draw(model_configs())
     layer = draw(st.integers(0, config.n_layer - 1))
     prefix = f"blocks.{layer}."
@@ -24,7 +24,8 @@ def cases(draw):
         "x": array(np.random.default_rng(draw(seeds)), (B, T, config.d_model)),
         "params": params,
         "config": config,
-        "mask": causal_mask(T),
+        "mask": causal_mask(T) if causal else draw(masks(T, T)),
+        "places": np.arange(T),
         "layer": layer,
         "key": draw(st.none() | dropout_keys()),
     }
@@ -35,7 +36,7 @@ def test_parity(agree, arguments, seed):
     agree("block", seed, judge_rounding=arguments["config"].activation != "relu", **arguments)
 
 
-@given(arguments=cases(), place=st.integers(0, 6))
+@given(arguments=cases(causal=True), place=st.integers(0, 6))
 def test_the_future_leaves_the_past_alone(arguments, place):
     x, T = arguments["x"], arguments["x"].shape[1]
     place = min(place, T - 1)

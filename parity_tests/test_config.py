@@ -30,6 +30,31 @@ def test_the_default_width_of_the_feed_forward_layer_is_four_times_the_models():
         ({"norm_epsilon": 0.0}, "norm_epsilon is 0.0, but must be above 0"),
         ({"norm_epsilon": float("nan")}, "norm_epsilon is nan, but must be above 0"),
         ({"d_ff": -1}, "d_ff is -1, but must be 0 (meaning 4 * d_model) or more"),
+        ({"n_kv_head": -1}, "n_kv_head is -1, but must be 0 (meaning n_head) or more"),
+        ({"n_kv_head": 3}, "n_head 4 does not divide into n_kv_head 3 groups; try n_head 6"),
+        (
+            {"attention_pattern": "locl, full", "window": 4},
+            "attention_pattern is 'locl, full', but must be a list of full and local: 'local, local, full'",
+        ),
+        (
+            {"attention_pattern": "local"},
+            "attention_pattern 'local' has local layers, but window is 0; say how many keys they see",
+        ),
+        (
+            {"window": 8},
+            "window is 8, but attention_pattern 'full' has no local layer; set it to local",
+        ),
+        (
+            {"architecture": "encoder", "attention_pattern": "local", "window": 8},
+            "window is 8, but encoder layers have no causal order to reach back in; set it to 0",
+        ),
+        ({"rope_scale": 2.0}, "rope_scale is 2.0, but positions are learned; set positions to rope"),
+        ({"positions": "rope", "rope_base": 1.0}, "rope_base is 1.0, but must be above 1"),
+        ({"positions": "rope", "rope_scale": 0.0}, "rope_scale is 0.0, but must be above 0"),
+        (
+            {"positions": "rope", "n_head": 4, "d_model": 12},
+            "rope turns pairs of features, but a head is 3 wide (d_model 12 / n_head 4); make it even",
+        ),
     ],
 )
 def test_a_contradiction_in_a_model_is_refused(wrong, message):

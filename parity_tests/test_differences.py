@@ -17,8 +17,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parity_tests.backend import flat, is_floating, map_floats, reference, run_by_hand, run_reference
-from parity_tests.strategies import array, dropout_keys, masks, model_configs, model_params, seeds, sizes
-from ref_numpy.attention import causal_mask
+from parity_tests.strategies import (
+    array,
+    documents,
+    dropout_keys,
+    masks,
+    model_configs,
+    model_params,
+    seeds,
+    sizes,
+)
+from ref_numpy.block import within
 from ref_numpy.loss import IGNORE
 
 STEP = 1e-4
@@ -122,7 +131,8 @@ def test_embedding_and_positions(shape, seed):
     require_derivative(
         "embedding", {"ids": random.integers(V, size=(B, T)), "weight": array(random, (V, C))}, seed
     )
-    require_derivative("learned_positions", {"weight": array(random, (V, C)), "length": min(T, V)}, seed)
+    places = random.integers(V, size=(B, T))
+    require_derivative("learned_positions", {"places": places, "weight": array(random, (V, C))}, seed)
 
 
 @given(shape=sizes(5), data=st.data(), seed=seeds)
@@ -133,23 +143,30 @@ def test_attention(shape, data, seed):
         "k": array(random, (B, H, S, D)),
         "v": array(random, (B, H, S, D)),
     }
-    require_derivative("attention", {**arguments, "mask": data.draw(masks(T, S))}, seed)
+    slopes = data.draw(st.none() | st.just((0.3,) * H))
+    require_derivative("attention", {**arguments, "mask": data.draw(masks(T, S)), "slopes": slopes}, seed)
 
 
-@given(shape=sizes(4), data=st.data(), bias=st.booleans(), seed=seeds)
-def test_multi_head_attention(shape, data, bias, seed):
-    random, (B, T, H, D) = np.random.default_rng(seed), shape
-    C = H * D
-    arguments = {
-        "x": array(random, (B, T, C)),
-        "qkv_weight": array(random, (3 * C, C)) / C**0.5,
-        "qkv_bias": array(random, (3 * C,)) if bias else None,
-        "proj_weight": array(random, (C, C)) / C**0.5,
-        "proj_bias": array(random, (C,)) if bias else None,
-        "n_head": H,
-        "mask": data.draw(masks(T, T)),
-    }
+@given(config=model_configs().filter(lambda config: config.positions == "rope"), seed=seeds)
+def test_rope(config, seed):
+    x = array(np.random.default_rng(seed), (2, config.n_head, 5, config.head_width))
+    places = np.arange(10).reshape(2, 5)
+    require_derivative("rope", {"x": x, "places": places, "config": config}, seed)
+
+
+@given(config=model_configs(), data=st.data(), seed=seeds)
+def test_multi_head_attention_and_cross_attention(config, data, seed):
+    random, C = np.random.default_rng(seed), config.d_model
+    x, memory = array(random, (2, 5, C)), array(random, (2, 3, C))
+    params = within(model_params(config, seed), "blocks.0.attention")
+    mask = data.draw(masks(5, 5))
+    arguments = {"x": x, "params": params, "config": config, "mask": mask, "places": np.arange(5)}
     require_derivative("multi_head_attention", arguments, seed)
+    weights = {"q.weight": (C, C), "kv.weight": (2 * C, C), "proj.weight": (C, C)}
+    params = {name: array(random, shape) / C**0.5 for name, shape in weights.items()}
+    mask = data.draw(masks(5, 3))
+    arguments = {"x": x, "memory": memory, "params": params, "n_head": config.n_head, "mask": mask}
+    require_derivative("cross_attention", arguments, seed)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
@@ -167,21 +184,59 @@ def test_ffn(activation, shape, bias, seed):
     require_derivative("ffn", arguments, seed)
 
 
-@given(config=model_configs(smooth=True), key=st.none() | dropout_keys(), seed=seeds)
-def test_block_and_transformer(config, key, seed):
+@given(shape=sizes(4), bias=st.booleans(), seed=seeds)
+def test_swiglu(shape, bias, seed):
+    random, (B, T, C, F) = np.random.default_rng(seed), shape
+    arguments = {"x": array(random, (B, T, C))}
+    for name, out, inner in (("gate", F, C), ("up", F, C), ("down", C, F)):
+        arguments[f"{name}_weight"] = array(random, (out, inner)) / inner**0.5
+        arguments[f"{name}_bias"] = array(random, (out,)) if bias else None
+    require_derivative("swiglu", arguments, seed)
+
+
+@given(config=model_configs(smooth=True), data=st.data(), key=st.none() | dropout_keys(), seed=seeds)
+def test_block_and_transformer(config, data, key, seed):
     random = np.random.default_rng(seed)
-    params = model_params(config, seed)
-    own = {
-        name.removeprefix("blocks.0."): value
-        for name, value in params.items()
-        if name.startswith("blocks.0.")
+    params, x = model_params(config, seed), array(random, (2, 5, config.d_model))
+    arguments = {
+        "x": x + 2 * np.arange(config.d_model),
+        "params": within(params, "blocks.0"),
+        "config": config,
+        "mask": data.draw(masks(5, 5)),
+        "places": np.arange(5),
+        "layer": 0,
+        "key": key,
     }
-    x = array(random, (2, 5, config.d_model))
-    x += 2 * np.arange(config.d_model)
-    arguments = {"x": x, "params": own, "config": config, "mask": causal_mask(5), "layer": 0, "key": key}
     require_derivative("block", arguments, seed)
-    ids = random.integers(config.vocab_size, size=(2, 5))
-    require_derivative("transformer", {"params": params, "ids": ids, "config": config, "key": key}, seed)
+    ids, numbers = random.integers(config.vocab_size, size=(2, 5)), data.draw(documents(2, 5))
+    arguments = {"params": params, "ids": ids, "config": config, "key": key, "documents": numbers}
+    require_derivative("transformer", arguments, seed)
+
+
+@given(
+    config=model_configs(smooth=True, architectures=("encoder-decoder",)),
+    key=st.none() | dropout_keys(),
+    seed=seeds,
+)
+def test_cross_block_and_seq2seq(config, key, seed):
+    random = np.random.default_rng(seed)
+    params, memory = model_params(config, seed), array(random, (2, 3, config.d_model))
+    arguments = {
+        "x": array(random, (2, 5, config.d_model)) + 2 * np.arange(config.d_model),
+        "memory": memory,
+        "params": within(params, "decoder.blocks.0"),
+        "config": config,
+        "mask": np.tril(np.ones((5, 5), bool)),
+        "memory_mask": random.random((5, 3)) < 0.7,
+        "places": np.arange(5),
+        "site": 4,
+        "key": key,
+    }
+    require_derivative("cross_block", arguments, seed)
+    source, target = (random.integers(config.vocab_size, size=(2, T)) for T in (4, 5))
+    present = np.arange(4) < np.array([[4], [2]])
+    arguments = {"params": params, "source": source, "present": present, "target": target}
+    require_derivative("seq2seq", {**arguments, "config": config, "key": key}, seed)
 
 
 @given(

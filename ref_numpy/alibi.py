@@ -26,6 +26,5 @@ def alibi_slopes(n_head: int) -> tuple[float, ...]:
 
 def alibi_bias(slopes: tuple[float, ...], queries: int, keys: int, dtype: DTypeLike) -> Float[Array, "H T S"]:
     """bias[h, t, s] = -slope_h |t - s|, to be added to the scores; distances also count ahead (encoders)."""
-    places = np.arange(keys)
-    distance = np.abs(places[keys - queries :, None] - places)  # (T, S)
+    distance = np.abs(np.arange(keys - queries, keys)[:, None] - np.arange(keys))  # (T, S)
     return (-np.array(slopes)[:, None, None] * distance).astype(dtype)

@@ -118,8 +118,8 @@ class ModelConfig:
         )
         _require(
             window == 0 or self.architecture == "decoder",
-            f"window is {window}, but it reaches back in a causal order, which architecture "
-            f"{self.architecture} has not; set it to 0",
+            f"window is {window}, but {self.architecture} layers have no causal order to reach "
+            f"back in; set it to 0",
         )
 
     def _check_rotation(self) -> None:
@@ -134,7 +134,7 @@ class ModelConfig:
         _require(
             self.positions != "rope" or self.head_width % 2 == 0,
             f"rope turns pairs of features, but a head is {self.head_width} wide (d_model {self.d_model} / "
-            f"n_head {self.n_head}); make that an even number",
+            f"n_head {self.n_head}); make it even",
         )
 
     @property

@@ -105,7 +105,7 @@ def swiglu_backward(
     Float[Array, "C F"],
     Float[Array, "C"] | None,
 ]:
-    """Gradients of the forward's arguments. x is read twice: by the gate (1), and by what it lets through (2)."""
+    """Gradients of the forward's arguments. x is read twice: by the gate (1) and by the product (2)."""
     dproduct, ddown_weight, ddown_bias = linear_backward(dy, cache.down)
     dwide, dopened = dproduct * cache.opened, dproduct * cache.wide
     through_up, dup_weight, dup_bias = linear_backward(dwide, cache.up)  # (2)

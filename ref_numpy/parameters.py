@@ -7,7 +7,7 @@ They are one flat dict, with the names and shapes of the PyTorch model's state_d
     norm.weight, norm.bias (C)            the last norm, where norms come before the sublayers
     head.weight (V, C)                    where the output does not share the token embedding
 
-An encoder-decoder has encoder.blocks.<l>, encoder.norm, decoder.blocks.<l> (see cross_block.py), decoder.norm.
+An encoder-decoder has encoder.blocks.<l>, encoder.norm, decoder.blocks.<l> (cross_block.py) and decoder.norm.
 V vocabulary, C width, N context length, F feed-forward width, D head width, L layers.
 """
 

@@ -20,6 +20,6 @@ def alibi_bias(
     device: torch.device | str = "cpu",
 ) -> Float[Tensor, "H T S"]:
     """bias[h, t, s] = -slope_h |t - s|, where the queries are the last of the places of the keys."""
-    places = torch.arange(keys, device=device)
-    distance = (places[keys - queries :, None] - places).abs()
+    asking = torch.arange(keys - queries, keys, device=device)
+    distance = (asking[:, None] - torch.arange(keys, device=device)).abs()
     return -torch.tensor(slopes, dtype=dtype, device=device)[:, None, None] * distance

@@ -6,7 +6,6 @@ and with them all products, are in compute_dtype. It is set here and nowhere els
 
 from functools import partial
 from math import sqrt
-from typing import Self
 
 import torch
 from jaxtyping import Float, Integer
@@ -49,20 +48,18 @@ class Embedded(nn.Module):
         if not self.config.tied_embeddings:
             self.head = Linear(self.config.d_model, self.config.vocab_size, bias=False)
 
-    def initialise(self, seed: int) -> Self:
+    def initialise(self, seed: int) -> None:
         """Take on the initial weights of the seed, the same as the reference's."""
         params = init_params(self.config, seed)
         self.load_state_dict({name: torch.from_numpy(value) for name, value in params.items()})
-        return self
 
     def embed(
         self, ids: Integer[Tensor, "B T"], places: Integer[Tensor, "*#B T"], key: DropoutKey | None
     ) -> Float[Tensor, "B T C"]:
         """Token vectors and absolute positions. Raises ValueError for more tokens than the context holds."""
-        if ids.shape[1] > self.config.context_length:
-            raise ValueError(
-                f"a sequence of {ids.shape[1]} is longer than the context length of {self.config.context_length}"
-            )
+        T, limit = ids.shape[1], self.config.context_length
+        if T > limit:
+            raise ValueError(f"a sequence of {T} is longer than the context length of {limit}")
         x = self.token_embedding(ids) * self.embedding_scale
         if self.position_embedding is not None:
             x = x + self.position_embedding(places)
@@ -134,4 +131,6 @@ def initialised(
     device: torch.device | str = "cpu",
 ) -> Transformer:
     """A model in float32 with the initial weights of the seed, the same as the reference's."""
-    return Transformer(config, compute_dtype).initialise(seed).to(device)
+    model = Transformer(config, compute_dtype)
+    model.initialise(seed)
+    return model.to(device)

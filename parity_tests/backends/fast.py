@@ -4,20 +4,28 @@ Its functions are offered as they are; its modules (attention heads, ffn, block,
 the weights handed in.
 """
 
+from dataclasses import replace
+from functools import partial
+
 import torch
 from torch.func import functional_call
 
-from ref_numpy.attention import causal_mask
 from torch_impl.activations import gelu, gelu_tanh, relu, silu  # noqa: F401
-from torch_impl.attention import MultiHeadAttention, attention  # noqa: F401
+from torch_impl.alibi import alibi_slopes
+from torch_impl.attention import attention
 from torch_impl.block import Block
+from torch_impl.cross_attention import CrossAttention
+from torch_impl.cross_block import CrossBlock
 from torch_impl.dropout import dropout  # noqa: F401
 from torch_impl.embedding import embedding  # noqa: F401
-from torch_impl.ffn import FFN
+from torch_impl.ffn import FFN, SwiGLU
 from torch_impl.layernorm import layernorm, rmsnorm  # noqa: F401
 from torch_impl.linear import linear  # noqa: F401
 from torch_impl.loss import cross_entropy  # noqa: F401
+from torch_impl.multi_head_attention import MultiHeadAttention
 from torch_impl.positions import learned_positions  # noqa: F401
+from torch_impl.rope import RotaryPositions
+from torch_impl.seq2seq import Seq2Seq
 from torch_impl.transformer import Transformer
 
 
@@ -25,15 +33,27 @@ def _present(params):
     return {name: value for name, value in params.items() if value is not None}
 
 
-def multi_head_attention(x, qkv_weight, qkv_bias, proj_weight, proj_bias, n_head, mask):
-    module = MultiHeadAttention(x.shape[-1], n_head, qkv_bias is not None)
-    weights = {
-        "qkv.weight": qkv_weight,
-        "qkv.bias": qkv_bias,
-        "proj.weight": proj_weight,
-        "proj.bias": proj_bias,
-    }
-    return functional_call(module, _present(weights), (x, mask))
+def rope(x, places, config):
+    return _rotation(x, places, config).turn(x)
+
+
+def _rotation(x, places, config):
+    """The table of a model that is long enough, in the precision of x."""
+    if config.positions != "rope":
+        return None
+    needed = replace(config, context_length=max(int(places.max()) + 1, config.context_length))
+    return RotaryPositions(needed).to(x.device, x.dtype)(places)
+
+
+def multi_head_attention(x, params, config, mask, places):
+    slopes = alibi_slopes(config.n_head) if config.positions == "alibi" else None
+    attend = partial(attention, mask=mask, slopes=slopes)
+    return functional_call(MultiHeadAttention(config), params, (x, attend, _rotation(x, places, config)))
+
+
+def cross_attention(x, memory, params, n_head, mask):
+    module = CrossAttention(x.shape[-1], n_head, "q.bias" in params)
+    return functional_call(module, params, (x, memory, mask))
 
 
 def ffn(x, up_weight, up_bias, down_weight, down_bias, activation):
@@ -42,15 +62,37 @@ def ffn(x, up_weight, up_bias, down_weight, down_bias, activation):
     return functional_call(module, _present(weights), (x,))
 
 
-def block(x, params, config, mask, layer, key):
-    """The block knows the causal mask only."""
-    assert (mask.cpu().numpy() == causal_mask(x.shape[1])).all()
-    return functional_call(Block(config, layer), params, (x, key))
+def swiglu(x, gate_weight, gate_bias, up_weight, up_bias, down_weight, down_bias):
+    module = SwiGLU(x.shape[-1], up_weight.shape[0], up_bias is not None)
+    weights = {"gate.weight": gate_weight, "up.weight": up_weight, "down.weight": down_weight}
+    weights |= {"gate.bias": gate_bias, "up.bias": up_bias, "down.bias": down_bias}
+    return functional_call(module, _present(weights), (x,))
 
 
-def transformer(params, ids, config, key):
+def block(x, params, config, mask, places, layer, key):
+    slopes = alibi_slopes(config.n_head) if config.positions == "alibi" else None
+    attend = partial(attention, mask=mask, slopes=slopes)
+    return functional_call(Block(config, layer), params, (x, attend, _rotation(x, places, config), key))
+
+
+def cross_block(x, memory, params, config, mask, memory_mask, places, site, key):
+    slopes = alibi_slopes(config.n_head) if config.positions == "alibi" else None
+    attend = partial(attention, mask=mask, slopes=slopes)
+    rotation = _rotation(x, places, config)
+    return functional_call(CrossBlock(config, site), params, (x, memory, memory_mask, attend, rotation, key))
+
+
+def transformer(params, ids, config, key, documents):
+    return _whole(Transformer, params, config, ids, key, documents)
+
+
+def seq2seq(params, source, present, target, config, key):
+    return _whole(Seq2Seq, params, config, source, present, target, key)
+
+
+def _whole(model_class, params, config, *inputs):
     """As in training: parameters in float32 or better, activations in the precision under test."""
     dtype = params["token_embedding.weight"].dtype
     held = torch.promote_types(dtype, torch.float32)
-    model = Transformer(config, compute_dtype=dtype).to(ids.device, held)
-    return functional_call(model, {name: value.to(held) for name, value in params.items()}, (ids, key))
+    model = model_class(config, compute_dtype=dtype).to(inputs[0].device, held)
+    return functional_call(model, {name: value.to(held) for name, value in params.items()}, inputs)

@@ -49,24 +49,70 @@ def embedding(ids, weight):
     return torch.nn.functional.one_hot(ids.long(), weight.shape[0]).to(weight.dtype) @ weight
 
 
-def learned_positions(weight, length):
-    return weight[:length]
+def learned_positions(places, weight):
+    return weight[places]
 
 
-def attention(q, k, v, mask):
+def rope(x, places, config):
+    """As complex numbers: a pair is one, and turns by a factor of size 1."""
+    pairs = torch.arange(config.head_width // 2, device=x.device, dtype=torch.float64)
+    angle = (places.double() / config.rope_scale)[..., None] * config.rope_base ** (
+        -2 * pairs / config.head_width
+    )
+    angle = angle[:, None] if places.ndim == 2 else angle
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    if config.rope_layout == "half":
+        a, b = x.unflatten(-1, (2, -1)).unbind(-2)
+    else:
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = (a * cos - b * sin, b * cos + a * sin)
+    return torch.stack(turned, dim=-2 if config.rope_layout == "half" else -1).flatten(-2)
+
+
+def _slopes(n):
+    """ALiBi's, by the recursion of the paper's code for head counts that are no power of two."""
+    if n & (n - 1) == 0:
+        return [2 ** (-8 * (i + 1) / n) for i in range(n)]
+    near = 1 << (n.bit_length() - 1)
+    return _slopes(near) + _slopes(2 * near)[0::2][: n - near]
+
+
+def attention(q, k, v, mask, slopes=None):
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    if slopes is not None:
+        T, S = scores.shape[-2:]
+        distance = (torch.arange(S - T, S)[:, None] - torch.arange(S)).abs().to(scores)
+        scores = scores - torch.tensor(list(slopes)).to(scores)[:, None, None] * distance
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     p = torch.softmax(scores, dim=-1) * mask
     return p @ v
 
 
-def multi_head_attention(x, qkv_weight, qkv_bias, proj_weight, proj_bias, n_head, mask):
-    B, T, C = x.shape
+def _heads(x, n_head):
+    return x.unflatten(-1, (n_head, -1)).transpose(1, 2)
+
+
+def multi_head_attention(x, params, config, mask, places):
+    H, K, D = config.n_head, config.kv_heads, config.head_width
+    qkv = linear(x, params["qkv.weight"], params.get("qkv.bias"))
     q, k, v = (
-        part.reshape(B, T, n_head, C // n_head).transpose(1, 2)
-        for part in linear(x, qkv_weight, qkv_bias).split(C, dim=-1)
+        _heads(part, n) for part, n in zip(qkv.split([H * D, K * D, K * D], -1), (H, K, K), strict=True)
     )
-    return linear(attention(q, k, v, mask).transpose(1, 2).reshape(B, T, C), proj_weight, proj_bias)
+    if config.qk_norm:
+        q = rmsnorm(q, params["q_norm.weight"], config.norm_epsilon)
+        k = rmsnorm(k, params["k_norm.weight"], config.norm_epsilon)
+    if config.positions == "rope":
+        q, k = rope(q, places, config), rope(k, places, config)
+    readers = torch.arange(H) // (H // K)
+    y = attention(q, k[:, readers], v[:, readers], mask, _slopes(H) if config.positions == "alibi" else None)
+    return linear(y.transpose(1, 2).flatten(2), params["proj.weight"], params.get("proj.bias"))
+
+
+def cross_attention(x, memory, params, n_head, mask):
+    q = linear(x, params["q.weight"], params.get("q.bias"))
+    k, v = linear(memory, params["kv.weight"], params.get("kv.bias")).chunk(2, -1)
+    y = attention(*(_heads(part, n_head) for part in (q, k, v)), mask)
+    return linear(y.transpose(1, 2).flatten(2), params["proj.weight"], params.get("proj.bias"))
 
 
 def ffn(x, up_weight, up_bias, down_weight, down_bias, activation):
@@ -81,45 +127,115 @@ def _norm(x, params, name, config):
     return layernorm(x, weight, bias, config.norm_epsilon)
 
 
-def block(x, params, config, mask, layer, key):
+def swiglu(x, gate_weight, gate_bias, up_weight, up_bias, down_weight, down_bias):
+    gate = silu(linear(x, gate_weight, gate_bias))
+    return linear(gate * linear(x, up_weight, up_bias), down_weight, down_bias)
+
+
+def _within(params, part):
+    prefix = f"{part}."
+    return {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
+
+
+def _feed(x, params, config):
+    up, down = ([params[f"ffn.{n}.weight"], params.get(f"ffn.{n}.bias")] for n in ("up", "down"))
+    if config.activation == "swiglu":
+        return swiglu(x, params["ffn.gate.weight"], params.get("ffn.gate.bias"), *up, *down)
+    return ffn(x, *up, *down, config.activation)
+
+
+def _sublayers(x, params, config, key, first_site, sublayers):
+    for n, sublayer in enumerate(sublayers, start=1):
+
+        def drop(x, n=n):
+            return x if key is None else dropout(x, config.dropout, key._replace(site=first_site + n))
+
+        if config.norm_placement == "pre":
+            x = x + drop(sublayer(_norm(x, params, f"norm{n}", config)))
+        else:
+            x = _norm(x + drop(sublayer(x)), params, f"norm{n}", config)
+    return x
+
+
+def block(x, params, config, mask, places, layer, key):
     def attend(x):
-        names = ("attention.qkv.weight", "attention.qkv.bias", "attention.proj.weight", "attention.proj.bias")
-        return multi_head_attention(x, *map(params.get, names), config.n_head, mask)
+        return multi_head_attention(x, _within(params, "attention"), config, mask, places)
 
-    def feed(x):
-        names = ("ffn.up.weight", "ffn.up.bias", "ffn.down.weight", "ffn.down.bias")
-        return ffn(x, *map(params.get, names), config.activation)
-
-    def drop(x, site):
-        return x if key is None else dropout(x, config.dropout, key._replace(site=2 * layer + site))
-
-    if config.norm_placement == "pre":
-        x = x + drop(attend(_norm(x, params, "norm1", config)), 1)
-        return x + drop(feed(_norm(x, params, "norm2", config)), 2)
-    x = _norm(x + drop(attend(x), 1), params, "norm1", config)
-    return _norm(x + drop(feed(x), 2), params, "norm2", config)
+    return _sublayers(x, params, config, key, 2 * layer, (attend, lambda x: _feed(x, params, config)))
 
 
-def transformer(params, ids, config, key):
-    table = params["token_embedding.weight"]
-    T, C = ids.shape[1], config.d_model
-    x = embedding(ids, table)
+def cross_block(x, memory, params, config, mask, memory_mask, places, site, key):
+    def attend(x):
+        return multi_head_attention(x, _within(params, "attention"), config, mask, places)
+
+    def attend_memory(x):
+        own = _within(params, "cross_attention")
+        return cross_attention(x, memory, own, config.n_head, memory_mask)
+
+    sublayers = (attend, attend_memory, lambda x: _feed(x, params, config))
+    return _sublayers(x, params, config, key, site, sublayers)
+
+
+def _embed(params, ids, places, config, key):
+    C, x = config.d_model, embedding(ids, params["token_embedding.weight"])
     if config.positions == "learned":
-        x = x + params["position_embedding.weight"][:T]
-    else:
-        angle = torch.arange(T).double()[:, None] / 10000 ** (torch.arange(C) // 2 * 2 / C).double()
-        even = torch.arange(C) % 2 == 0
-        x = x * math.sqrt(C) + torch.where(even, angle.sin(), angle.cos()).to(x)
-    if key is not None:
-        x = dropout(x, config.dropout, key)
-    mask = torch.ones(T, T, dtype=torch.bool, device=ids.device).tril()
+        x = x + params["position_embedding.weight"][places]
+    elif config.positions == "sinusoidal":
+        features = torch.arange(C, device=ids.device)
+        angle = places.double()[..., None] / 10000 ** (features // 2 * 2 / C).double()
+        x = x * math.sqrt(C) + torch.where(features % 2 == 0, angle.sin(), angle.cos()).to(x)
+    return x if key is None else dropout(x, config.dropout, key)
+
+
+def _head(x, params, config):
+    return linear(x, params["token_embedding.weight" if config.tied_embeddings else "head.weight"], None)
+
+
+def transformer(params, ids, config, key, documents):
+    T = ids.shape[1]
+    age = torch.arange(T, device=ids.device)[:, None] - torch.arange(T, device=ids.device)
+    places, together = torch.arange(T, device=ids.device), torch.ones_like(age, dtype=torch.bool)
+    if documents is not None:
+        together = (documents[:, :, None] == documents[:, None]) & (documents != -1)[:, None]
+        together = together[:, None]
+        places = torch.tensor(
+            [
+                [t - max(s for s in range(t + 1) if s == 0 or row[s] != row[s - 1]) for t in range(T)]
+                for row in documents.tolist()
+            ],
+            device=ids.device,
+        )
+    x = _embed(params, ids, places, config, key)
     for layer in range(config.n_layer):
-        prefix = f"blocks.{layer}."
-        own = {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
-        x = block(x, own, config, mask, layer, key)
+        window = config.window_of(layer) or T
+        mask = (
+            torch.ones_like(age, dtype=torch.bool)
+            if config.architecture == "encoder"
+            else (age >= 0) & (age < window)
+        )
+        x = block(x, _within(params, f"blocks.{layer}"), config, mask & together, places, layer, key)
     if config.norm_placement == "pre":
         x = _norm(x, params, "norm", config)
-    return linear(x, table if config.tied_embeddings else params["head.weight"], None)
+    return _head(x, params, config)
+
+
+def seq2seq(params, source, present, target, config, key):
+    L, seen = config.n_layer, present[:, None, None, :]
+    places = torch.arange(source.shape[1], device=source.device)
+    memory = _embed(params, source, places, config, key)
+    for layer in range(L):
+        memory = block(memory, _within(params, f"encoder.blocks.{layer}"), config, seen, places, layer, key)
+    if config.norm_placement == "pre":
+        memory = _norm(memory, params, "encoder.norm", config)
+    places = torch.arange(target.shape[1], device=source.device)
+    x = _embed(params, target, places, config, key and key._replace(site=2 * L + 1))
+    mask = places[:, None] >= places
+    for layer in range(L):
+        own, site = _within(params, f"decoder.blocks.{layer}"), 2 * L + 1 + 3 * layer
+        x = cross_block(x, memory, own, config, mask, seen, places, site, key)
+    if config.norm_placement == "pre":
+        x = _norm(x, params, "decoder.norm", config)
+    return _head(x, params, config)
 
 
 def cross_entropy(logits, targets, label_smoothing, count):

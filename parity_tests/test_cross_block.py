@@ -1,0 +1,31 @@
+"""A decoder's block with a memory: parity over the product of options."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from parity_tests.strategies import array, dropout_keys, masks, model_configs, model_params, seeds
+from ref_numpy.block import within
+
+
+@st.composite
+def cases(draw):
+    config = draw(model_configs(architectures=("encoder-decoder",)))
+    B, T, S = draw(st.sampled_from([(1, 3, 4), (2, 5, 3), (3, 2, 7), (2, 1, 1)]))
+    random = np.random.default_rng(draw(seeds))
+    return {
+        "x": array(random, (B, T, config.d_model)),
+        "memory": array(random, (B, S, config.d_model)),
+        "params": within(model_params(config, draw(seeds)), "decoder.blocks.0"),
+        "config": config,
+        "mask": draw(masks(T, T)),
+        "memory_mask": draw(masks(T, S)),
+        "places": np.arange(T),
+        "site": draw(st.integers(0, 9)),
+        "key": draw(st.none() | dropout_keys()),
+    }
+
+
+@given(arguments=cases(), seed=seeds)
+def test_parity(agree, arguments, seed):
+    agree("cross_block", seed, judge_rounding=arguments["config"].activation != "relu", **arguments)

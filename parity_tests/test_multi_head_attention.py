@@ -1,0 +1,68 @@
+"""Multi-head attention: parity over its variants, and who reads what."""
+
+from dataclasses import replace
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from parity_tests.strategies import array, arrays, masks, model_configs, model_params, seeds
+from ref_numpy.block import within
+from ref_numpy.config import ModelConfig
+from ref_numpy.masks import causal_mask
+from ref_numpy.multi_head_attention import multi_head_attention_forward
+
+
+@st.composite
+def cases(draw):
+    config = draw(model_configs())
+    B, T = draw(st.sampled_from([(1, 3), (2, 5), (3, 7), (2, 1)]))
+    return {
+        "x": draw(arrays((B, T, config.d_model), ("normal", "tiny", "ties", "one_hot"))),
+        "params": within(model_params(config, draw(seeds)), "blocks.0.attention"),
+        "config": config,
+        "mask": draw(masks(T, T)),
+        "places": draw(st.sampled_from([np.arange(T), np.arange(B * T).reshape(B, T)[::-1]])),
+    }
+
+
+@given(arguments=cases(), seed=seeds)
+def test_parity(agree, arguments, seed):
+    agree("multi_head_attention", seed, **arguments)
+
+
+@given(seed=seeds, head=st.integers(0, 2))
+def test_heads_own_consecutive_features(seed, head):
+    """Head h is made from rows h D to (h + 1) D of q, of k and of v: without those of v it is silent."""
+    config, random, C = ModelConfig(n_head=3, d_model=6, bias=False), np.random.default_rng(seed), 6
+    x = array(random, (1, 6, C))
+    params = {"qkv.weight": array(random, (3 * C, C)), "proj.weight": np.eye(C)}
+    silenced = {**params, "qkv.weight": params["qkv.weight"].copy()}
+    silenced["qkv.weight"][2 * C + 2 * head : 2 * C + 2 * head + 2] = 0  # the values of one head
+    y, other = (
+        multi_head_attention_forward(x, p, config, causal_mask(6), np.arange(6))[0]
+        for p in (params, silenced)
+    )
+    own = slice(2 * head, 2 * head + 2)
+    assert np.abs(other[..., own]).max() == 0
+    np.testing.assert_array_equal(np.delete(other, own, axis=-1), np.delete(y, own, axis=-1))
+
+
+@given(config=model_configs(), seed=seeds)
+def test_grouped_queries_are_many_heads_with_equal_keys(config, seed):
+    """Repeat the rows of each key/value head for every head that reads it: the same function."""
+    H, K, D, C = config.n_head, config.kv_heads, config.head_width, config.d_model
+    params = within(model_params(config, seed), "blocks.0.attention")
+    x, T = array(np.random.default_rng(seed), (2, 4, C)), 4
+
+    def repeated(rows):
+        q, k, v = np.split(rows, [H * D, (H + K) * D])
+        k, v = (part.reshape(K, D, -1).repeat(H // K, axis=0).reshape(H * D, -1) for part in (k, v))
+        return np.concatenate([q.reshape(H * D, -1), k, v]).reshape(3 * C, *rows.shape[1:])
+
+    many = {name: repeated(value) if name.startswith("qkv") else value for name, value in params.items()}
+    y, _ = multi_head_attention_forward(x, params, config, causal_mask(T), np.arange(T))
+    want, _ = multi_head_attention_forward(
+        x, many, replace(config, n_kv_head=0), causal_mask(T), np.arange(T)
+    )
+    np.testing.assert_allclose(y, want, atol=1e-12)
