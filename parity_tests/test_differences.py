@@ -5,7 +5,9 @@ For cotangent c and a direction d in each argument, the gradient g has to satisf
     sum(g d) = d/dh sum(c f(x + h d)) at h = 0  =  (4 D(h) - D(2 h)) / 3 + O(h^4)
 
 where D(h) is the central difference (Richardson). With h = 1e-4 the rounding 1e-16 / h is 1e-12 of the case's
-size, and the fifth derivatives of a model may be of size 1e8 before O(h^4) shows at 1e-7.
+size, and the fifth derivatives of a model may be of size 1e8 before O(h^4) shows at 1e-7. Where a deep model
+of post-norms bends more than that, it bends 256 times less over a quarter of the step; a wrong gradient is
+wrong at both.
 """
 
 from collections.abc import Mapping
@@ -74,17 +76,22 @@ def require_derivative(component: str, arguments: Mapping[str, Any], seed: int) 
         y, _ = forward(*replaced(arguments, name, leaves[name] + h * direction).values())
         return float((cotangent * y).sum())
 
+    def difference(name: str, direction: np.ndarray, h: float) -> float:
+        near = (along(name, direction, h) - along(name, direction, -h)) / (2 * h)
+        far = (along(name, direction, 2 * h) - along(name, direction, -2 * h)) / (4 * h)
+        return (4 * near - far) / 3
+
     require_manners(component, arguments, cotangent)
     for name, value in leaves.items():
         direction = random.standard_normal(value.shape)
-        near = (along(name, direction, STEP) - along(name, direction, -STEP)) / (2 * STEP)
-        far = (along(name, direction, 2 * STEP) - along(name, direction, -2 * STEP)) / (4 * STEP)
-        want = (4 * near - far) / 3
         got = float((gradients[name] * direction).sum())
-        scale = np.abs(gradients[name] * direction).sum() + np.abs(cotangent * y).sum()
-        assert abs(got - want) <= 1e-7 * scale, (
-            f"{component}: gradient of {name} is {got}, differences say {want}"
-        )
+        allowed = 1e-7 * (np.abs(gradients[name] * direction).sum() + np.abs(cotangent * y).sum())
+        for h in (STEP, STEP / 4):
+            want = difference(name, direction, h)
+            if abs(got - want) <= allowed:
+                break
+        else:
+            raise AssertionError(f"{component}: gradient of {name} is {got}, differences say {want}")
 
 
 @given(shape=sizes(3), bias=st.booleans(), seed=seeds)
