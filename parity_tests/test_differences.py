@@ -35,10 +35,11 @@ from ref_numpy.loss import IGNORE
 STEP = 1e-4
 
 
-def replaced(arguments: Mapping[str, Any], name: str, value: np.ndarray) -> dict[str, Any]:
-    """The arguments with one array of them, or of a dict among them, replaced."""
-    outer, _, inner = name.partition(".")
-    return {**arguments, outer: {**arguments[outer], inner: value} if inner else value}
+def moved(value: Any, direction: Any, h: float) -> Any:
+    """value + h direction, for an array or a dict of them."""
+    if isinstance(value, dict):
+        return {name: moved(array, direction[name], h) for name, array in value.items()}
+    return value + h * direction
 
 
 def frozen(value: np.ndarray) -> np.ndarray:
@@ -63,7 +64,7 @@ def require_manners(component: str, arguments: Mapping[str, Any], cotangent: np.
 
 
 def require_derivative(component: str, arguments: Mapping[str, Any], seed: int) -> None:
-    """Compare each argument's gradient with differences along a random direction."""
+    """Compare each argument's gradient with differences along a random direction; a dict moves as one."""
     random = np.random.default_rng(seed)
     forward, _ = reference(component)
     y, _ = forward(*arguments.values())
@@ -71,27 +72,33 @@ def require_derivative(component: str, arguments: Mapping[str, Any], seed: int) 
     gradients = run_reference(component, arguments, cotangent).gradients
     leaves = {name: value for name, value in flat(arguments).items() if is_floating(value)}
     assert set(gradients) == set(leaves)
-
-    def along(name: str, direction: np.ndarray, h: float) -> float:
-        y, _ = forward(*replaced(arguments, name, leaves[name] + h * direction).values())
-        return float((cotangent * y).sum())
-
-    def difference(name: str, direction: np.ndarray, h: float) -> float:
-        near = (along(name, direction, h) - along(name, direction, -h)) / (2 * h)
-        far = (along(name, direction, 2 * h) - along(name, direction, -2 * h)) / (4 * h)
-        return (4 * near - far) / 3
-
     require_manners(component, arguments, cotangent)
-    for name, value in leaves.items():
-        direction = random.standard_normal(value.shape)
-        got = float((gradients[name] * direction).sum())
-        allowed = 1e-7 * (np.abs(gradients[name] * direction).sum() + np.abs(cotangent * y).sum())
+
+    for name, value in arguments.items():
+        own = [leaf for leaf in leaves if leaf.split(".")[0] == name]
+        if not own:
+            continue
+        directions = {leaf: random.standard_normal(leaves[leaf].shape) for leaf in own}
+        inner = {leaf.partition(".")[2]: direction for leaf, direction in directions.items()}
+        direction = inner if isinstance(value, dict) else inner[""]
+
+        def along(h: float, name=name, value=value, direction=direction) -> float:
+            y, _ = forward(*{**arguments, name: moved(value, direction, h)}.values())
+            return float((cotangent * y).sum())
+
+        def difference(h: float, along=along) -> float:
+            near, far = (along(h) - along(-h)) / (2 * h), (along(2 * h) - along(-2 * h)) / (4 * h)
+            return (4 * near - far) / 3
+
+        products = np.concatenate([(gradients[leaf] * directions[leaf]).ravel() for leaf in own])
+        got, allowed = products.sum(), 1e-7 * (np.abs(products).sum() + np.abs(cotangent * y).sum())
+        wanted = []
         for h in (STEP, STEP / 4):
-            want = difference(name, direction, h)
-            if abs(got - want) <= allowed:
+            wanted.append(difference(h))
+            if abs(got - wanted[-1]) <= allowed:
                 break
         else:
-            raise AssertionError(f"{component}: gradient of {name} is {got}, differences say {want}")
+            raise AssertionError(f"{component}: gradient of {name} is {got}, differences say {wanted}")
 
 
 @given(shape=sizes(3), bias=st.booleans(), seed=seeds)
