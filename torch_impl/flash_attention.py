@@ -8,11 +8,10 @@ or masks: memory is linear in the context.
 Shapes: B batch, H heads, K key/value heads, T query length, S key length, D head width.
 """
 
-from collections.abc import Callable
 from enum import StrEnum
 from functools import cache
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -117,6 +116,7 @@ def _fused(
     )
 
 
+@no_type_check  # flex_attention traces it into its kernel, where a check has no place
 def _allows(pattern: AttentionPattern, b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
     """Whether query t of sequence b and head h may look at key s, for index tensors that broadcast."""
     allowed = s <= t if pattern.causal else s >= 0
@@ -186,24 +186,22 @@ def _block(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, start: in
 def _flex(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
     """One kernel, compiled for the pattern; it gives 0 and no gradient for a row without keys of itself."""
 
-    def with_bias(score: Tensor, b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        return score - pattern.alibi_slopes[h] * (t - s).abs()
+    from torch.nn.attention.flex_attention import flex_attention
 
-    return _compiled_flex_attention()(
+    slopes = None if pattern.alibi_slopes is None else pattern.alibi_slopes.float()  # as the scores are
+    add_bias = lambda score, b, h, t, s: score - slopes[h] * (t - s).abs()  # noqa: E731 (traced, not called)
+    kernel = flex_attention if torch.compiler.is_compiling() else _compiled(flex_attention)
+    return kernel(
         q,
         k,
         v,
-        score_mod=None if pattern.alibi_slopes is None else with_bias,
+        score_mod=None if slopes is None else add_bias,
         block_mask=_block_mask(pattern, q.shape[2], k.shape[2], q.device),
         enable_gqa=q.shape[1] != k.shape[1],
     )
 
 
-@cache
-def _compiled_flex_attention() -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention)
+_compiled = cache(torch.compile)  # in a model that is compiled whole, the kernel is compiled with it
 
 
 def _block_mask(pattern: AttentionPattern, T: int, S: int, device: torch.device) -> "BlockMask":
@@ -218,15 +216,12 @@ def _block_mask(pattern: AttentionPattern, T: int, S: int, device: torch.device)
         which = tiles.int().argsort(dim=-1, descending=True, stable=True)
         return tiles.sum(dim=-1, dtype=torch.int32), which.int()
 
-    def asks(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        return _allows(pattern, b, h, t, s)
-
     possible, certain = _tiles(pattern, T, S, device)
     return BlockMask.from_kv_blocks(
         *ordered(possible & ~certain),
         *ordered(certain),
         BLOCK_SIZE=_FLEX_TILE,
-        mask_mod=asks,
+        mask_mod=lambda b, h, t, s: _allows(pattern, b, h, t, s),
         seq_lengths=(T, S),
     )
 

@@ -1,7 +1,7 @@
 """torch_impl under the reference's names: the suite's default target.
 
-Its functions are offered as they are; its modules (attention heads, ffn, block, transformer) are called with
-the weights handed in.
+Its functions are offered as they are, flash attention with the mask for a pattern; its modules (attention
+heads, ffn, block, transformer) are called with the weights handed in.
 """
 
 import torch
@@ -14,6 +14,8 @@ from torch_impl.block import Block
 from torch_impl.dropout import dropout  # noqa: F401
 from torch_impl.embedding import embedding  # noqa: F401
 from torch_impl.ffn import FFN
+from torch_impl.flash_attention import AttentionPattern
+from torch_impl.flash_attention import flash_attention as fused
 from torch_impl.layernorm import layernorm, rmsnorm  # noqa: F401
 from torch_impl.linear import linear  # noqa: F401
 from torch_impl.loss import cross_entropy  # noqa: F401
@@ -23,6 +25,12 @@ from torch_impl.transformer import Transformer
 
 def _present(params):
     return {name: value for name, value in params.items() if value is not None}
+
+
+def flash_attention(q, k, v, mask, bias, tile):
+    """Biases are the pattern's own; the rows of a tile are the queries of a block."""
+    assert bias is None
+    return fused(q, k, v, AttentionPattern(mask=mask), queries_at_once=tile[0])
 
 
 def multi_head_attention(x, qkv_weight, qkv_bias, proj_weight, proj_bias, n_head, mask):

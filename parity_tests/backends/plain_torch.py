@@ -54,7 +54,12 @@ def learned_positions(weight, length):
 
 
 def attention(q, k, v, mask):
+    return flash_attention(q, k, v, mask, None, None)
+
+
+def flash_attention(q, k, v, mask, bias, tile):
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    scores = scores if bias is None else scores + bias
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     p = torch.softmax(scores, dim=-1) * mask
     return p @ v
