@@ -28,7 +28,9 @@ tile_sizes = st.tuples(
 
 @given(arguments=attention_cases(), tile=tile_sizes, seed=seeds)
 def test_parity(agree, arguments, tile, seed):
-    agree("flash_attention", seed, **arguments, bias=None, tile=tile)
+    """Rounding is judged where scores are small: of a weight, a float32 log-sum-exp of L loses 2^-24 L."""
+    small = np.abs(arguments["q"]).max() * np.abs(arguments["k"]).max() < 30
+    agree("flash_attention", seed, small, **arguments, bias=None, tile=tile)
 
 
 @given(arguments=attention_cases(), tile=tile_sizes, seed=seeds)
