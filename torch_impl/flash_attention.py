@@ -174,7 +174,8 @@ def _block(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, start: in
         sees_something = allowed.any(dim=-1, keepdim=True)
         allowed = allowed | ~sees_something
     if pattern.alibi_slopes is not None:
-        bias = (pattern.alibi_slopes[h] * -(t - s).abs()).to(q.dtype)  # (H, T, S)
+        slopes = pattern.alibi_slopes.to(torch.promote_types(q.dtype, torch.float32))
+        bias = (slopes[h] * -(t - s).abs()).to(q.dtype)  # (H, T, S)
         allowed = torch.where(allowed, bias, -torch.inf)
     y = _fused(q, k, v, attn_mask=allowed)
     return torch.where(sees_something, y, 0.0) if can_be_blind else y
