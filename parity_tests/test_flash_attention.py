@@ -262,6 +262,7 @@ def examples(B, H, T):
     return {
         "causal": AttentionPattern(causal=True),
         "window": AttentionPattern(causal=True, window=50),
+        "wide window": AttentionPattern(causal=True, window=300),
         "alibi": AttentionPattern(causal=True, alibi_slopes=slopes),
         "alibi, both ways": AttentionPattern(alibi_slopes=slopes),
         "documents": AttentionPattern(causal=True, documents=documents),
@@ -307,7 +308,11 @@ def test_tiles_that_flex_attention_skips_or_does_not_ask_in(name, T):
     )
     assert not (tiles.any((3, 5)) & ~possible).any()
     assert not (certain & ~tiles.all((3, 5))).any()
-    if name in ("causal", "window"):  # where positions decide alone, nothing more is looked at either
+    if name in (
+        "causal",
+        "window",
+        "wide window",
+    ):  # where positions decide alone, nothing more is looked at either
         np.testing.assert_array_equal(possible, tiles.any((3, 5)))
         np.testing.assert_array_equal(certain, tiles.all((3, 5)))
 
