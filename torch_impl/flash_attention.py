@@ -186,7 +186,6 @@ def _block(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, start: in
 
 def _flex(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern) -> Tensor:
     """One kernel, compiled for the pattern; it gives 0 and no gradient for a row without keys of itself."""
-
     from torch.nn.attention.flex_attention import flex_attention
 
     slopes = None if pattern.alibi_slopes is None else pattern.alibi_slopes.float()  # as the scores are
