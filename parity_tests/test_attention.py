@@ -2,14 +2,12 @@
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from parity_tests.strategies import REGIMES, array, arrays, masks, seeds, sizes
 from ref_numpy.attention import attention_backward, attention_forward
 from ref_numpy.masks import causal_mask
-from torch_impl import attention as fast
 
 # Of q, k and v one at most is large. Where two are, products of theirs cancel, or a rounding moves a score by
 # more than 1, and which key wins is luck.
@@ -44,19 +42,6 @@ def attention_cases(draw):
 @given(arguments=attention_cases(), seed=seeds)
 def test_parity(agree, arguments, seed):
     agree("attention", seed, **arguments)
-
-
-@given(shape=sizes(4), seed=seeds)
-def test_the_causal_kernel_is_attention_under_the_causal_mask(target, shape, seed):
-    random = np.random.default_rng(seed)
-    q, k, v, dy = (array(random, tuple(shape)) for _ in range(4))
-    want, cache = attention_forward(q, k, v, causal_mask(shape[2]))
-    leaves = [torch.from_numpy(value).requires_grad_() for value in (q, k, v)]
-    y = fast.causal_attention(*leaves)
-    gradients = torch.autograd.grad(y, leaves, torch.from_numpy(dy))
-    np.testing.assert_allclose(y.detach(), want, atol=1e-12)
-    for got, exact in zip(gradients, attention_backward(dy, cache), strict=True):
-        np.testing.assert_allclose(got, exact, atol=1e-11)
 
 
 def test_a_query_that_sees_nothing_gets_zero_and_passes_nothing_back(target):

@@ -183,6 +183,20 @@ def test_multi_head_attention_and_cross_attention(config, data, seed):
     require_derivative("cross_attention", arguments, seed)
 
 
+@given(shape=sizes(5), data=st.data(), tile=st.tuples(*[st.sampled_from([1, 2, 3, 5, 20])] * 2), seed=seeds)
+def test_flash_attention(shape, data, tile, seed):
+    random, (B, H, T, S, D) = np.random.default_rng(seed), shape
+    arguments = {
+        "q": array(random, (B, H, T, D)),
+        "k": array(random, (B, H, S, D)),
+        "v": array(random, (B, H, S, D)),
+        "mask": data.draw(masks(T, S)),
+        "bias": None,
+        "tile": tile,
+    }
+    require_derivative("flash_attention", arguments, seed)
+
+
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu"])
 @given(shape=sizes(4), bias=st.booleans(), seed=seeds)
 def test_ffn(activation, shape, bias, seed):

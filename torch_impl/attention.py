@@ -27,17 +27,3 @@ def attention(
         allowed = torch.where(allowed, bias, -torch.inf)
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
     return torch.where(sees_something, y, 0.0)
-
-
-def causal_attention(
-    q: Float[Tensor, "B H T D"], k: Float[Tensor, "B H T D"], v: Float[Tensor, "B H T D"]
-) -> Float[Tensor, "B H T D"]:
-    """attention with the causal mask, which the kernels know of themselves; every row sees itself."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-
-def full_attention(
-    q: Float[Tensor, "B H T D"], k: Float[Tensor, "B H S D"], v: Float[Tensor, "B H S D"]
-) -> Float[Tensor, "B H T D"]:
-    """attention without a mask."""
-    return F.scaled_dot_product_attention(q, k, v)

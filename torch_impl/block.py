@@ -7,11 +7,10 @@ from torch import Tensor, nn
 
 from ref_numpy.config import ModelConfig
 from ref_numpy.dropout import DropoutKey
-from torch_impl.attention import causal_attention
 from torch_impl.dropout import dropout
 from torch_impl.ffn import FFN, SwiGLU
 from torch_impl.layernorm import LayerNorm, RMSNorm
-from torch_impl.multi_head_attention import Attend, MultiHeadAttention
+from torch_impl.multi_head_attention import CAUSAL, Attend, MultiHeadAttention
 from torch_impl.rope import Rotation
 
 
@@ -56,7 +55,7 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B T C"],
-        attend: Attend = causal_attention,
+        attend: Attend = CAUSAL,
         rotation: Rotation | None = None,
         key: DropoutKey | None = None,
     ) -> Float[Tensor, "B T C"]:

@@ -5,10 +5,9 @@ from torch import Tensor, nn
 
 from ref_numpy.config import ModelConfig
 from ref_numpy.dropout import DropoutKey
-from torch_impl.attention import causal_attention
 from torch_impl.block import make_ffn, make_norm, residual
 from torch_impl.cross_attention import CrossAttention
-from torch_impl.multi_head_attention import Attend, MultiHeadAttention
+from torch_impl.multi_head_attention import CAUSAL, Attend, MultiHeadAttention
 from torch_impl.rope import Rotation
 
 
@@ -30,7 +29,7 @@ class CrossBlock(nn.Module):
         x: Float[Tensor, "B T C"],
         memory: Float[Tensor, "B S C"],
         memory_mask: Bool[Tensor, "*#memory_mask"],
-        attend: Attend = causal_attention,
+        attend: Attend = CAUSAL,
         rotation: Rotation | None = None,
         key: DropoutKey | None = None,
     ) -> Float[Tensor, "B T C"]:

@@ -1,18 +1,27 @@
 """Multi-head self-attention. The twin of ref_numpy/multi_head_attention.py."""
 
 from collections.abc import Callable
+from functools import partial
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from ref_numpy.config import ModelConfig
-from torch_impl.attention import causal_attention
+from torch_impl.flash_attention import AttentionPattern, flash_attention
 from torch_impl.layernorm import RMSNorm
 from torch_impl.linear import Linear
 from torch_impl.rope import Rotation
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Queries, keys and values (B, H, T, D) to what the queries found."""
+"""Queries (B, H, T, D), keys and values (B, K, T, D) to what the queries found (B, H, T, D)."""
+
+
+def attend_by(pattern: AttentionPattern) -> Attend:
+    """Attention in which a query sees what the pattern allows."""
+    return partial(flash_attention, pattern=pattern)
+
+
+CAUSAL = attend_by(AttentionPattern(causal=True))
 
 
 def split_heads(x: Float[Tensor, "B T HD"], n_head: int) -> Float[Tensor, "B H T D"]:
@@ -39,7 +48,7 @@ class MultiHeadAttention(nn.Module):
         self.proj = Linear(C, C, config.bias)
 
     def forward(
-        self, x: Float[Tensor, "B T C"], attend: Attend = causal_attention, rotation: Rotation | None = None
+        self, x: Float[Tensor, "B T C"], attend: Attend = CAUSAL, rotation: Rotation | None = None
     ) -> Float[Tensor, "B T C"]:
         """attend decides who sees what; with a rotation, positions are rotary."""
         q, k, v = self.qkv(x).split(self.sections, dim=-1)
@@ -47,6 +56,4 @@ class MultiHeadAttention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if rotation is not None:
             q, k = rotation.turn(q), rotation.turn(k)
-        if self.kv_heads != self.n_head:  # head h reads key/value head h // (H / K)
-            k, v = (part.repeat_interleave(self.n_head // self.kv_heads, dim=1) for part in (k, v))
         return self.proj(join_heads(attend(q, k, v)))

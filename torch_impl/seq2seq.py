@@ -6,11 +6,11 @@ from torch import Tensor, nn
 
 from ref_numpy.config import ModelConfig
 from ref_numpy.dropout import DropoutKey
-from torch_impl.alibi import alibi_slopes
-from torch_impl.attention import attention
 from torch_impl.block import Block, make_norm
 from torch_impl.cross_block import CrossBlock
-from torch_impl.masks import causal_mask, padding_mask
+from torch_impl.flash_attention import AttentionPattern
+from torch_impl.masks import padding_mask
+from torch_impl.multi_head_attention import attend_by
 from torch_impl.transformer import Embedded
 
 
@@ -33,16 +33,16 @@ class Seq2Seq(Embedded):
         self.encoder = Stack([Block(config, layer) for layer in range(L)], config)
         self.decoder = Stack([CrossBlock(config, self.first_site + 3 * layer) for layer in range(L)], config)
         self.add_head()
-        self.slopes = alibi_slopes(config.n_head) if config.positions == "alibi" else None
 
     def encode(
         self, source: Integer[Tensor, "B S"], present: Bool[Tensor, "B S"], key: DropoutKey | None = None
     ) -> Float[Tensor, "B S C"]:
         """The memory: a vector for each token of the source, which has seen all of it but its padding."""
-        places, mask = torch.arange(source.shape[1], device=source.device), padding_mask(present)
+        places = torch.arange(source.shape[1], device=source.device)
+        attend = attend_by(AttentionPattern(alibi_slopes=self.slopes(), key_mask=present))
         x, rotation = self.embed(source, places, key), self.rotation(places)
         for block in self.encoder.blocks:
-            x = block(x, lambda q, k, v: attention(q, k, v, mask, self.slopes), rotation, key)
+            x = block(x, attend, rotation, key)
         return self.encoder.norm(x)
 
     def decode(
@@ -53,14 +53,12 @@ class Seq2Seq(Embedded):
         key: DropoutKey | None = None,
     ) -> Float[Tensor, "B T V"]:
         """Logits of the next token of the target at every place."""
-        T = target.shape[1]
-        places, mask = torch.arange(T, device=target.device), causal_mask(T, target.device)
+        places = torch.arange(target.shape[1], device=target.device)
+        attend = attend_by(AttentionPattern(causal=True, alibi_slopes=self.slopes()))
         x = self.embed(target, places, key and key._replace(site=self.first_site))
         rotation, memory_mask = self.rotation(places), padding_mask(present)
         for block in self.decoder.blocks:
-            x = block(
-                x, memory, memory_mask, lambda q, k, v: attention(q, k, v, mask, self.slopes), rotation, key
-            )
+            x = block(x, memory, memory_mask, attend, rotation, key)
         return self.logits(self.decoder.norm(x))
 
     def forward(

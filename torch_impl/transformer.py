@@ -4,7 +4,6 @@ The parameters keep the precision they were given (float32, or float64 for a com
 and with them all products, are in compute_dtype. It is set here and nowhere else: there is no autocast.
 """
 
-from functools import partial
 from math import sqrt
 
 import torch
@@ -13,15 +12,16 @@ from torch import Tensor, nn
 
 from ref_numpy.config import ModelConfig
 from ref_numpy.dropout import DropoutKey
+from ref_numpy.masks import PADDING
 from ref_numpy.parameters import init_params
 from torch_impl.alibi import alibi_slopes
-from torch_impl.attention import attention, causal_attention, full_attention
 from torch_impl.block import Block, make_norm
 from torch_impl.dropout import dropout
 from torch_impl.embedding import Embedding
+from torch_impl.flash_attention import AttentionPattern
 from torch_impl.linear import Linear, linear
-from torch_impl.masks import causal_mask, document_mask, places_in_documents, window_mask
-from torch_impl.multi_head_attention import Attend
+from torch_impl.masks import places_in_documents
+from torch_impl.multi_head_attention import attend_by
 from torch_impl.positions import LearnedPositions, SinusoidalPositions
 from torch_impl.rope import RotaryPositions, Rotation
 
@@ -69,28 +69,25 @@ class Embedded(nn.Module):
         """What turns queries and keys, where positions are rotary."""
         return None if self.rotary is None else self.rotary(places)
 
+    def pattern(self, window: int = 0, documents: Integer[Tensor, "B T"] | None = None) -> AttentionPattern:
+        """Who sees whom in layers with this window (0: none): all, or what came before, within a document."""
+        present = None if documents is None else documents != PADDING
+        causal = self.config.architecture != "encoder"
+        return AttentionPattern(causal, window, self.slopes(), documents, present)
+
+    def slopes(self) -> Float[Tensor, "H"] | None:
+        """ALiBi's, where positions are distances; in float64 where the device has it."""
+        if self.config.positions != "alibi":
+            return None
+        device = self.token_embedding.weight.device
+        dtype = torch.float64 if device.type == "cpu" else torch.float32
+        return torch.tensor(alibi_slopes(self.config.n_head), dtype=dtype, device=device)
+
     def logits(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T V"]:
         """The output projection, shared with the token embedding or not."""
         if self.head is None:
             return linear(x, self.token_embedding.weight.to(x.dtype), None)
         return self.head(x)
-
-
-def attend_by(
-    config: ModelConfig, window: int, length: int, documents: Tensor | None, device: torch.device
-) -> Attend:
-    """The attention of layers with this window (0: none): all, or what came before, within a document."""
-    slopes = alibi_slopes(config.n_head) if config.positions == "alibi" else None
-    causal = config.architecture != "encoder"
-    if documents is None and slopes is None and not window:
-        return causal_attention if causal else full_attention
-    if not causal:
-        mask = torch.ones(length, length, dtype=torch.bool, device=device)
-    else:
-        mask = window_mask(length, window, device) if window else causal_mask(length, device)
-    if documents is not None:
-        mask = mask & document_mask(documents)
-    return partial(attention, mask=mask, slopes=slopes)
 
 
 class Transformer(Embedded):
@@ -117,10 +114,9 @@ class Transformer(Embedded):
         T, device = ids.shape[1], ids.device
         places = torch.arange(T, device=device) if documents is None else places_in_documents(documents)
         x, rotation = self.embed(ids, places, key), self.rotation(places)
-        windows = [self.config.window_of(layer) for layer in range(self.config.n_layer)]
-        attend = {window: attend_by(self.config, window, T, documents, device) for window in set(windows)}
-        for block, window in zip(self.blocks, windows, strict=True):
-            x = block(x, attend[window], rotation, key)
+        for layer, block in enumerate(self.blocks):
+            attend = attend_by(self.pattern(self.config.window_of(layer), documents))
+            x = block(x, attend, rotation, key)
         return self.logits(self.norm(x))
 
 

@@ -1,28 +1,29 @@
 """torch_impl under the reference's names: the suite's default target.
 
-Its functions are offered as they are; its modules (attention heads, ffn, block, transformer) are called with
-the weights handed in.
+Its functions are offered as they are, flash attention with the mask for a pattern; its modules (attention
+heads, ffn, block, transformer) are called with the weights handed in.
 """
 
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch.func import functional_call
 
 from torch_impl.activations import gelu, gelu_tanh, relu, silu  # noqa: F401
 from torch_impl.alibi import alibi_slopes
-from torch_impl.attention import attention
+from torch_impl.attention import attention  # noqa: F401
 from torch_impl.block import Block
 from torch_impl.cross_attention import CrossAttention
 from torch_impl.cross_block import CrossBlock
 from torch_impl.dropout import dropout  # noqa: F401
 from torch_impl.embedding import embedding  # noqa: F401
 from torch_impl.ffn import FFN, SwiGLU
+from torch_impl.flash_attention import AttentionPattern
+from torch_impl.flash_attention import flash_attention as fused
 from torch_impl.layernorm import layernorm, rmsnorm  # noqa: F401
 from torch_impl.linear import linear  # noqa: F401
 from torch_impl.loss import cross_entropy  # noqa: F401
-from torch_impl.multi_head_attention import MultiHeadAttention
+from torch_impl.multi_head_attention import MultiHeadAttention, attend_by
 from torch_impl.positions import learned_positions  # noqa: F401
 from torch_impl.rope import RotaryPositions
 from torch_impl.seq2seq import Seq2Seq
@@ -45,15 +46,28 @@ def _rotation(x, places, config):
     return RotaryPositions(needed).to(x.device, x.dtype)(places)
 
 
+def _attend(config, mask):
+    """As models do it, but for a mask of any kind."""
+    slopes = None
+    if config.positions == "alibi":
+        slopes = torch.tensor(alibi_slopes(config.n_head), dtype=torch.float64).to(mask.device)
+    return attend_by(AttentionPattern(alibi_slopes=slopes, mask=mask))
+
+
 def multi_head_attention(x, params, config, mask, places):
-    slopes = alibi_slopes(config.n_head) if config.positions == "alibi" else None
-    attend = partial(attention, mask=mask, slopes=slopes)
+    attend = _attend(config, mask)
     return functional_call(MultiHeadAttention(config), params, (x, attend, _rotation(x, places, config)))
 
 
 def cross_attention(x, memory, params, n_head, mask):
     module = CrossAttention(x.shape[-1], n_head, "q.bias" in params)
     return functional_call(module, params, (x, memory, mask))
+
+
+def flash_attention(q, k, v, mask, bias, tile):
+    """Biases are the pattern's own; the rows of a tile are the queries of a block."""
+    assert bias is None
+    return fused(q, k, v, AttentionPattern(mask=mask), queries_at_once=tile[0])
 
 
 def ffn(x, up_weight, up_bias, down_weight, down_bias, activation):
@@ -70,14 +84,12 @@ def swiglu(x, gate_weight, gate_bias, up_weight, up_bias, down_weight, down_bias
 
 
 def block(x, params, config, mask, places, layer, key):
-    slopes = alibi_slopes(config.n_head) if config.positions == "alibi" else None
-    attend = partial(attention, mask=mask, slopes=slopes)
+    attend = _attend(config, mask)
     return functional_call(Block(config, layer), params, (x, attend, _rotation(x, places, config), key))
 
 
 def cross_block(x, memory, params, config, mask, memory_mask, places, site, key):
-    slopes = alibi_slopes(config.n_head) if config.positions == "alibi" else None
-    attend = partial(attention, mask=mask, slopes=slopes)
+    attend = _attend(config, mask)
     rotation = _rotation(x, places, config)
     return functional_call(CrossBlock(config, site), params, (x, memory, memory_mask, attend, rotation, key))
 

@@ -78,11 +78,17 @@ def _slopes(n):
 
 
 def attention(q, k, v, mask, slopes=None):
-    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    bias = None
     if slopes is not None:
-        T, S = scores.shape[-2:]
-        distance = (torch.arange(S - T, S)[:, None] - torch.arange(S)).abs().to(scores)
-        scores = scores - torch.tensor(list(slopes)).to(scores)[:, None, None] * distance
+        T, S = q.shape[-2], k.shape[-2]
+        distance = (torch.arange(S - T, S)[:, None] - torch.arange(S)).abs().to(q)
+        bias = -torch.tensor(list(slopes)).to(q)[:, None, None] * distance
+    return flash_attention(q, k, v, mask, bias, None)
+
+
+def flash_attention(q, k, v, mask, bias, tile):
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    scores = scores if bias is None else scores + bias
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     p = torch.softmax(scores, dim=-1) * mask
     return p @ v
