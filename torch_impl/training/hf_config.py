@@ -170,8 +170,8 @@ def _to_llama(config: ModelConfig) -> dict[str, Any]:
         "max_position_embeddings": config.context_length,
         "num_hidden_layers": config.n_layer,
         "num_attention_heads": config.n_head,
-        "num_key_value_heads": config.n_kv_head or config.n_head,
-        "head_dim": config.d_model // config.n_head,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_width,
         "hidden_size": config.d_model,
         "intermediate_size": config.ffn_width,
         "hidden_act": "silu",
@@ -202,15 +202,16 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
         )
     described = {"model_type": layout, **_WRITERS[layout](config)}
     back = model_config(described)
-    same = {"dropout": config.dropout, "d_ff": config.d_ff}  # what is no part of the function, or written out
+    # What is no part of the function, and what is written out instead of left to its default.
+    same = {"dropout": config.dropout}
     if layout == "gpt2":
         same["bias"] = config.bias
-    back = replace(back, **same)
+    if back.kv_heads == config.kv_heads:
+        same["n_kv_head"] = config.n_kv_head
+    back = replace(back, d_ff=config.d_ff, **same)
     for field in fields(ModelConfig):
         value, read = getattr(config, field.name), getattr(back, field.name)
-        if value != read and not (
-            field.name == "n_kv_head" and (value or config.n_head) == (read or config.n_head)
-        ):
+        if value != read:
             raise InputError(
                 f"{field.name} is {value}, but Hugging Face's {layout} layout, which goes with "
                 f"{config.positions} positions, has only {read}"

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ref_numpy.config import ModelConfig
-from ref_numpy.transformer import parameter_shapes
+from ref_numpy.parameters import parameter_shapes
 from torch_impl.training.files import InputError
 from torch_impl.training.hf_config import LAYOUTS
 from torch_impl.training.tensor_files import opened_tensors
@@ -72,10 +72,8 @@ def _places(config: ModelConfig) -> dict[str, Place]:
         stem, _, kind = name.rpartition(".")
         layer, inner = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.*)", stem).groups()
         theirs = [f"{part.format(layer)}.{kind}" for part in _NAMES[layout][inner]]
-        rows = [shape[0]]
-        if len(theirs) == 3:
-            C = config.d_model
-            rows = [C, (shape[0] - C) // 2, (shape[0] - C) // 2]
+        keys = config.kv_heads * config.head_width
+        rows = [config.d_model, keys, keys] if len(theirs) == 3 else [shape[0]]
         linear = layer is not None and len(shape) == 2
         places[name] = Place(theirs, rows, transposed=layout == "gpt2" and linear)
     return places
@@ -149,7 +147,7 @@ def read_hf_tensors(folder: Path, config: ModelConfig, dtype: torch.dtype) -> di
         ):
             if odd:
                 more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
-                raise InputError(f"{folder} does not fit its config.json: tensor {min(odd)}{more} {problem}")
+                raise InputError(f"{folder} does not fit its config.json: tensor {min(odd)}{more}: {problem}")
         for name, shape in expected.items():
             there, kind = found[name].header()
             if there != shape or kind not in _DTYPES:

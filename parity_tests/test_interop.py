@@ -1,0 +1,530 @@
+"""Agreement with transformers: the same function, the same gradients, the same ten steps of training.
+
+Models are made and written by transformers, with every weight random (at their initial 0 and 1 a forgotten
+bias or norm would not be missed), read here, and compared on both sides. A Llama in float64 is rounded to
+float32 on its way through transformers (norms, rotation); what it computes without is asked of it by giving
+its modules another float32.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
+from transformers import modeling_rope_utils as rope
+from transformers.models.llama import modeling_llama as llama
+
+from parity_tests import tolerances
+from ref_numpy.config import ModelConfig, TrainConfig
+from ref_numpy.loss import IGNORE
+from ref_numpy.optim import zero_moments
+from ref_numpy.train import loss_and_gradients
+from ref_numpy.train import train_step as ref_train_step
+from ref_numpy.transformer import transformer_forward
+from torch_impl.bpe import BPETokenizer, train
+from torch_impl.interop import from_hf, to_hf
+from torch_impl.loss import cross_entropy
+from torch_impl.train import start, train_step
+from torch_impl.training.files import InputError
+from torch_impl.training.hf_tensors import from_hf_tensors
+from torch_impl.training.tokenizer import (
+    ByteTokenizer,
+    CharacterTokenizer,
+    Tokenizer,
+    WordTokenizer,
+    load_tokenizer,
+)
+from torch_impl.transformer import Transformer, initialised
+
+transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
+
+GPT2 = {"vocab_size": 19, "n_positions": 8, "n_embd": 12, "n_layer": 2, "n_head": 3}
+LLAMA = {
+    "vocab_size": 19,
+    "max_position_embeddings": 8,
+    "hidden_size": 24,
+    "intermediate_size": 13,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+CASES = {
+    "gpt2": GPT2Config(**GPT2, **NO_DROPOUT),
+    "gpt2, another width, exact gelu, untied": GPT2Config(
+        **GPT2, **NO_DROPOUT, n_inner=17, activation_function="gelu", tie_word_embeddings=False
+    ),
+    "gpt2, silu, another epsilon": GPT2Config(
+        **GPT2, **NO_DROPOUT, activation_function="silu", layer_norm_epsilon=1e-2
+    ),
+    "llama": LlamaConfig(**LLAMA),
+    "llama, grouped queries, tied": LlamaConfig(**LLAMA, num_key_value_heads=2, tie_word_embeddings=True),
+    "llama, one key head, biases, linear scaling": LlamaConfig(
+        **LLAMA,
+        num_key_value_heads=1,
+        attention_bias=True,
+        mlp_bias=True,
+        rms_norm_eps=1e-3,
+        rope_parameters={"rope_type": "linear", "factor": 2.5, "rope_theta": 500.0},
+    ),
+}
+
+
+class _Double:
+    """torch, as a module of transformers sees it, where float32 means float64."""
+
+    def __getattr__(self, name: str) -> object:
+        return torch.float64 if name in ("float", "float32") else getattr(torch, name)
+
+
+def written(folder: Path, config: transformers.PretrainedConfig, **options) -> Path:
+    """A folder with a model of random weights, of a scale that keeps activations near 1, as transformers
+    saves it."""
+    config.bos_token_id = config.eos_token_id = None
+    model = AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(0)
+    for name, param in model.named_parameters():
+        values = torch.randn(param.shape, generator=generator)
+        is_norm = param.ndim == 1 and name.endswith("weight")
+        param.data = 1 + 0.3 * values if is_norm else values * (0.5 if param.ndim == 1 else 0.3)
+    model.save_pretrained(folder, **options)
+    return folder
+
+
+@pytest.fixture(params=CASES)
+def folder(request, tmp_path):
+    return written(tmp_path / "hf", CASES[request.param])
+
+
+@pytest.fixture
+def in_double(monkeypatch):
+    for module in (llama, rope):
+        monkeypatch.setattr(module, "torch", _Double())
+
+
+def loaded(folder: Path, dtype: torch.dtype) -> transformers.PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def some_ids(config: ModelConfig, shape: tuple[int, ...] = (3, 7)) -> torch.Tensor:
+    return torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(1))
+
+
+def next_ids(ids: torch.Tensor) -> torch.Tensor:
+    """Targets: what follows; nothing counts after the last."""
+    return torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORE)], dim=1)
+
+
+def bare(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {
+        name.removeprefix("transformer.").removeprefix("model."): value for name, value in tensors.items()
+    }
+
+
+def result(logits: torch.Tensor, loss: torch.Tensor, gradients: dict[str, torch.Tensor]) -> dict:
+    named = {"logits": logits, "loss": loss} | {f"gradient of {k}": v for k, v in gradients.items()}
+    return {name: value.detach().double().numpy() for name, value in named.items()}
+
+
+def theirs(model: transformers.PreTrainedModel, config: ModelConfig, ids: torch.Tensor) -> dict:
+    """Logits, loss and gradients under our names. (Their own loss rounds the logits to float32.)"""
+    logits = model(ids).logits
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    named = dict(model.named_parameters())
+    gradients = dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
+    return result(logits, loss, from_hf_tensors(bare(gradients), config))
+
+
+def ours(model: Transformer, ids: torch.Tensor) -> dict:
+    logits = model(ids)
+    loss = cross_entropy(logits, next_ids(ids))
+    named = dict(model.named_parameters())
+    gradients = torch.autograd.grad(loss, list(named.values()))
+    return result(logits, loss, dict(zip(named, gradients, strict=True)))
+
+
+def reference(model: Transformer, ids: torch.Tensor) -> dict:
+    """The model's weights in the NumPy half."""
+    params = {name: value.numpy() for name, value in model.state_dict().items()}
+    batch, targets = ids.numpy()[None], next_ids(ids).numpy()[None]
+    loss, gradients = loss_and_gradients(params, batch, targets, 0, model.config, TrainConfig())
+    logits, _ = transformer_forward(params, batch[0], model.config)
+    as_tensors = {name: torch.from_numpy(np.asarray(value)) for name, value in gradients.items()}
+    return result(torch.from_numpy(logits), torch.tensor(loss, dtype=torch.float64), as_tensors)
+
+
+def test_logits_loss_and_every_gradient_agree(folder, in_double):
+    model = from_hf(folder, torch.float64)
+    ids = some_ids(model.config)
+    want = theirs(loaded(folder, torch.float64), model.config, ids)
+    for got in (ours(model, ids), reference(model, ids)):
+        assert set(got) == set(want) and len(want) == 2 + len(model.state_dict())
+        for name, value in want.items():
+            np.testing.assert_allclose(
+                got[name], value, rtol=0, atol=1e-9 * np.abs(value).max(), err_msg=name
+            )
+
+
+def test_both_sides_round_as_well_as_transformers(folder, monkeypatch):
+    """Question 2 of tolerances.py, with transformers in float32 as the plain implementation, and its float64
+    as the oracle: on the case and two neighbours, whose weights moved by a rounding or two."""
+    model = from_hf(folder)
+    ids, precision = some_ids(model.config), tolerances.PRECISIONS["float32"]
+
+    def exact(source: transformers.PreTrainedModel) -> dict:
+        with monkeypatch.context() as patch:
+            for module in (llama, rope):
+                patch.setattr(module, "torch", _Double())
+            double = loaded(folder, torch.float64)
+            double.load_state_dict({name: value.double() for name, value in source.state_dict().items()})
+            return theirs(double, model.config, ids)
+
+    plain = loaded(folder, torch.float32)
+    want = exact(plain)
+    uncertainty = dict.fromkeys(want, 0.0)
+    generator = torch.Generator().manual_seed(2)
+    for size in (0.0, 2 * precision.u, 2 * precision.u):
+        moved = loaded(folder, torch.float32)
+        for param in moved.parameters():
+            param.data *= 1 + size * (2.0 * torch.randint(2, param.shape, generator=generator) - 1)
+        here, rounded = exact(moved), theirs(moved, model.config, ids)
+        for name in want:
+            error, change = np.abs(rounded[name] - here[name]).max(), np.abs(here[name] - want[name]).max()
+            uncertainty[name] = max(uncertainty[name], error + change)
+
+    inputs = [value.abs().max().item() for value in model.state_dict().values()]
+    scale = max(*inputs, *(np.abs(value).max() for value in want.values()))
+    for got in (ours(model, ids), reference(model, ids)):
+        for name, value in want.items():
+            bound = tolerances.rounding(
+                value, uncertainty[name], scale, precision, is_gradient=name.startswith("gradient")
+            )
+            assert np.abs(got[name] - value).max() <= bound, name
+
+
+def test_what_is_written_is_what_was_read(folder, tmp_path):
+    """Tensor by tensor, name by name; and transformers computes the same with it."""
+    to_hf(from_hf(folder), tmp_path / "back")
+    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "back/model.safetensors")
+    assert set(before) == set(after)
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, rtol=0, atol=0)
+    one, two = loaded(folder, torch.float32), loaded(tmp_path / "back", torch.float32)
+    assert type(one) is type(two)
+    ids = some_ids(from_hf(folder).config)
+    torch.testing.assert_close(two(ids).logits, one(ids).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", ["gpt2", "llama, grouped queries, tied"])
+def test_a_sharded_model_is_the_model(case, tmp_path):
+    whole, parts = (written(tmp_path / name, CASES[case], **options) for name, options in SHARDING.items())
+    assert len(list(parts.glob("*.safetensors"))) > 3
+    want = from_hf(whole).state_dict()
+    for name, value in from_hf(parts).state_dict().items():
+        torch.testing.assert_close(value, want[name], rtol=0, atol=0)
+
+
+SHARDING = {"whole": {}, "parts": {"max_shard_size": "2KB"}}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_are_read_exactly(dtype, tmp_path):
+    folder = written(tmp_path / "hf", CASES["llama"])
+    path = folder / "model.safetensors"
+    rounded = {name: value.to(dtype) for name, value in load_file(path).items()}
+    save_file(rounded, path, metadata={"format": "pt"})
+    assert {value.dtype for value in from_hf(folder).state_dict().values()} == {torch.float32}
+    to_hf(from_hf(folder, torch.float64), tmp_path / "back")
+    for name, value in load_file(tmp_path / "back/model.safetensors").items():
+        torch.testing.assert_close(value, rounded[name].double(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", ["gpt2", "llama, grouped queries, tied"])
+def test_ten_steps_here_are_ten_steps_there(case, tmp_path, in_double):
+    """One checkpoint, AdamW with decay on matrices alone: trained there, here and in NumPy."""
+    folder = written(tmp_path / "hf", CASES[case])
+    training = TrainConfig(
+        steps=10, batch_size=4, learning_rate=1e-2, schedule="constant", warmup_steps=0, clip=0.0
+    )
+    model = from_hf(folder, torch.float64)
+    batches = some_ids(model.config, (10, 4, 8))
+
+    other = loaded(folder, torch.float64)
+    decayed = [param for param in other.parameters() if param.ndim > 1]
+    others = [param for param in other.parameters() if param.ndim < 2]
+    settings = {
+        "lr": training.learning_rate,
+        "betas": (training.beta1, training.beta2),
+        "eps": training.epsilon,
+    }
+    groups = [
+        {"params": decayed, "weight_decay": training.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, **settings)
+    state = start(model, training)
+    params = {name: value.clone().numpy() for name, value in model.state_dict().items()}
+    moments = zero_moments(params)
+    for step, batch in enumerate(batches):
+        loss = F.cross_entropy(other(batch).logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        inputs, targets = batch[None], next_ids(batch)[None]
+        metrics = train_step(state, inputs, targets, torch.tensor(step), training)
+        params, moments, reference_metrics = ref_train_step(
+            params, moments, inputs.numpy(), targets.numpy(), step, model.config, training
+        )
+        assert metrics.loss.item() == pytest.approx(loss.item(), rel=1e-9)
+        assert reference_metrics.loss == pytest.approx(loss.item(), rel=1e-9)
+
+    to_hf(model, tmp_path / "trained")
+    start_of = bare(load_file(folder / "model.safetensors"))
+    trained = bare(load_file(tmp_path / "trained/model.safetensors"))
+    want = bare(dict(other.named_parameters()))
+    for name, value in trained.items():
+        assert (value - start_of[name]).abs().max() > 1e-3
+        torch.testing.assert_close(value, want[name].detach(), rtol=0, atol=1e-8)
+    for name, value in from_hf_tensors(trained, model.config).items():
+        np.testing.assert_allclose(params[name], value.numpy(), rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bias": False, "activation": "relu", "dropout": 0.1},
+        {"tied_embeddings": False, "d_ff": 20},
+        {"positions": "rope", "norm": "rmsnorm", "activation": "swiglu", "bias": False, "n_kv_head": 2},
+        {"positions": "rope", "norm": "rmsnorm", "activation": "swiglu", "rope_scale": 4.0},
+    ],
+)
+def test_a_model_from_here_is_the_same_there(options, tmp_path):
+    """Also without biases, which GPT-2 always has: there they are 0."""
+    model = initialised(ModelConfig(**{"vocab_size": 19, "context_length": 8, "d_model": 16} | options), 0)
+    to_hf(model, tmp_path / "hf")
+    ids = some_ids(model.config)
+    there = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    assert there.dtype == torch.float32
+    torch.testing.assert_close(there(ids).logits, model(ids), rtol=1e-5, atol=1e-6)
+
+
+TEXT = "The quick brown fox — so they say — jumps over 1234 lazy dogs\n\n  don't café\t北京 "
+
+
+def tokenizers() -> list[Tokenizer]:
+    return [
+        ByteTokenizer(),
+        CharacterTokenizer.train([TEXT]),
+        WordTokenizer.train([TEXT], 12),
+        BPETokenizer(train([TEXT * 3], 280)),
+        BPETokenizer(train([TEXT * 3], 280, ["<|endoftext|>"])),
+    ]
+
+
+@pytest.mark.parametrize("tokenizer", tokenizers(), ids=lambda tokenizer: type(tokenizer).__name__)
+def test_the_tokenizer_goes_along(tokenizer, tmp_path):
+    """AutoTokenizer gives the same ids, and what it saves is read here."""
+    model = initialised(ModelConfig(vocab_size=tokenizer.vocab_size, context_length=8, n_layer=1), 0)
+    to_hf(model, tmp_path / "hf", tokenizer)
+    there = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert there(TEXT).input_ids == tokenizer.encode(TEXT).tolist()
+    assert len(there) == tokenizer.vocab_size and there.model_max_length == 8
+    end = getattr(tokenizer, "special_tokens", {}).get("<|endoftext|>")
+    assert there.eos_token_id == end
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").config.eos_token_id == end
+    there.save_pretrained(tmp_path / "saved")
+    again = load_tokenizer(tmp_path / "saved/tokenizer.json")
+    assert again.encode(TEXT).tolist() == tokenizer.encode(TEXT).tolist()
+
+
+def change(folder: Path, **settings) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | settings), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("case", "settings", "message"),
+    [
+        ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights is false, but must be true"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is true"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention is true"),
+        (
+            "gpt2",
+            {"activation_function": "mish"},
+            "activation_function is 'mish', but must be one of gelu_new",
+        ),
+        ("gpt2", {"model_type": "bloom"}, "model_type is 'bloom', but must be one of gpt2, llama"),
+        ("gpt2", {"quantization_config": {"bits": 4}}, "quantization_config: quantised weights are not read"),
+        ("gpt2", {"n_head": 5}, "d_model 12 does not divide into n_head 5 heads"),
+        ("gpt2", {"n_embd": "wide"}, "d_model is 'wide', but must be a int"),
+        ("gpt2", {"n_layer": 10**9}, "has 1000000000 layers, but there are 28 tensors"),
+        ("gpt2", {"n_layer": 1}, "tensor h.1.attn.c_attn.bias and 11 more: unknown"),
+        ("gpt2", {"n_layer": 3}, "tensor h.2.attn.c_attn.bias and 11 more: missing"),
+        ("gpt2", {"n_positions": 9}, r"wpe.weight is F32 \[8, 12\], but must be \[9, 12\]"),
+        ("gpt2", {"tie_word_embeddings": False}, "tensor lm_head.weight: missing"),
+        (
+            "llama",
+            {"attention_bias": True},
+            "attention_bias is True and mlp_bias False, but a model here has both",
+        ),
+        ("llama", {"hidden_act": "gelu"}, 'hidden_act is "gelu", but must be "silu"'),
+        ("llama", {"head_dim": 8}, "head_dim is 8, but must be 6"),
+        ("llama", {"num_key_value_heads": 3}, "n_head 4 does not divide into n_kv_head 3 groups"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "yarn"}},
+            "rope_type is 'yarn', but must be default or linear",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"partial_rotary_factor": 0.5}},
+            "partial_rotary_factor is 0.5, but must",
+        ),
+        ("llama", {"rope_parameters": None, "rope_scaling": {"type": "dynamic"}}, "rope_type is 'dynamic'"),
+        ("llama", {"rope_parameters": 3}, "rope_parameters is 3, but must be an object"),
+    ],
+)
+def test_what_is_not_here_is_named(case, settings, message, tmp_path):
+    folder = written(tmp_path / "hf", CASES[case])
+    change(folder, **settings)
+    with pytest.raises(InputError, match=message) as error:
+        from_hf(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_rope_settings_as_they_were_before_transformers_5(tmp_path):
+    folder = written(tmp_path / "hf", CASES["llama"])
+    for name in ("type", "rope_type"):
+        change(folder, rope_parameters=None, rope_theta=500, rope_scaling={name: "linear", "factor": 2})
+        assert (from_hf(folder).config.rope_base, from_hf(folder).config.rope_scale) == (500, 2)
+
+
+def test_names_of_older_files(tmp_path):
+    """Without the model's prefix, with masks beside the weights, or with a tied head written out."""
+    folder = written(tmp_path / "hf", CASES["gpt2"])
+    path = folder / "model.safetensors"
+    tensors, want = bare(load_file(path)), from_hf(folder).state_dict()
+    tensors |= {"h.0.attn.bias": torch.ones(1, 1, 8, 8), "h.1.attn.masked_bias": torch.tensor(-1e4)}
+    save_file(tensors | {"lm_head.weight": tensors["wte.weight"].clone()}, path)
+    for name, value in from_hf(folder).state_dict().items():
+        torch.testing.assert_close(value, want[name], rtol=0, atol=0)
+    save_file(tensors | {"lm_head.weight": tensors["wte.weight"] + 1}, path)
+    with pytest.raises(
+        InputError, match=r"tie_word_embeddings is true, but lm_head\.weight is not the token"
+    ):
+        from_hf(folder)
+    save_file(tensors | {"transformer.wte.weight": tensors["wte.weight"].clone()}, path)
+    with pytest.raises(InputError, match=r"wte\.weight is there twice"):
+        from_hf(folder)
+    save_file(tensors | {"h.0.attn.rotary": torch.ones(2)}, path)
+    with pytest.raises(InputError, match=r"tensor h\.0.attn.rotary: unknown"):
+        from_hf(folder)
+    save_file(tensors | {"wpe.weight": torch.ones(8, 12, dtype=torch.int64)}, path)
+    with pytest.raises(InputError, match=r"wpe\.weight is I64"):
+        from_hf(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../model.safetensors", "/etc/x.safetensors", "a\\b.safetensors", "C:x.safetensors", "x.bin", 3, ".."],
+)
+def test_an_index_cannot_lead_out_of_its_folder(name, tmp_path):
+    folder = written(tmp_path / "hf", CASES["gpt2"], max_shard_size="2KB")
+    path = folder / "model.safetensors.index.json"
+    listed = json.loads(path.read_bytes())
+    listed["weight_map"]["transformer.wte.weight"] = name
+    path.write_text(json.dumps(listed), encoding="utf-8")
+    with pytest.raises(
+        InputError, match=r"transformer\.wte\.weight lies in .* no \.safetensors file of this folder"
+    ):
+        from_hf(folder)
+
+
+def test_an_index_that_does_not_fit(tmp_path):
+    folder = written(tmp_path / "hf", CASES["gpt2"], max_shard_size="2KB")
+    path = folder / "model.safetensors.index.json"
+    listed = json.loads(path.read_bytes())
+    moved = listed["weight_map"].pop("transformer.wte.weight")
+    path.write_text(json.dumps(listed), encoding="utf-8")
+    with pytest.raises(InputError, match=f"does not fit {moved}: tensor transformer.wte.weight"):
+        from_hf(folder)
+    (folder / moved).unlink()
+    with pytest.raises(InputError, match=f"is incomplete: no {moved}"):
+        from_hf(folder)
+    for content in (b"{", b"[]", b"{}", b'{"weight_map": 1}', b"[" * 100000):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=r"index\.json is damaged"):
+            from_hf(folder)
+    path.unlink()
+    with pytest.raises(
+        InputError, match=r"incomplete: no model\.safetensors and no model\.safetensors\.index"
+    ):
+        from_hf(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(InputError, match="could execute: save them as safetensors"):
+        from_hf(folder)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"3", b"[" * 100000, None])
+def test_a_config_that_is_none(content, tmp_path):
+    folder = written(tmp_path / "hf", CASES["gpt2"])
+    (folder / "config.json").unlink()
+    if content is not None:
+        (folder / "config.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"config\.json"):
+        from_hf(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"positions": "sinusoidal"}, "positions are sinusoidal, but"),
+        ({"norm": "rmsnorm"}, "norm is rmsnorm, but Hugging Face's gpt2 layout"),
+        ({"norm_placement": "post"}, "norm_placement is post, but"),
+        ({"activation": "swiglu"}, "activation is swiglu, but"),
+        ({"architecture": "encoder"}, "architecture is encoder, but"),
+        ({"n_kv_head": 2}, "n_kv_head is 2, but"),
+        ({"attention_pattern": "local", "window": 3}, "attention_pattern is local, but"),
+        ({"qk_norm": True}, "qk_norm is True, but"),
+        ({"positions": "rope"}, "norm is layernorm, but Hugging Face's llama layout"),
+        (
+            {"positions": "rope", "norm": "rmsnorm", "activation": "swiglu", "rope_layout": "interleaved"},
+            "rope_layout is interleaved, but",
+        ),
+    ],
+)
+def test_a_model_that_no_layout_can_express_is_not_written(options, message, tmp_path):
+    model = Transformer(ModelConfig(vocab_size=19, context_length=8, d_model=16, **options))
+    with pytest.raises(InputError, match=message):
+        to_hf(model, tmp_path / "hf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_overwritten_and_nothing_half_written(tmp_path, monkeypatch):
+    model = initialised(ModelConfig(context_length=8, d_model=16), 0)
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("there", "link"):
+        with pytest.raises(InputError, match=f"{name} exists, and is not overwritten"):
+            to_hf(model, tmp_path / name)
+    with pytest.raises(InputError, match="the tokenizer has 12 tokens, but the model 256"):
+        to_hf(model, tmp_path / "hf", WordTokenizer.train([TEXT], 12))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ByteTokenizer, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        to_hf(model, tmp_path / "hf", ByteTokenizer())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "there"]
+    monkeypatch.undo()
+    (tmp_path / "hf.old").mkdir()  # what looks like another writer's leftovers may be the user's
+    to_hf(model, str(tmp_path / "hf"), ByteTokenizer())
+    shutil.rmtree(tmp_path / "hf")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf.old", "link", "there"]
