@@ -73,19 +73,19 @@ def test_a_run_begins_where_another_ended(small_run, begin, place):
 
 def test_such_a_run_is_resumed_without_what_it_began_from(begin, cli):
     folder = model_folder("hf", ByteTokenizer())
-    assert begin("--init-from", "hf", "--out", "whole").code == 0
-    assert begin("--init-from", "hf", "--out", "run", "--steps", "8").code == 0
+    flags = ("--init-from", "hf", "--schedule", "constant")
+    assert begin(*flags, "--out", "whole").code == 0
+    assert begin(*flags, "--out", "run", "--steps", "8").code == 0
     shutil.rmtree(folder)
     assert cli("--resume", "run", "--steps", "12").code == 0
-    whole, run = content(Path("whole")), content(Path("run"))
-    assert run["last/model.safetensors"] != b""
-    assert set(run) == set(whole)
-    assert cli("--resume", "run", "--init-from", "hf").error.endswith("leave out --init-from")
+    assert content(Path("run")) == content(Path("whole"))
+    error = cli("--resume", "run", "--init-from", "hf").error
+    assert "--resume goes on in run; leave out --init-from" in error
 
 
 def test_a_shorter_context_uses_the_first_positions(begin):
     model_folder("hf", ByteTokenizer())
-    assert begin("--init-from", "hf", "--out", "run", "--context-length", "5", "--steps", "1").code == 0
+    assert begin("--init-from", "hf", "--out", "run", "--context-length", "5").code == 0
     assert weights("run/last")["position_embedding.weight"].shape == (5, 16)
     error = begin("--init-from", "hf", "--out", "long", "--context-length", "9").error
     assert re.search(r"--context-length 9: the model in .*hf has 8; leave the flag out", error)
