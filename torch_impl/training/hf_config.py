@@ -7,7 +7,7 @@ is the model again, so an option that a layout has no word for cannot get lost, 
 import json
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ref_numpy.config import ConfigError, ModelConfig
 from torch_impl.training.files import InputError
@@ -61,6 +61,19 @@ def model_config(described: Any) -> ModelConfig:
     return _READERS[kind](described)
 
 
+T = TypeVar("T", bool, int, float)
+
+
+def _value(described: dict[str, Any], name: str, default: T) -> T:
+    """A setting of the default's type; files leave out what is as usual."""
+    found, kind = described.get(name, default), type(default)
+    if kind is float and type(found) is int:
+        found = float(found)
+    if type(found) is not kind:
+        raise ConfigError(f"{name} is {json.dumps(found)}, but must be of type {kind.__name__}")
+    return found
+
+
 def _refuse(described: dict[str, Any], wanted: dict[str, Any]) -> None:
     for name, value in wanted.items():
         found = described.get(name, value)
@@ -70,13 +83,6 @@ def _refuse(described: dict[str, Any], wanted: dict[str, Any]) -> None:
             )
 
 
-def _activation(described: dict[str, Any], name: str, default: str) -> str:
-    found = described.get(name, default)
-    if not isinstance(found, str) or found not in _ACTIVATIONS:
-        raise ConfigError(f"{name} is {found!r}, but must be one of {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[found]
-
-
 def _from_gpt2(described: dict[str, Any]) -> ModelConfig:
     wanted = {
         "scale_attn_weights": True,
@@ -84,16 +90,20 @@ def _from_gpt2(described: dict[str, Any]) -> ModelConfig:
         "add_cross_attention": False,
     }
     _refuse(described, wanted)
+    activation = described.get("activation_function", "gelu_new")
+    if not isinstance(activation, str) or activation not in _ACTIVATIONS:
+        names = ", ".join(_ACTIVATIONS)
+        raise ConfigError(f"activation_function is {json.dumps(activation)}, but must be one of {names}")
     return ModelConfig(
-        vocab_size=described.get("vocab_size", 50257),
-        context_length=described.get("n_positions", 1024),
-        n_layer=described.get("n_layer", 12),
-        n_head=described.get("n_head", 12),
-        d_model=described.get("n_embd", 768),
-        d_ff=described.get("n_inner") or 0,
-        norm_epsilon=described.get("layer_norm_epsilon", 1e-5),
-        activation=_activation(described, "activation_function", "gelu_new"),
-        tied_embeddings=described.get("tie_word_embeddings", True),
+        vocab_size=_value(described, "vocab_size", 50257),
+        context_length=_value(described, "n_positions", 1024),
+        n_layer=_value(described, "n_layer", 12),
+        n_head=_value(described, "n_head", 12),
+        d_model=_value(described, "n_embd", 768),
+        d_ff=0 if described.get("n_inner") is None else _value(described, "n_inner", 0),
+        norm_epsilon=_value(described, "layer_norm_epsilon", 1e-5),
+        activation=_ACTIVATIONS[activation],
+        tied_embeddings=_value(described, "tie_word_embeddings", True),
     )
 
 
@@ -116,48 +126,48 @@ def _to_gpt2(config: ModelConfig) -> dict[str, Any]:
 
 
 def _from_llama(described: dict[str, Any]) -> ModelConfig:
-    width, heads = described.get("hidden_size", 4096), described.get("num_attention_heads", 32)
+    width, heads = _value(described, "hidden_size", 4096), _value(described, "num_attention_heads", 32)
     _refuse(described, {"hidden_act": "silu"})
-    if type(width) is int and type(heads) is int and heads > 0 and described.get("head_dim"):
+    if heads > 0 and described.get("head_dim") is not None:
         _refuse(described, {"head_dim": width // heads})
-    biases = [described.get(name, False) for name in ("attention_bias", "mlp_bias")]
-    if biases[0] != biases[1]:
+    bias, ffn_bias = (_value(described, name, False) for name in ("attention_bias", "mlp_bias"))
+    if bias != ffn_bias:
         raise ConfigError(
-            f"attention_bias is {biases[0]} and mlp_bias {biases[1]}, but a model here has both or neither"
+            f"attention_bias is {bias} and mlp_bias {ffn_bias}, but a model here has both or neither"
         )
-    base, scale = _rope(described)
+    kv_heads = described.get("num_key_value_heads")
+    rope_base, rope_scale = _rope(described)
     return ModelConfig(
-        vocab_size=described.get("vocab_size", 32000),
-        context_length=described.get("max_position_embeddings", 2048),
-        n_layer=described.get("num_hidden_layers", 32),
+        vocab_size=_value(described, "vocab_size", 32000),
+        context_length=_value(described, "max_position_embeddings", 2048),
+        n_layer=_value(described, "num_hidden_layers", 32),
         n_head=heads,
-        n_kv_head=described.get("num_key_value_heads") or heads,
+        n_kv_head=heads if kv_heads is None else _value(described, "num_key_value_heads", 32),
         d_model=width,
-        d_ff=described.get("intermediate_size", 11008),
+        d_ff=_value(described, "intermediate_size", 11008),
         norm="rmsnorm",
-        norm_epsilon=described.get("rms_norm_eps", 1e-6),
+        norm_epsilon=_value(described, "rms_norm_eps", 1e-6),
         activation="swiglu",
         positions="rope",
         rope_layout="half",
-        rope_base=base,
-        rope_scale=scale,
-        bias=biases[0],
-        tied_embeddings=described.get("tie_word_embeddings", False),
+        rope_base=rope_base,
+        rope_scale=rope_scale,
+        bias=bias,
+        tied_embeddings=_value(described, "tie_word_embeddings", False),
     )
 
 
 def _rope(described: dict[str, Any]) -> tuple[float, float]:
-    """Base and linear scale, from rope_parameters or, as before transformers 5, rope_scaling beside
-    rope_theta."""
+    """Base and linear scale: in rope_parameters, or, before transformers 5, in rope_theta and rope_scaling."""
     given = described.get("rope_parameters") or described.get("rope_scaling") or {}
     if not isinstance(given, dict):
-        raise ConfigError(f"rope_parameters is {given!r}, but must be an object")
+        raise ConfigError(f"rope_parameters is {json.dumps(given)}, but must be an object")
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in ("default", "linear"):
-        raise ConfigError(f"rope_type is {kind!r}, but must be default or linear")
-    _refuse({**described, **given}, {"partial_rotary_factor": 1.0})
-    base = given.get("rope_theta", described.get("rope_theta", 10000.0))
-    return base, given.get("factor", 1.0) if kind == "linear" else 1.0
+        raise ConfigError(f"rope_type is {json.dumps(kind)}, but must be default or linear")
+    given = described | given
+    _refuse(given, {"partial_rotary_factor": 1.0})
+    return _value(given, "rope_theta", 10000.0), _value(given, "factor", 1.0) if kind == "linear" else 1.0
 
 
 def _to_llama(config: ModelConfig) -> dict[str, Any]:
