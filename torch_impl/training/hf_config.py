@@ -158,7 +158,7 @@ def _from_llama(described: dict[str, Any]) -> ModelConfig:
 
 
 def _rope(described: dict[str, Any]) -> tuple[float, float]:
-    """Base and linear scale: in rope_parameters, or, before transformers 5, in rope_theta and rope_scaling."""
+    """Base and linear scale: in rope_parameters; before transformers 5, in rope_theta and rope_scaling."""
     given = described.get("rope_parameters") or described.get("rope_scaling") or {}
     if not isinstance(given, dict):
         raise ConfigError(f"rope_parameters is {json.dumps(given)}, but must be an object")
