@@ -1,4 +1,4 @@
-"""Folders in Hugging Face's layout: what is not here, does not fit or is hostile is named, and nothing lost."""
+"""Folders in Hugging Face's layout: what is not here, does not fit or is hostile is named."""
 
 import json
 import shutil
