@@ -103,6 +103,7 @@ def folder(request, tmp_path):
 def in_double(monkeypatch):
     for module in (llama, rope):
         monkeypatch.setattr(module, "torch", _Double())
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 
 def loaded(folder: Path, dtype: torch.dtype) -> transformers.PreTrainedModel:
