@@ -58,7 +58,8 @@ class GenerateFlags:
     """The command line of this module."""
 
     model: str = ""
-    """Run folder (its best/ is taken, else last/), or a checkpoint in one."""
+    """Run folder (its best/ is taken, else last/), a checkpoint in one, or a folder in Hugging Face's
+    layout."""
     prompt: str = ""
     """Text to go on from; without it, the model begins a paragraph."""
     max_new_tokens: int = 500
@@ -80,7 +81,8 @@ class Request(NamedTuple):
 
 def parse(arguments: list[str]) -> Request:
     """Raises InputError on a mistake; exits after --help."""
-    from torch_impl.training.files import InputError, whole_folder
+    from torch_impl.training.config import find_checkpoint
+    from torch_impl.training.files import InputError
     from torch_impl.training.flags import parse_flags
 
     flags = parse_flags(
@@ -96,13 +98,7 @@ def parse(arguments: list[str]) -> Request:
         raise InputError(f"--seed is {flags.seed}, but must lie in [0, 2**64)")
     if not flags.model:
         raise InputError("--model is missing; name a run folder, such as one under runs/")
-    folder = Path(flags.model)
-    if not folder.is_dir():
-        raise InputError(f"--model {folder} is no folder; name a run folder")
-    for checkpoint in (folder / "best", folder / "last"):
-        if whole_folder(checkpoint).is_dir():
-            return Request(flags, sampling, checkpoint)
-    return Request(flags, sampling, folder.absolute())
+    return Request(flags, sampling, find_checkpoint(Path(flags.model)))
 
 
 def write(request: Request) -> None:

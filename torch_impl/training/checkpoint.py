@@ -9,18 +9,12 @@
 Everything read is checked against the config before it is used: a checkpoint may come from a stranger.
 """
 
-import errno
 import json
-import os
-import re
-import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ref_numpy.config import ConfigError, ModelConfig
@@ -28,6 +22,9 @@ from ref_numpy.parameters import parameter_shapes
 from torch_impl.train import TrainState
 from torch_impl.training.config import FORMAT_VERSION, RunConfig, parse_json, read_config
 from torch_impl.training.files import InputError, replaced_folder, whole_folder
+from torch_impl.training.hf_config import is_hf
+from torch_impl.training.hf_tensors import read_hf_tensors
+from torch_impl.training.tensor_files import opened_tensors, write_tensors
 from torch_impl.training.tokenizer import Tokenizer, load_tokenizer
 from torch_impl.transformer import Transformer
 
@@ -69,16 +66,17 @@ def save_checkpoint(
     training = {"format_version": FORMAT_VERSION, **asdict(progress)}
     with replaced_folder(folder) as new:
         (new / "config.json").write_bytes(config.to_json())
-        _write_tensors(new / "model.safetensors", state.model.state_dict())
-        _write_tensors(new / "optimizer.safetensors", moments)
-        for path in new.glob("*.safetensors"):
-            shutil.copymode(new / "config.json", path)  # its library lets nobody else read what it writes
+        write_tensors(new / "model.safetensors", state.model.state_dict())
+        write_tensors(new / "optimizer.safetensors", moments)
         (new / "training.json").write_bytes(json.dumps(training, indent=2).encode("utf-8"))
         tokenizer.save(new / "tokenizer.json")
 
 
 def load_model(folder: Path, compute_dtype: torch.dtype, device: torch.device) -> LoadedModel:
-    """The model of a checkpoint. Raises InputError naming the file that is missing, damaged or another's."""
+    """The model of a checkpoint, or of a folder in Hugging Face's layout with a tokenizer.json.
+
+    Raises InputError naming the file that is missing, damaged or another's.
+    """
     config = read_config(folder)
     folder = whole_folder(folder)
     tokenizer = load_tokenizer(folder / "tokenizer.json")
@@ -87,10 +85,21 @@ def load_model(folder: Path, compute_dtype: torch.dtype, device: torch.device) -
             f"{folder / 'tokenizer.json'} has {tokenizer.vocab_size} tokens, but the model of config.json "
             f"{config.model.vocab_size}: they do not belong together"
         )
-    tensors = _read_tensors(folder / "model.safetensors", config.model, ("",))
+    params = load_parameters(folder, config.model)  # before anything is built on the word of the config
     model = Transformer(config.model, compute_dtype)
-    model.load_state_dict(tensors)
+    model.load_state_dict(params)
     return LoadedModel(config, tokenizer, model.to(device))
+
+
+def load_parameters(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """The parameters of a checkpoint, or of a folder in Hugging Face's layout, whose config is `config`.
+
+    Raises InputError where they do not fit it, or are missing or damaged.
+    """
+    folder = whole_folder(folder)
+    if is_hf(folder):
+        return read_hf_tensors(folder, config, torch.float32)
+    return _read_tensors(folder / "model.safetensors", config, ("",))
 
 
 def load_progress(folder: Path) -> Progress:
@@ -138,15 +147,6 @@ def load_moments(folder: Path, state: TrainState) -> None:
     )
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:  # an OSError in disguise
-        code = re.search(r"os error (\d+)", str(error))
-        number = int(code[1]) if code else errno.EIO
-        raise OSError(number, os.strerror(number), str(path)) from error
-
-
 def _read_tensors(
     path: Path, config: ModelConfig, suffixes: tuple[str, ...], may_be_empty: bool = False
 ) -> dict[str, Tensor]:
@@ -155,28 +155,23 @@ def _read_tensors(
     Suffixes are those of the optimizer's moments, or "" alone for the parameters themselves. The header is
     checked first: nothing is allocated on the word of a file or of a config that does not fit it.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = set(file.keys())
-            if may_be_empty and not found:
-                return {}
-            # A config that claims a billion layers is not worth a list of their names.
-            expected = _expected(config, suffixes) if config.n_layer <= len(found) else None
-            if expected is None or found != set(expected):
-                odd = sorted(found ^ set(expected or {}))[0]
-                raise InputError(f"{path} does not fit config.json: {odd!r} is missing or too many")
-            for name, shape in expected.items():
-                header = file.get_slice(name)
-                if tuple(header.get_shape()) != shape or header.get_dtype() != "F32":
-                    raise InputError(
-                        f"{path} does not fit config.json: {name} is {header.get_dtype()} "
-                        f"{header.get_shape()}, but must be F32 {list(shape)}"
-                    )
-            return {name: file.get_tensor(name) for name in expected}
-    except FileNotFoundError as error:
-        raise InputError(f"{path.parent} is incomplete: no {path.name}") from error
-    except SafetensorError as error:
-        raise InputError(f"{path} is damaged: {error}") from error
+    with opened_tensors(path) as file:
+        found = set(file.keys())
+        if may_be_empty and not found:
+            return {}
+        # A config that claims a billion layers is not worth a list of their names.
+        expected = _expected(config, suffixes) if config.n_layer <= len(found) else None
+        if expected is None or found != set(expected):
+            odd = sorted(found ^ set(expected or {}))[0]
+            raise InputError(f"{path} does not fit config.json: {odd!r} is missing or too many")
+        for name, shape in expected.items():
+            header = file.get_slice(name)
+            if tuple(header.get_shape()) != shape or header.get_dtype() != "F32":
+                raise InputError(
+                    f"{path} does not fit config.json: {name} is {header.get_dtype()} "
+                    f"{header.get_shape()}, but must be F32 {list(shape)}"
+                )
+        return {name: file.get_tensor(name) for name in expected}
 
 
 def _expected(config: ModelConfig, suffixes: tuple[str, ...]) -> Shapes:

@@ -11,7 +11,14 @@ from typing import NamedTuple
 import tyro
 
 from ref_numpy.config import ModelConfig, TrainConfig
-from torch_impl.training.config import TOKENIZERS, RunConfig, RunSettings, TokenizerSettings, read_config
+from torch_impl.training.config import (
+    TOKENIZERS,
+    RunConfig,
+    RunSettings,
+    TokenizerSettings,
+    find_checkpoint,
+    read_config,
+)
 from torch_impl.training.files import InputError
 from torch_impl.training.flags import dashed, parse_flags
 from torch_impl.training.presets import PRESETS
@@ -19,6 +26,10 @@ from torch_impl.training.presets import PRESETS
 # What --resume may change. The rest decides which run it is. Other steps mean another schedule from there on;
 # micro_batches, precision, device and compile change the rounding and nothing else.
 CHANGEABLE = {"steps", "micro_batches", *(field.name for field in fields(RunSettings))}
+
+# What --init-from leaves open of the model. Also its context_length, as far as the positions reach.
+FREE_WITH_WEIGHTS = {"dropout", "rope_scale"}
+LEARNED = ("bpe", "words", "characters")
 
 
 # The flags are checked together, once they are all known, and not one dataclass at a time.
@@ -51,6 +62,9 @@ class FolderFlags:
     resume: str = ""
     """Go on with the run in this folder. Its settings hold; only steps, micro-batches and the flags under
     "run options" can be changed. No PRESET beside it."""
+    init_from: str = ""
+    """Begin with the weights, the model and the tokenizer in this folder: a run folder, a checkpoint in one,
+    or a folder in Hugging Face's layout. The preset and the flags say how it is trained."""
     cache: str = "cache"
     """Folder that keeps the encoded text, and the tokenizer learned from it, for later runs; deleting it
     costs only time."""
@@ -71,6 +85,7 @@ class Request(NamedTuple):
     config: RunConfig
     out: Path | None  # of a new run, where the user names it
     resume: Path | None  # the run to go on with
+    init_from: Path | None  # where the first weights of a new run come from, if not from its seed
     cache: Path  # where encoded text is kept
 
 
@@ -87,6 +102,12 @@ def parse(arguments: list[str]) -> Request:
     if preset is None:
         start = PRESETS[_preset_for(flags.run.device)]
         flags = _parse_flags(rest, start, preset)
+    init_from = None
+    if flags.folder.init_from:
+        init_from = find_checkpoint(Path(flags.folder.init_from))
+        start = _initial(start, init_from)
+        flags = _parse_flags(rest, start, preset)
+        _refuse_another_model(flags, start, init_from)
     out = Path(flags.folder.out) if flags.folder.out else None
     if out is not None and (out.exists() or out.is_symlink()):
         raise InputError(f"{out} exists, and a run is never overwritten; name another --out, or --resume it")
@@ -97,7 +118,7 @@ def parse(arguments: list[str]) -> Request:
             f"--tokenizer {flags.tokenizer.tokenizer}: no such file; use {', '.join(TOKENIZERS)}, or the "
             "path of a tokenizer.json"
         )
-    return Request(config, out, None, Path(flags.folder.cache))
+    return Request(config, out, None, init_from, Path(flags.folder.cache))
 
 
 def _resume(arguments: list[str], preset: str | None, folder: Path) -> Request:
@@ -107,8 +128,9 @@ def _resume(arguments: list[str], preset: str | None, folder: Path) -> Request:
         raise InputError(f"{folder} is no run folder")
     start = read_config(folder / "last")
     flags = _parse_flags(arguments, start, preset)
-    if flags.folder.out:
-        raise InputError(f"--resume goes on in {folder}; leave out --out")
+    for name in ("out", "init_from"):
+        if getattr(flags.folder, name):
+            raise InputError(f"--resume goes on in {folder}; leave out --{dashed(name)}")
     config = RunConfig(
         start.preset,
         ModelConfig(**asdict(flags.model)),
@@ -125,7 +147,36 @@ def _resume(arguments: list[str], preset: str | None, folder: Path) -> Request:
                     f"--{dashed(field.name)} {now}: the run in {folder} has {before}; leave the flag out, "
                     "or start a new run"
                 )
-    return Request(config, None, folder, Path(flags.folder.cache))
+    return Request(config, None, folder, None, Path(flags.folder.cache))
+
+
+def _initial(preset: RunConfig, folder: Path) -> RunConfig:
+    """The preset's training of the model in a folder, whose tokenizer comes with it."""
+    found, path = read_config(folder), folder / "tokenizer.json"
+    model = replace(found.model, dropout=preset.model.dropout)
+    if not path.is_file():
+        return replace(preset, model=model)
+    special_tokens = found.tokenizer.special_tokens
+    return replace(preset, model=model, tokenizer=TokenizerSettings(str(path.absolute()), 0, special_tokens))
+
+
+def _refuse_another_model(flags: Flags, start: RunConfig, folder: Path) -> None:
+    """Raises InputError for flags that the weights in the folder do not fit."""
+    for field in fields(ModelConfig):
+        before, now = getattr(start.model, field.name), getattr(flags.model, field.name)
+        cut = field.name == "context_length" and (now < before or start.model.positions != "learned")
+        if before != now and field.name not in FREE_WITH_WEIGHTS and not cut:
+            raise InputError(
+                f"--{dashed(field.name)} {now}: the model in {folder} has {before}; leave the flag out, or "
+                "train a new model without --init-from"
+            )
+    before, now = start.tokenizer.tokenizer, flags.tokenizer.tokenizer
+    if (folder / "tokenizer.json").is_file() and before != now:
+        raise InputError(f"--tokenizer {now}: the model in {folder} comes with its own; leave the flag out")
+    if now in LEARNED:
+        raise InputError(
+            f"{folder} has no tokenizer.json; name the one that its model was trained with by --tokenizer"
+        )
 
 
 def _configure(flags: Flags, preset: RunConfig) -> RunConfig:

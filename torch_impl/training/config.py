@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from ref_numpy.config import ConfigError, ModelConfig, TrainConfig
 from torch_impl.training.files import InputError, whole_folder
+from torch_impl.training.hf_config import is_hf, read_hf_config
 
 FORMAT_VERSION = 1  # of the files in a checkpoint
 
@@ -110,14 +111,35 @@ class RunConfig:
 
 
 def read_config(checkpoint: Path) -> RunConfig:
-    """The config of a checkpoint folder. Raises InputError where it is missing, damaged or foreign."""
-    path = whole_folder(checkpoint) / "config.json"
+    """The config of a checkpoint folder, or of one in Hugging Face's layout, whose training is unknown.
+
+    Raises InputError where it is missing, damaged or foreign.
+    """
+    folder = whole_folder(checkpoint)
+    path = folder / "config.json"
+    if is_hf(folder):
+        return RunConfig("huggingface", read_hf_config(folder), TrainConfig(), RunSettings())
     try:
         return RunConfig.from_json(path.read_bytes())
     except FileNotFoundError as error:
         raise InputError(f"{checkpoint} holds no finished checkpoint (no {path.name})") from error
     except ConfigError as error:
         raise InputError(f"{path}: {error}") from error
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """What a folder that a user names stands for: its best/, else its last/, else the folder itself.
+
+    Raises InputError where there is no folder.
+    """
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder} is no folder; name a run folder, a checkpoint in one, or a model's folder"
+        )
+    for checkpoint in (folder / "best", folder / "last"):
+        if whole_folder(checkpoint).is_dir():
+            return checkpoint
+    return folder.absolute()
 
 
 def parse_json(content: bytes) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Files and folders that are whole or absent: written beside, flushed to disk, renamed into place."""
 
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,6 +68,28 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         raise
     flush_to_disk(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which gets its name when the block ends well, and else is removed.
+
+    Raises InputError where the name is taken, and OSError where the folder cannot be made.
+    """
+    if folder.exists() or folder.is_symlink():
+        raise InputError(f"{folder} exists, and is not overwritten; name another folder")
+    new = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.new")
+    try:
+        new.mkdir(parents=True)
+        yield new
+        for path in new.iterdir():
+            flush_to_disk(path)
+        flush_to_disk(new)
+        new.rename(folder)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    flush_to_disk(folder.parent)
 
 
 def settle_folder(folder: Path) -> None:

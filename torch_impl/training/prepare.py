@@ -8,9 +8,15 @@ from typing import NamedTuple
 from torch import Tensor
 
 from torch_impl.train import StepMetrics, TrainState, start
-from torch_impl.training.checkpoint import Progress, load_model, load_moments, load_progress
+from torch_impl.training.checkpoint import (
+    Progress,
+    load_model,
+    load_moments,
+    load_parameters,
+    load_progress,
+)
 from torch_impl.training.command_line import Request
-from torch_impl.training.config import RunConfig
+from torch_impl.training.config import RunConfig, read_config
 from torch_impl.training.corpus import Corpus, encode_corpus, load_corpus, make_tokenizer
 from torch_impl.training.device import Place, choose_place, tokens_on
 from torch_impl.training.files import InputError, settle_folder
@@ -61,6 +67,11 @@ def prepare(request: Request) -> Run:
     corpus = load_corpus(config.run.train_file, config.run.valid_file)
     if saved is None:
         tokenizer = make_tokenizer(config.tokenizer, corpus, request.cache)
+        if request.init_from and tokenizer.vocab_size != config.model.vocab_size:
+            raise InputError(
+                f"{config.tokenizer.tokenizer} has {tokenizer.vocab_size} tokens, but the model in "
+                f"{request.init_from} {config.model.vocab_size}: they do not belong together"
+            )
         config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
         refuse_what_cannot_fit(config)
     else:
@@ -69,7 +80,7 @@ def prepare(request: Request) -> Run:
     train_ids, valid_ids = encode_corpus(corpus, tokenizer, config, request.cache)
 
     if saved is None:
-        model = initialised(config.model, config.training.seed, place.dtype, place.device)
+        model = _first_model(request.init_from, config, place)
         progress = Progress(corpus.sha256())
         state = start(model, config.training, place.compile)
         folder = _create_folder(request.out, config)
@@ -96,8 +107,23 @@ def prepare(request: Request) -> Run:
         metrics=metrics,
         events=TensorBoardEvents(folder / "tensorboard", progress.step),
     )
+    if request.init_from:
+        print(f"weights from {request.init_from}")
     _tell(run, place, corpus.valid.size(), unknown, resumed=saved is not None)
     return run
+
+
+def _first_model(init_from: Path | None, config: RunConfig, place: Place) -> Transformer:
+    """The model before its first step: with the weights of its seed, or of another folder."""
+    if init_from is None:
+        return initialised(config.model, config.training.seed, place.dtype, place.device)
+    params = load_parameters(init_from, read_config(init_from).model)
+    if config.model.positions == "learned":  # a shorter context needs only the first of them
+        name = "position_embedding.weight"
+        params[name] = params[name][: config.model.context_length]
+    model = Transformer(config.model, place.dtype)
+    model.load_state_dict(params)
+    return model.to(place.device)
 
 
 def _load(folder: Path, place: Place) -> _Saved:
