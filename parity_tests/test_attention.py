@@ -20,6 +20,11 @@ LARGE = (*SOFT, "huge")
 REGIMES_OF_QKV = ((LARGE, SOFT, SOFT), (SOFT, LARGE, SOFT), (SOFT, SOFT, REGIMES))
 
 
+def has_small_scores(arguments) -> bool:
+    """Rounding is judged where scores are small: of a weight, a float32 log-sum-exp of L loses 2^-24 L."""
+    return np.abs(arguments["q"]).max() * np.abs(arguments["k"]).max() < 30
+
+
 @st.composite
 def attention_cases(draw):
     B, H, T, S, D = draw(sizes(5))
@@ -35,13 +40,14 @@ def attention_cases(draw):
         "k": draw(arrays((B, H, S, D), k_regimes)),
         "v": draw(arrays((B, H, S, D), v_regimes)),
         "mask": mask,
-        "slopes": draw(st.none() | st.just(tuple(2.0 / 3**h for h in range(H)))),
     }
 
 
-@given(arguments=attention_cases(), seed=seeds)
-def test_parity(agree, arguments, seed):
-    agree("attention", seed, **arguments)
+@given(arguments=attention_cases(), sloped=st.booleans(), seed=seeds)
+def test_parity(agree, arguments, sloped, seed):
+    n_head = arguments["q"].shape[1]
+    slopes = tuple(2.0 / 3**h for h in range(n_head)) if sloped else None
+    agree("attention", seed, has_small_scores(arguments), **arguments, slopes=slopes)
 
 
 def test_a_query_that_sees_nothing_gets_zero_and_passes_nothing_back(target):
@@ -62,17 +68,17 @@ def test_a_query_that_sees_nothing_gets_zero_and_passes_nothing_back(target):
 @given(arguments=attention_cases(), data=st.data())
 def test_what_a_mask_hides_has_no_influence(arguments, data):
     """Forbidden keys and values may be anything."""
-    q, k, v, mask, slopes = arguments.values()
+    q, k, v, mask = arguments.values()
     hidden = ~np.broadcast_to(mask, (*q.shape[:-1], k.shape[-2])).any(axis=-2)[..., None]  # from every query
-    y, _ = attention_forward(q, k, v, mask, slopes)
-    other, _ = attention_forward(q, np.where(hidden, 77.0, k), np.where(hidden, -55.0, v), mask, slopes)
+    y, _ = attention_forward(q, k, v, mask)
+    other, _ = attention_forward(q, np.where(hidden, 77.0, k), np.where(hidden, -55.0, v), mask)
     np.testing.assert_array_equal(y, other)
 
 
 @given(arguments=attention_cases(), seed=seeds)
 def test_keys_have_no_order(arguments, seed):
     """Keys, values and mask permuted together: the same y, up to the order of the sum."""
-    q, k, v, mask, _ = arguments.values()
+    q, k, v, mask = arguments.values()
     order = np.random.default_rng(seed).permutation(k.shape[-2])
     y, _ = attention_forward(q, k, v, mask)
     permuted, _ = attention_forward(q, k[:, :, order], v[:, :, order], mask[..., order])
