@@ -80,7 +80,7 @@ class Request(NamedTuple):
 
 def parse(arguments: list[str]) -> Request:
     """Raises InputError on a mistake; exits after --help."""
-    from torch_impl.training.files import InputError, whole_folder
+    from torch_impl.training.files import InputError, find_checkpoint
     from torch_impl.training.flags import parse_flags
 
     flags = parse_flags(
@@ -96,13 +96,7 @@ def parse(arguments: list[str]) -> Request:
         raise InputError(f"--seed is {flags.seed}, but must lie in [0, 2**64)")
     if not flags.model:
         raise InputError("--model is missing; name a run folder, such as one under runs/")
-    folder = Path(flags.model)
-    if not folder.is_dir():
-        raise InputError(f"--model {folder} is no folder; name a run folder")
-    for checkpoint in (folder / "best", folder / "last"):
-        if whole_folder(checkpoint).is_dir():
-            return Request(flags, sampling, checkpoint)
-    return Request(flags, sampling, folder.absolute())
+    return Request(flags, sampling, find_checkpoint(Path(flags.model)))
 
 
 def write(request: Request) -> None:

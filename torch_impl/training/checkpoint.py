@@ -6,6 +6,9 @@
     tokenizer.json          in the format of Hugging Face's tokenizers
     training.json           Progress
 
+A quantised model is kept without optimizer.safetensors and training.json, for it is not trained any more. Its
+config.json says how it is quantised, and model.safetensors holds torch_impl.quantise.quantised_shapes.
+
 Everything read is checked against the config before it is used: a checkpoint may come from a stranger.
 """
 
@@ -14,6 +17,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,13 +29,13 @@ from torch import Tensor
 
 from ref_numpy.config import ConfigError, ModelConfig
 from ref_numpy.transformer import parameter_shapes
+from torch_impl.quantise import Header, load_quantised, quantised_shapes
 from torch_impl.train import TrainState
 from torch_impl.training.config import FORMAT_VERSION, RunConfig, parse_json, read_config
 from torch_impl.training.files import InputError, replaced_folder, whole_folder
 from torch_impl.training.tokenizer import Tokenizer, load_tokenizer
 from torch_impl.transformer import Transformer
 
-Shapes = dict[str, tuple[int, ...]]
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 _LOSS_SCALE = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 
@@ -68,13 +72,21 @@ def save_checkpoint(
     }
     training = {"format_version": FORMAT_VERSION, **asdict(progress)}
     with replaced_folder(folder) as new:
-        (new / "config.json").write_bytes(config.to_json())
-        _write_tensors(new / "model.safetensors", state.model.state_dict())
+        _write_model(new, config, tokenizer, state.model)
         _write_tensors(new / "optimizer.safetensors", moments)
-        for path in new.glob("*.safetensors"):
-            shutil.copymode(new / "config.json", path)  # its library lets nobody else read what it writes
         (new / "training.json").write_bytes(json.dumps(training, indent=2).encode("utf-8"))
-        tokenizer.save(new / "tokenizer.json")
+
+
+def save_model(folder: Path, config: RunConfig, tokenizer: Tokenizer, model: Transformer) -> None:
+    """Write a model that is not trained any more, in one piece. Raises OSError where it cannot."""
+    with replaced_folder(folder) as new:
+        _write_model(new, config, tokenizer, model)
+
+
+def _write_model(folder: Path, config: RunConfig, tokenizer: Tokenizer, model: Transformer) -> None:
+    (folder / "config.json").write_bytes(config.to_json())
+    _write_tensors(folder / "model.safetensors", model.state_dict())
+    tokenizer.save(folder / "tokenizer.json")
 
 
 def load_model(folder: Path, compute_dtype: torch.dtype, device: torch.device) -> LoadedModel:
@@ -87,9 +99,19 @@ def load_model(folder: Path, compute_dtype: torch.dtype, device: torch.device) -
             f"{folder / 'tokenizer.json'} has {tokenizer.vocab_size} tokens, but the model of config.json "
             f"{config.model.vocab_size}: they do not belong together"
         )
-    tensors = _read_tensors(folder / "model.safetensors", config.model, ("",))
-    model = Transformer(config.model, compute_dtype)
-    model.load_state_dict(tensors)
+    path = folder / "model.safetensors"
+    if config.quantisation is None:
+        tensors = _read_tensors(path, config.model, _parameters)
+        model = Transformer(config.model, compute_dtype)
+        model.load_state_dict(tensors)
+    else:
+        how = asdict(config.quantisation)
+        tensors = _read_tensors(path, config.model, lambda model: quantised_shapes(model, **how))
+        for name, tensor in tensors.items():
+            if name.endswith(".scales") and not (tensor.isfinite() & (tensor > 0)).all():
+                raise InputError(f"{path} is damaged: a number of {name} is no positive finite number")
+        model = Transformer(config.model, compute_dtype)
+        load_quantised(model, tensors, **how)
     return LoadedModel(config, tokenizer, model.to(device))
 
 
@@ -124,7 +146,7 @@ def _check_progress(values: dict[str, Any]) -> None:
 def load_moments(folder: Path, state: TrainState) -> None:
     """Put the optimizer's moments back. Raises InputError where they are not those of the model."""
     path = whole_folder(folder) / "optimizer.safetensors"
-    tensors = _read_tensors(path, state.model.config, _MOMENTS, may_be_empty=True)
+    tensors = _read_tensors(path, state.model.config, _moments, may_be_empty=True)
     names = {parameter: name for name, parameter in state.model.named_parameters()}
     ordered = [names[parameter] for group in state.optimizer.param_groups for parameter in group["params"]]
     state.optimizer.load_state_dict(
@@ -145,15 +167,15 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         code = re.search(r"os error (\d+)", str(error))
         number = int(code[1]) if code else errno.EIO
         raise OSError(number, os.strerror(number), str(path)) from error
+    shutil.copymode(path.with_name("config.json"), path)  # the library lets nobody else read what it writes
 
 
 def _read_tensors(
-    path: Path, config: ModelConfig, suffixes: tuple[str, ...], may_be_empty: bool = False
+    path: Path, config: ModelConfig, header: Callable[[ModelConfig], Header], may_be_empty: bool = False
 ) -> dict[str, Tensor]:
-    """The tensors of a file that has just those of the model, by name, shape and dtype.
+    """The tensors of a file that has just those of the model's `header`, by name, shape and dtype.
 
-    Suffixes are those of the optimizer's moments, or "" alone for the parameters themselves. The header is
-    checked first: nothing is allocated on the word of a file or of a config that does not fit it.
+    This is checked first: nothing is allocated on the word of a file or of a config that does not fit it.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -161,16 +183,16 @@ def _read_tensors(
             if may_be_empty and not found:
                 return {}
             # A config that claims a billion layers is not worth a list of their names.
-            expected = _expected(config, suffixes) if config.n_layer <= len(found) else None
+            expected = header(config) if config.n_layer <= len(found) else None
             if expected is None or found != set(expected):
                 odd = sorted(found ^ set(expected or {}))[0]
                 raise InputError(f"{path} does not fit config.json: {odd!r} is missing or too many")
-            for name, shape in expected.items():
-                header = file.get_slice(name)
-                if tuple(header.get_shape()) != shape or header.get_dtype() != "F32":
+            for name, (dtype, shape) in expected.items():
+                stored = file.get_slice(name)
+                if tuple(stored.get_shape()) != shape or stored.get_dtype() != dtype:
                     raise InputError(
-                        f"{path} does not fit config.json: {name} is {header.get_dtype()} "
-                        f"{header.get_shape()}, but must be F32 {list(shape)}"
+                        f"{path} does not fit config.json: {name} is {stored.get_dtype()} "
+                        f"{stored.get_shape()}, but must be {dtype} {list(shape)}"
                     )
             return {name: file.get_tensor(name) for name in expected}
     except FileNotFoundError as error:
@@ -179,12 +201,13 @@ def _read_tensors(
         raise InputError(f"{path} is damaged: {error}") from error
 
 
-def _expected(config: ModelConfig, suffixes: tuple[str, ...]) -> Shapes:
-    shapes = parameter_shapes(config)
-    if suffixes == ("",):
-        return shapes
+def _parameters(config: ModelConfig) -> Header:
+    return {name: ("F32", shape) for name, shape in parameter_shapes(config).items()}
+
+
+def _moments(config: ModelConfig) -> Header:
     return {
-        f"{name}.{suffix}": () if suffix == "step" else shape
-        for name, shape in shapes.items()
-        for suffix in suffixes
+        f"{name}.{moment}": ("F32", () if moment == "step" else shape)
+        for name, shape in parameter_shapes(config).items()
+        for moment in _MOMENTS
     }

@@ -106,6 +106,8 @@ def _resume(arguments: list[str], preset: str | None, folder: Path) -> Request:
     if not folder.is_dir():
         raise InputError(f"{folder} is no run folder")
     start = read_config(folder / "last")
+    if start.quantisation is not None:
+        raise InputError(f"{folder} is quantised, and only generates; resume the run that it was made from")
     flags = _parse_flags(arguments, start, preset)
     if flags.folder.out:
         raise InputError(f"--resume goes on in {folder}; leave out --out")

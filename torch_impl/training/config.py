@@ -83,6 +83,22 @@ class TokenizerSettings:
 
 
 @dataclass(frozen=True)
+class QuantisationSettings:
+    """How a model is quantised (see torch_impl.quantise). Raises ConfigError on a value out of range."""
+
+    bits: Literal[8, 4] = 8
+    """Bits per weight of the linear layers; the token embedding and the head have 8 either way."""
+    group_size: int = 64
+    """Inputs of a linear layer that share a scale; 0 means all of them, a scale per output channel."""
+
+    def __post_init__(self) -> None:
+        if self.group_size < 0:
+            raise ConfigError(
+                f"group_size is {self.group_size}, but must be 0 (one scale per output channel) or more"
+            )
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A run, as a preset names it and as config.json keeps it."""
 
@@ -91,6 +107,7 @@ class RunConfig:
     training: TrainConfig
     run: RunSettings
     tokenizer: TokenizerSettings = TokenizerSettings()
+    quantisation: QuantisationSettings | None = None  # a model that is not trained any more
 
     def to_json(self) -> bytes:
         """config.json: the parts by name, under a format version."""
@@ -106,6 +123,9 @@ class RunConfig:
             training=_part(config, "training", TrainConfig),
             run=_part(config, "run", RunSettings),
             tokenizer=_part(config, "tokenizer", TokenizerSettings),
+            quantisation=None
+            if config.get("quantisation") is None
+            else _part(config, "quantisation", QuantisationSettings),
         )
 
 

@@ -126,7 +126,7 @@ def encode_corpus(
         (corpus.train, corpus.train_sha256, "training text", config.run.train_file),
         (corpus.valid, corpus.valid_sha256, "held-out text", config.run.valid_file),
     ):
-        ids = _encoded(text, digest, tokenizer, config.tokenizer.special_tokens, cache)
+        ids = encoded(text, digest, tokenizer, config.tokenizer.special_tokens, cache)
         if ids.size <= length:
             held_out = "" if file or name == "training text" else " (the last tenth of the training text)"
             raise InputError(
@@ -137,9 +137,10 @@ def encode_corpus(
     return ids_of_both
 
 
-def _encoded(
+def encoded(
     text: Text, text_sha256: str, tokenizer: Tokenizer, special_tokens: tuple[str, ...], cache: Path
 ) -> UInt[Array, "_"]:
+    """Token ids of a text, from the cache if they were made before; in memory only where they are read."""
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
 
     def encode() -> Iterator[bytes]:

@@ -85,6 +85,19 @@ def whole_folder(folder: Path) -> Path:
     return old if old.exists() and not folder.exists() else folder
 
 
+def find_checkpoint(folder: Path) -> Path:
+    """The checkpoint to use of a run: its best/, else its last/; or the folder itself. It may not be one.
+
+    Raises InputError where there is no folder.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder; name a run folder")
+    for checkpoint in (folder / "best", folder / "last"):
+        if whole_folder(checkpoint).is_dir():
+            return checkpoint
+    return folder.absolute()
+
+
 def refuse_links(folder: Path) -> None:
     """Raises InputError if a folder holds a symbolic link, which would lead a write out of it."""
     for path in folder.rglob("*"):
