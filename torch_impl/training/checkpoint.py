@@ -19,6 +19,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -146,9 +147,9 @@ def _check_progress(values: dict[str, Any]) -> None:
 def load_moments(folder: Path, state: TrainState) -> None:
     """Put the optimizer's moments back. Raises InputError where they are not those of the model."""
     path = whole_folder(folder) / "optimizer.safetensors"
-    tensors = _read_tensors(path, state.model.config, _moments, may_be_empty=True)
     names = {parameter: name for name, parameter in state.model.named_parameters()}
     ordered = [names[parameter] for group in state.optimizer.param_groups for parameter in group["params"]]
+    tensors = _read_tensors(path, state.model.config, partial(_moments, ordered), may_be_empty=True)
     state.optimizer.load_state_dict(
         {
             "state": {
@@ -205,9 +206,10 @@ def _parameters(config: ModelConfig) -> Header:
     return {name: ("F32", shape) for name, shape in parameter_shapes(config).items()}
 
 
-def _moments(config: ModelConfig) -> Header:
+def _moments(trained: list[str], config: ModelConfig) -> Header:
+    shapes = parameter_shapes(config)
     return {
-        f"{name}.{moment}": ("F32", () if moment == "step" else shape)
-        for name, shape in parameter_shapes(config).items()
+        f"{name}.{moment}": ("F32", () if moment == "step" else shapes[name])
+        for name in trained
         for moment in _MOMENTS
     }

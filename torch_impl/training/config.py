@@ -63,7 +63,15 @@ class TokenizerSettings:
     """Names such as <|endoftext|> that are one token each wherever they stand in the text; for bpe, or in the
     tokenizer.json."""
 
+    lowercase: bool = False
+    """Words in lower case, as word vectors such as glove.6B have them; for words only."""
+
     def __post_init__(self) -> None:
+        if self.lowercase and self.tokenizer != "words":
+            raise ConfigError(
+                f"lowercase is for words, and the tokenizer is {self.tokenizer}; leave it out, or use "
+                "--tokenizer words"
+            )
         smallest = 256 + len(set(self.special_tokens)) if self.tokenizer == "bpe" else 2
         if self.vocab_size and self.tokenizer not in ("bpe", "words"):
             raise ConfigError(
@@ -80,6 +88,15 @@ class TokenizerSettings:
                 f"special_tokens are {', '.join(self.special_tokens)}, but {self.tokenizer} have none; use "
                 "--tokenizer bpe"
             )
+
+
+@dataclass(frozen=True)
+class StartSettings:
+    """What a new model begins with, beside random numbers."""
+
+    word_vectors: str = ""
+    """File of pretrained vectors in GloVe's text format, as wide as d_model; for the tokenizer words. Words
+    that it lacks are counted, and begin at random."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +124,7 @@ class RunConfig:
     training: TrainConfig
     run: RunSettings
     tokenizer: TokenizerSettings = TokenizerSettings()
+    start: StartSettings = StartSettings()
     quantisation: QuantisationSettings | None = None  # a model that is not trained any more
 
     def to_json(self) -> bytes:
@@ -123,6 +141,7 @@ class RunConfig:
             training=_part(config, "training", TrainConfig),
             run=_part(config, "run", RunSettings),
             tokenizer=_part(config, "tokenizer", TokenizerSettings),
+            start=_part(config, "start", StartSettings),
             quantisation=None
             if config.get("quantisation") is None
             else _part(config, "quantisation", QuantisationSettings),

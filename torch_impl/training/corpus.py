@@ -96,15 +96,16 @@ def make_tokenizer(settings: TokenizerSettings, corpus: Corpus, cache: Path) -> 
             return BPETokenizer(train_on_texts(texts, size, settings.special_tokens, workers=_cores()))
         with byte_bar([corpus.train], "counting") as bar:
             parts = read_parts([corpus.train], (), SPLITS["whitespace"], progress=bar.update)
-            return (
-                CharacterTokenizer.train(parts) if name == "characters" else WordTokenizer.train(parts, size)
-            )
+            if name == "characters":
+                return CharacterTokenizer.train(parts)
+            return WordTokenizer.train(parts, size, settings.lowercase)
 
     made_from = {
         "text": corpus.train_sha256,
         "name": name,
         "vocab_size": size,
         "special_tokens": settings.special_tokens,
+        "lowercase": settings.lowercase,
     }
     try:
         path, n = cached(cache, "tokenizer", made_from, lambda: [learn().to_json().encode("utf-8")])
