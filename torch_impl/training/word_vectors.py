@@ -44,10 +44,10 @@ def place_word_vectors(table: Float[Tensor, "V C"], read: WordVectors) -> None:
     """
     rows = torch.from_numpy(read.found).to(table.device)
     vectors = torch.from_numpy(read.vectors).double()[torch.from_numpy(read.found)]
-    size, wanted = vectors.square().mean().sqrt(), table[rows].double().square().mean().sqrt()
+    size, wanted = vectors.square().mean().sqrt(), table[rows].cpu().double().square().mean().sqrt()
     if size > 0:
-        vectors *= wanted.cpu() / size
-    table[rows] = vectors.to(table)
+        vectors *= wanted / size
+    table[rows] = vectors.to(table.dtype).to(table.device)
 
 
 def coverage(read: WordVectors, words: list[str], counts: Int[Array, "V"]) -> str:
