@@ -112,8 +112,9 @@ def test_the_loops_agree():
     smoothing=st.sampled_from([0.0, 0.1]),
     optimizer=st.sampled_from(["adam", "adamw"]),
     micro_batches=st.sampled_from([1, 2, 3, 6]),
+    freeze=st.booleans(),
 )
-def test_a_step_agrees_for_any_model(model_config, seed, smoothing, optimizer, micro_batches):
+def test_a_step_agrees_for_any_model(model_config, seed, smoothing, optimizer, micro_batches, freeze):
     """With an epsilon of 1 the step is as long as the gradient: with a small one, where the gradient is 0 (a
     bias of keys, which softmax ignores), Adam would take a whole step in the direction of its rounding."""
     config = replace(
@@ -123,6 +124,7 @@ def test_a_step_agrees_for_any_model(model_config, seed, smoothing, optimizer, m
         weight_decay=0.1 if optimizer == "adamw" else 0.0,
         epsilon=1.0,
         micro_batches=micro_batches,
+        freeze_embeddings=freeze,
         seed=seed,
     )
     params = model_params(model_config, seed)
@@ -136,6 +138,31 @@ def test_a_step_agrees_for_any_model(model_config, seed, smoothing, optimizer, m
     assert got.grad_norm.item() == pytest.approx(want.grad_norm, rel=1e-8)
     for name, value in values(state).items():
         np.testing.assert_allclose(value, after[name], rtol=1e-8, atol=1e-9)
+    if freeze:
+        np.testing.assert_array_equal(after["token_embedding.weight"], params["token_embedding.weight"])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_frozen_embeddings_stay_and_have_no_part_in_the_clipped_norm(tied):
+    """Several steps with weight decay and moments; the norm is that of the other gradients."""
+    model_config = replace(MODEL, tied_embeddings=tied, dropout=0.0)
+    config = replace(TRAINING, freeze_embeddings=True, steps=5, warmup_steps=0, clip=0.5)
+    params = init_params(model_config, 3, np.float64)
+    tokens = np.random.default_rng(6).integers(MODEL.vocab_size, size=300)
+    inputs, targets = sample_batch(tokens, MODEL.context_length, 0, config)
+    _, gradients = loss_and_gradients(params, inputs, targets, 0, model_config, config)
+    norm = sum((g * g).sum() for name, g in gradients.items() if name != "token_embedding.weight") ** 0.5
+    state = state_of(params, model_config, config)
+    fast_steps = fast.train_steps(state, torch.from_numpy(tokens), config)
+    plain_steps = train(params, tokens, model_config, config)
+    for step, ((after, want), got) in enumerate(zip(plain_steps, fast_steps, strict=True)):
+        assert got.loss.item() == pytest.approx(want.loss, rel=1e-9)
+        assert got.grad_norm.item() == pytest.approx(want.grad_norm, rel=1e-8)
+        if step == 0:
+            assert want.grad_norm == pytest.approx(norm)
+        for side in (after, values(state)):
+            np.testing.assert_array_equal(side["token_embedding.weight"], params["token_embedding.weight"])
+        assert (after["norm.weight"] != params["norm.weight"]).all()
 
 
 @settings(max_examples=10)

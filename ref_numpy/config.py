@@ -193,6 +193,8 @@ class TrainConfig:
     """Largest global norm of the gradient; 0 turns clipping off."""
     label_smoothing: float = 0.0
     """Share of the target probability that is spread over the whole vocabulary."""
+    freeze_embeddings: bool = False
+    """Leave the token embedding as it begins: all of its rows, and where it is tied the output projection."""
     seed: int = 0
     """Decides initial weights, order of the data and dropout; from 0 to 2**64 - 1."""
 

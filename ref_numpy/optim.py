@@ -84,11 +84,12 @@ def decays(param: Array) -> bool:
 def optimizer_step(
     params: Params, gradients: Params, moments: Moments, step: int, learning_rate: float, config: TrainConfig
 ) -> tuple[Params, Moments]:
-    """One step over all parameters with the config's optimizer; step counts from 0."""
-    new_params, new_m, new_v = {}, {}, {}
+    """One step with the config's optimizer; step counts from 0. What has no gradient stays as it is."""
+    new_params, new_m, new_v = dict(params), dict(moments.m), dict(moments.v)
     settings = (step + 1, learning_rate, config.beta1, config.beta2, config.epsilon)
-    for name, param in params.items():
-        state = (param, gradients[name], moments.m[name], moments.v[name])
+    for name, gradient in gradients.items():
+        param = params[name]
+        state = (param, gradient, moments.m[name], moments.v[name])
         if config.optimizer == "adamw":
             weight_decay = config.weight_decay if decays(param) else 0.0
             new = adamw(*state, *settings, weight_decay)

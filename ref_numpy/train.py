@@ -72,6 +72,8 @@ def train_step(
 ) -> tuple[Params, Moments, StepMetrics]:
     """One optimizer step on a batch: the new parameters and moments; step counts from 0."""
     loss, gradients = loss_and_gradients(params, inputs, targets, step, model_config, config)
+    if config.freeze_embeddings:  # no gradient: neither is it clipped along, nor does the optimizer act
+        del gradients["token_embedding.weight"]
     gradients, grad_norm = clip_by_global_norm(gradients, config.clip)
     learning_rate = learning_rate_at(step, config)
     params, moments = optimizer_step(params, gradients, moments, step, learning_rate, config)

@@ -37,7 +37,7 @@ def test_help_of_a_preset_names_every_flag_with_its_value_there(preset, capsys):
         parse([preset, "--help"])
     text = re.sub(r"[│|\s]+", " ", capsys.readouterr().out)
     config = PRESETS[preset]
-    for part in (config.tokenizer, config.model, config.training, config.run):
+    for part in (config.tokenizer, config.start, config.model, config.training, config.run):
         for field in fields(part):
             if part is config.model and field.name == "vocab_size":
                 continue  # the tokenizer's is the flag

@@ -81,8 +81,7 @@ class Request(NamedTuple):
 
 def parse(arguments: list[str]) -> Request:
     """Raises InputError on a mistake; exits after --help."""
-    from torch_impl.training.config import find_checkpoint
-    from torch_impl.training.files import InputError
+    from torch_impl.training.files import InputError, find_checkpoint
     from torch_impl.training.flags import parse_flags
 
     flags = parse_flags(

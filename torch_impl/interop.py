@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 
 from torch_impl.training.checkpoint import load_model
-from torch_impl.training.config import find_checkpoint
 from torch_impl.training.files import InputError, new_folder
 from torch_impl.training.flags import parse_flags
 from torch_impl.training.hf_config import hf_config, read_hf_config

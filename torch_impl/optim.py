@@ -13,11 +13,11 @@ from ref_numpy.config import TrainConfig
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """The config's optimizer over the model's parameters; weight decay on matrices and embeddings only.
+    """The config's optimizer over the parameters that require a gradient; decay on matrices and embeddings.
 
     The learning rate is a tensor, to be set before each step (set_learning_rate).
     """
-    params = list(model.parameters())
+    params = [param for param in model.parameters() if param.requires_grad]
     device = params[0].device
     precision = torch.float64 if device.type == "cpu" else torch.float32  # what the fused kernels take
     shared = {

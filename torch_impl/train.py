@@ -45,6 +45,7 @@ def start(model: Transformer, config: TrainConfig, compiled: bool = False) -> Tr
     device = model.token_embedding.weight.device
     if device.type == "cpu":
         keep_freed_memory()
+    model.token_embedding.weight.requires_grad_(not config.freeze_embeddings)
     scaler = torch.amp.GradScaler(device.type, enabled=model.compute_dtype == torch.float16)
     # Only CUDA gains from a step counter of its own; elsewhere (MPS) float64 may be missing.
     rates = learning_rates(config).to(device if device.type == "cuda" else "cpu")

@@ -6,11 +6,16 @@
     tokenizer.json          in the format of Hugging Face's tokenizers
     training.json           Progress
 
+A quantised model is kept without optimizer.safetensors and training.json, for it is not trained any more. Its
+config.json says how it is quantised, and model.safetensors holds torch_impl.quantise.quantised_shapes.
+
 Everything read is checked against the config before it is used: a checkpoint may come from a stranger.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +24,7 @@ from torch import Tensor
 
 from ref_numpy.config import ConfigError, ModelConfig
 from ref_numpy.parameters import parameter_shapes
+from torch_impl.quantise import Header, load_quantised, quantised_shapes
 from torch_impl.train import TrainState
 from torch_impl.training.config import FORMAT_VERSION, RunConfig, parse_json, read_config
 from torch_impl.training.files import InputError, replaced_folder, whole_folder
@@ -28,7 +34,6 @@ from torch_impl.training.tensor_files import opened_tensors, write_tensors
 from torch_impl.training.tokenizer import Tokenizer, load_tokenizer
 from torch_impl.transformer import Transformer
 
-Shapes = dict[str, tuple[int, ...]]
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 _LOSS_SCALE = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 
@@ -65,11 +70,21 @@ def save_checkpoint(
     }
     training = {"format_version": FORMAT_VERSION, **asdict(progress)}
     with replaced_folder(folder) as new:
-        (new / "config.json").write_bytes(config.to_json())
-        write_tensors(new / "model.safetensors", state.model.state_dict())
+        _write_model(new, config, tokenizer, state.model)
         write_tensors(new / "optimizer.safetensors", moments)
         (new / "training.json").write_bytes(json.dumps(training, indent=2).encode("utf-8"))
-        tokenizer.save(new / "tokenizer.json")
+
+
+def save_model(folder: Path, config: RunConfig, tokenizer: Tokenizer, model: Transformer) -> None:
+    """Write a model that is not trained any more, in one piece. Raises OSError where it cannot."""
+    with replaced_folder(folder) as new:
+        _write_model(new, config, tokenizer, model)
+
+
+def _write_model(folder: Path, config: RunConfig, tokenizer: Tokenizer, model: Transformer) -> None:
+    (folder / "config.json").write_bytes(config.to_json())
+    write_tensors(folder / "model.safetensors", model.state_dict())
+    tokenizer.save(folder / "tokenizer.json")
 
 
 def load_model(folder: Path, compute_dtype: torch.dtype, device: torch.device) -> LoadedModel:
@@ -85,9 +100,19 @@ def load_model(folder: Path, compute_dtype: torch.dtype, device: torch.device) -
             f"{folder / 'tokenizer.json'} has {tokenizer.vocab_size} tokens, but the model of config.json "
             f"{config.model.vocab_size}: they do not belong together"
         )
-    params = load_parameters(folder, config.model)  # before anything is built on the word of the config
-    model = Transformer(config.model, compute_dtype)
-    model.load_state_dict(params)
+    # Tensors first: nothing is built on the word of the config.
+    if config.quantisation is None:
+        params = load_parameters(folder, config.model)
+        model = Transformer(config.model, compute_dtype)
+        model.load_state_dict(params)
+    else:
+        path, how = folder / "model.safetensors", asdict(config.quantisation)
+        tensors = _read_tensors(path, config.model, lambda model: quantised_shapes(model, **how))
+        for name, tensor in tensors.items():
+            if name.endswith(".scales") and not (tensor.isfinite() & (tensor > 0)).all():
+                raise InputError(f"{path} is damaged: a number of {name} is no positive finite number")
+        model = Transformer(config.model, compute_dtype)
+        load_quantised(model, tensors, **how)
     return LoadedModel(config, tokenizer, model.to(device))
 
 
@@ -99,7 +124,7 @@ def load_parameters(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
     folder = whole_folder(folder)
     if is_hf(folder):
         return read_hf_tensors(folder, config, torch.float32)
-    return _read_tensors(folder / "model.safetensors", config, ("",))
+    return _read_tensors(folder / "model.safetensors", config, _parameters)
 
 
 def load_progress(folder: Path) -> Progress:
@@ -133,9 +158,9 @@ def _check_progress(values: dict[str, Any]) -> None:
 def load_moments(folder: Path, state: TrainState) -> None:
     """Put the optimizer's moments back. Raises InputError where they are not those of the model."""
     path = whole_folder(folder) / "optimizer.safetensors"
-    tensors = _read_tensors(path, state.model.config, _MOMENTS, may_be_empty=True)
     names = {parameter: name for name, parameter in state.model.named_parameters()}
     ordered = [names[parameter] for group in state.optimizer.param_groups for parameter in group["params"]]
+    tensors = _read_tensors(path, state.model.config, partial(_moments, ordered), may_be_empty=True)
     state.optimizer.load_state_dict(
         {
             "state": {
@@ -148,38 +173,39 @@ def load_moments(folder: Path, state: TrainState) -> None:
 
 
 def _read_tensors(
-    path: Path, config: ModelConfig, suffixes: tuple[str, ...], may_be_empty: bool = False
+    path: Path, config: ModelConfig, header: Callable[[ModelConfig], Header], may_be_empty: bool = False
 ) -> dict[str, Tensor]:
-    """The tensors of a file that has just those of the model, by name, shape and dtype.
+    """The tensors of a file that has just those of the model's `header`, by name, shape and dtype.
 
-    Suffixes are those of the optimizer's moments, or "" alone for the parameters themselves. The header is
-    checked first: nothing is allocated on the word of a file or of a config that does not fit it.
+    This is checked first: nothing is allocated on the word of a file or of a config that does not fit it.
     """
     with opened_tensors(path) as file:
         found = set(file.keys())
         if may_be_empty and not found:
             return {}
         # A config that claims a billion layers is not worth a list of their names.
-        expected = _expected(config, suffixes) if config.n_layer <= len(found) else None
+        expected = header(config) if config.n_layer <= len(found) else None
         if expected is None or found != set(expected):
             odd = sorted(found ^ set(expected or {}))[0]
             raise InputError(f"{path} does not fit config.json: {odd!r} is missing or too many")
-        for name, shape in expected.items():
-            header = file.get_slice(name)
-            if tuple(header.get_shape()) != shape or header.get_dtype() != "F32":
+        for name, (dtype, shape) in expected.items():
+            stored = file.get_slice(name)
+            if tuple(stored.get_shape()) != shape or stored.get_dtype() != dtype:
                 raise InputError(
-                    f"{path} does not fit config.json: {name} is {header.get_dtype()} "
-                    f"{header.get_shape()}, but must be F32 {list(shape)}"
+                    f"{path} does not fit config.json: {name} is {stored.get_dtype()} "
+                    f"{stored.get_shape()}, but must be {dtype} {list(shape)}"
                 )
         return {name: file.get_tensor(name) for name in expected}
 
 
-def _expected(config: ModelConfig, suffixes: tuple[str, ...]) -> Shapes:
+def _parameters(config: ModelConfig) -> Header:
+    return {name: ("F32", shape) for name, shape in parameter_shapes(config).items()}
+
+
+def _moments(trained: list[str], config: ModelConfig) -> Header:
     shapes = parameter_shapes(config)
-    if suffixes == ("",):
-        return shapes
     return {
-        f"{name}.{suffix}": () if suffix == "step" else shape
-        for name, shape in shapes.items()
-        for suffix in suffixes
+        f"{name}.{moment}": ("F32", () if moment == "step" else shapes[name])
+        for name in trained
+        for moment in _MOMENTS
     }

@@ -15,11 +15,11 @@ from torch_impl.training.config import (
     TOKENIZERS,
     RunConfig,
     RunSettings,
+    StartSettings,
     TokenizerSettings,
-    find_checkpoint,
     read_config,
 )
-from torch_impl.training.files import InputError
+from torch_impl.training.files import InputError, find_checkpoint
 from torch_impl.training.flags import dashed, parse_flags
 from torch_impl.training.presets import PRESETS
 
@@ -56,6 +56,10 @@ class TokenizerFlags(TokenizerSettings):
 
 
 @dataclass(frozen=True)
+class StartFlags(StartSettings): ...
+
+
+@dataclass(frozen=True)
 class FolderFlags:
     out: str = ""
     """Run folder, which must not exist yet; without it, runs/PRESET-DATE-TIME."""
@@ -75,6 +79,7 @@ class Flags:
     folder: FolderFlags
     run: RunFlags
     tokenizer: TokenizerFlags
+    start: StartFlags
     training: TrainFlags
     model: ModelFlags
 
@@ -118,6 +123,7 @@ def parse(arguments: list[str]) -> Request:
             f"--tokenizer {flags.tokenizer.tokenizer}: no such file; use {', '.join(TOKENIZERS)}, or the "
             "path of a tokenizer.json"
         )
+    _check_word_vectors(config)
     return Request(config, out, None, init_from, Path(flags.folder.cache))
 
 
@@ -127,6 +133,8 @@ def _resume(arguments: list[str], preset: str | None, folder: Path) -> Request:
     if not folder.is_dir():
         raise InputError(f"{folder} is no run folder")
     start = read_config(folder / "last")
+    if start.quantisation is not None:
+        raise InputError(f"{folder} is quantised, and only generates; resume the run that it was made from")
     flags = _parse_flags(arguments, start, preset)
     for name in ("out", "init_from"):
         if getattr(flags.folder, name):
@@ -137,8 +145,9 @@ def _resume(arguments: list[str], preset: str | None, folder: Path) -> Request:
         TrainConfig(**asdict(flags.training)),
         _settings(flags),
         _tokenizer(flags),
+        _start(flags),
     )
-    for part in ("model", "training", "tokenizer"):
+    for part in ("model", "training", "tokenizer", "start"):
         old, new = getattr(start, part), getattr(config, part)
         for field in fields(old):
             before, now = getattr(old, field.name), getattr(new, field.name)
@@ -200,6 +209,7 @@ def _configure(flags: Flags, preset: RunConfig) -> RunConfig:
         TrainConfig(**asdict(training)),
         _settings(flags),
         _tokenizer(flags),
+        _start(flags),
     )
 
 
@@ -217,6 +227,35 @@ def _tokenizer(flags: Flags) -> TokenizerSettings:
     return TokenizerSettings(**{**asdict(flags.tokenizer), "tokenizer": whole})
 
 
+def _start(flags: Flags) -> StartSettings:
+    """What the model begins with, with the whole path of a file."""
+    name = flags.start.word_vectors
+    return StartSettings(str(Path(name).absolute()) if name else "")
+
+
+def _check_word_vectors(config: RunConfig) -> None:
+    """Raises InputError where word vectors, tokenizer and width do not fit together."""
+    file, tokenizer, width = config.start.word_vectors, config.tokenizer.tokenizer, config.model.d_model
+    if not file:
+        if config.training.freeze_embeddings:
+            raise InputError(
+                "--freeze-embeddings would freeze random numbers; give it --word-vectors, or leave it out"
+            )
+        return
+    if tokenizer in TOKENIZERS and tokenizer != "words":
+        raise InputError(
+            f"--word-vectors are of words, but the tokenizer is {tokenizer}; use --tokenizer words"
+        )
+    from torch_impl.training.word_vectors import vector_width  # imports torch
+
+    has = vector_width(Path(file))
+    if has != width:
+        raise InputError(
+            f"--word-vectors {file} have {has} numbers each, but d_model is {width}; use --d-model {has}"
+            + (", and an --n-head that divides it" * (has % config.model.n_head > 0))
+        )
+
+
 def _preset_for(device: str) -> str:
     """The preset that fits a device; auto means the best one here."""
     if device == "auto":
@@ -232,6 +271,7 @@ def _parse_flags(arguments: list[str], start: RunConfig, preset: str | None) -> 
         FolderFlags(),
         RunFlags(**asdict(start.run)),
         TokenizerFlags(**asdict(start.tokenizer)),
+        StartFlags(**asdict(start.start)),
         TrainFlags(**asdict(start.training)),
         ModelFlags(**asdict(start.model)),
     )

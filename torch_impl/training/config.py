@@ -64,7 +64,15 @@ class TokenizerSettings:
     """Names such as <|endoftext|> that are one token each wherever they stand in the text; for bpe, or in the
     tokenizer.json."""
 
+    lowercase: bool = False
+    """Words in lower case, as word vectors such as glove.6B have them; for words only."""
+
     def __post_init__(self) -> None:
+        if self.lowercase and self.tokenizer != "words":
+            raise ConfigError(
+                f"lowercase is for words, and the tokenizer is {self.tokenizer}; leave it out, or use "
+                "--tokenizer words"
+            )
         smallest = 256 + len(set(self.special_tokens)) if self.tokenizer == "bpe" else 2
         if self.vocab_size and self.tokenizer not in ("bpe", "words"):
             raise ConfigError(
@@ -84,6 +92,31 @@ class TokenizerSettings:
 
 
 @dataclass(frozen=True)
+class StartSettings:
+    """What a new model begins with, beside random numbers."""
+
+    word_vectors: str = ""
+    """File of pretrained vectors in GloVe's text format, as wide as d_model; for the tokenizer words. Words
+    that it lacks are counted, and begin at random."""
+
+
+@dataclass(frozen=True)
+class QuantisationSettings:
+    """How a model is quantised (see torch_impl.quantise). Raises ConfigError on a value out of range."""
+
+    bits: Literal[8, 4] = 8
+    """Bits per weight of the linear layers; the token embedding and the head have 8 either way."""
+    group_size: int = 64
+    """Inputs of a linear layer that share a scale; 0 means all of them, a scale per output channel."""
+
+    def __post_init__(self) -> None:
+        if self.group_size < 0:
+            raise ConfigError(
+                f"group_size is {self.group_size}, but must be 0 (one scale per output channel) or more"
+            )
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A run, as a preset names it and as config.json keeps it."""
 
@@ -92,6 +125,8 @@ class RunConfig:
     training: TrainConfig
     run: RunSettings
     tokenizer: TokenizerSettings = TokenizerSettings()
+    start: StartSettings = StartSettings()
+    quantisation: QuantisationSettings | None = None  # a model that is not trained any more
 
     def to_json(self) -> bytes:
         """config.json: the parts by name, under a format version."""
@@ -107,6 +142,10 @@ class RunConfig:
             training=_part(config, "training", TrainConfig),
             run=_part(config, "run", RunSettings),
             tokenizer=_part(config, "tokenizer", TokenizerSettings),
+            start=_part(config, "start", StartSettings),
+            quantisation=None
+            if config.get("quantisation") is None
+            else _part(config, "quantisation", QuantisationSettings),
         )
 
 
@@ -125,21 +164,6 @@ def read_config(checkpoint: Path) -> RunConfig:
         raise InputError(f"{checkpoint} holds no finished checkpoint (no {path.name})") from error
     except ConfigError as error:
         raise InputError(f"{path}: {error}") from error
-
-
-def find_checkpoint(folder: Path) -> Path:
-    """What a folder that a user names stands for: its best/, else its last/, else the folder itself.
-
-    Raises InputError where there is no folder.
-    """
-    if not folder.is_dir():
-        raise InputError(
-            f"{folder} is no folder; name a run folder, a checkpoint in one, or a model's folder"
-        )
-    for checkpoint in (folder / "best", folder / "last"):
-        if whole_folder(checkpoint).is_dir():
-            return checkpoint
-    return folder.absolute()
 
 
 def parse_json(content: bytes) -> dict[str, Any]:

@@ -96,15 +96,16 @@ def make_tokenizer(settings: TokenizerSettings, corpus: Corpus, cache: Path) -> 
             return BPETokenizer(train_on_texts(texts, size, settings.special_tokens, workers=_cores()))
         with byte_bar([corpus.train], "counting") as bar:
             parts = read_parts([corpus.train], (), SPLITS["whitespace"], progress=bar.update)
-            return (
-                CharacterTokenizer.train(parts) if name == "characters" else WordTokenizer.train(parts, size)
-            )
+            if name == "characters":
+                return CharacterTokenizer.train(parts)
+            return WordTokenizer.train(parts, size, settings.lowercase)
 
     made_from = {
         "text": corpus.train_sha256,
         "name": name,
         "vocab_size": size,
         "special_tokens": settings.special_tokens,
+        "lowercase": settings.lowercase,
     }
     try:
         path, n = cached(cache, "tokenizer", made_from, lambda: [learn().to_json().encode("utf-8")])
@@ -126,7 +127,7 @@ def encode_corpus(
         (corpus.train, corpus.train_sha256, "training text", config.run.train_file),
         (corpus.valid, corpus.valid_sha256, "held-out text", config.run.valid_file),
     ):
-        ids = _encoded(text, digest, tokenizer, config.tokenizer.special_tokens, cache)
+        ids = encoded(text, digest, tokenizer, config.tokenizer.special_tokens, cache)
         if ids.size <= length:
             held_out = "" if file or name == "training text" else " (the last tenth of the training text)"
             raise InputError(
@@ -137,9 +138,10 @@ def encode_corpus(
     return ids_of_both
 
 
-def _encoded(
+def encoded(
     text: Text, text_sha256: str, tokenizer: Tokenizer, special_tokens: tuple[str, ...], cache: Path
 ) -> UInt[Array, "_"]:
+    """Token ids of a text, from the cache if they were made before; in memory only where they are read."""
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
 
     def encode() -> Iterator[bytes]:

@@ -108,6 +108,21 @@ def whole_folder(folder: Path) -> Path:
     return old if old.exists() and not folder.exists() else folder
 
 
+def find_checkpoint(folder: Path) -> Path:
+    """What a folder that a user names stands for: its best/, else its last/, else the folder itself.
+
+    Raises InputError where there is no folder.
+    """
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder} is no folder; name a run folder, a checkpoint in one, or a model's folder"
+        )
+    for checkpoint in (folder / "best", folder / "last"):
+        if whole_folder(checkpoint).is_dir():
+            return checkpoint
+    return folder.absolute()
+
+
 def refuse_links(folder: Path) -> None:
     """Raises InputError if a folder holds a symbolic link, which would lead a write out of it."""
     for path in folder.rglob("*"):

@@ -5,6 +5,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+from jaxtyping import UInt
+from numpy import ndarray as Array
 from torch import Tensor
 
 from torch_impl.train import StepMetrics, TrainState, start
@@ -23,7 +26,10 @@ from torch_impl.training.files import InputError, settle_folder
 from torch_impl.training.memory import refuse_what_cannot_fit
 from torch_impl.training.telemetry import MetricsLog, TensorBoardEvents
 from torch_impl.training.tokenizer import Tokenizer, WordLevel, WordTokenizer
+from torch_impl.training.word_vectors import coverage, place_word_vectors, read_word_vectors
 from torch_impl.transformer import Transformer, initialised
+
+_COUNTED_AT_ONCE = 1 << 24  # ids
 
 
 @dataclass
@@ -81,6 +87,8 @@ def prepare(request: Request) -> Run:
 
     if saved is None:
         model = _first_model(request.init_from, config, place)
+        if config.start.word_vectors:
+            _begin_with_word_vectors(model, config, tokenizer, train_ids)
         progress = Progress(corpus.sha256())
         state = start(model, config.training, place.compile)
         folder = _create_folder(request.out, config)
@@ -145,6 +153,31 @@ def _check_goes_on(request: Request, progress: Progress, corpus: Corpus) -> None
     steps = request.config.training.steps
     if progress.step > steps:
         raise InputError(f"--steps {steps}, but the run in {request.resume} has done {progress.step}")
+
+
+def _begin_with_word_vectors(
+    model: Transformer, config: RunConfig, tokenizer: Tokenizer, train_ids: UInt[Array, "N"]
+) -> None:
+    """Put the vectors of the config's file into the embedding, and say which words it lacks."""
+    file = Path(config.start.word_vectors)
+    if not isinstance(tokenizer, WordTokenizer):
+        raise InputError(f"--word-vectors are of words, but {config.tokenizer.tokenizer} holds other tokens")
+    read = read_word_vectors(file, {word: row for row, word in enumerate(tokenizer.tokens)})
+    if not read.found.any():
+        raise InputError(
+            f"{file} has none of the text's words; does it need --lowercase, or is it of another language?"
+        )
+    place_word_vectors(model.token_embedding.weight, read)
+    counts = sum(
+        np.bincount(train_ids[start : start + _COUNTED_AT_ONCE], minlength=tokenizer.vocab_size)
+        for start in range(0, train_ids.size, _COUNTED_AT_ONCE)
+    )
+    print(coverage(read, tokenizer.tokens, counts))
+    if config.training.freeze_embeddings:
+        tied = ", and with them the output projection; --no-tied-embeddings trains one" * (
+            config.model.tied_embeddings
+        )
+        print(f"the embeddings are frozen, also those that begin at random{tied}")
 
 
 def _put_back(checkpoint: Path, state: TrainState, progress: Progress) -> None:

@@ -87,7 +87,8 @@ _UNKNOWN = "<unk>"
 class WordLevel:
     """A list of known strings, and <unk>, id 0, for all others."""
 
-    split: dict  # how the file format says that text is cut
+    normalizer: dict | None = None  # how the file format says that text is changed before ...
+    split: dict  # ... it is cut
     decoder: dict | None
     joint: str  # what stands between tokens
     opening: str
@@ -128,7 +129,7 @@ class WordLevel:
             "truncation": None,
             "padding": None,
             "added_tokens": [],
-            "normalizer": None,
+            "normalizer": self.normalizer,
             "pre_tokenizer": self.split,
             "post_processor": None,
             "decoder": self.decoder,
@@ -162,21 +163,35 @@ class CharacterTokenizer(WordLevel):
 
 
 class WordTokenizer(WordLevel):
-    """Words and runs of punctuation, for pretrained word vectors; spaces are not kept."""
+    """Words, and each sign between them as a word of its own, for pretrained word vectors; perhaps in lower
+    case. Spaces are not kept."""
 
-    split = {"type": "Whitespace"}  # noqa: RUF012
+    split = {  # noqa: RUF012
+        "type": "Split",
+        "pattern": {"Regex": r"\w+|[^\w\s]"},
+        "behavior": "Removed",
+        "invert": True,
+    }
     decoder = None
     joint = " "
     opening = "."
 
+    def __init__(self, known: Iterable[str], lowercase: bool = False):
+        super().__init__(known)
+        if lowercase:
+            self.normalizer = {"type": "Lowercase"}
+
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> "WordTokenizer":
+    def train(cls, texts: Iterable[str], vocab_size: int, lowercase: bool = False) -> "WordTokenizer":
         """The most frequent words; among equals the one that comes first in the texts."""
-        counts = Counter(word for text in texts for word in cls._cut(cls, text))
-        return cls(word for word, _ in counts.most_common(vocab_size - 1))
+        cut = cls([], lowercase)._cut
+        counts = Counter(word for text in texts for word in cut(text))
+        return cls((word for word, _ in counts.most_common(vocab_size - 1)), lowercase)
 
     def _cut(self, text: str) -> list[str]:
-        return regex.findall(r"\w+|[^\w\s]+", text)
+        if self.normalizer is not None:  # each character for itself: no sigma knows that it is the last one
+            text = text.replace("Σ", "σ").lower()
+        return regex.findall(self.split["pattern"]["Regex"], text)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -197,9 +212,12 @@ def parse_tokenizer(content: bytes) -> Tokenizer:
         described = json.loads(content)
         model = described["model"]
         if model["type"] == "WordLevel":
-            for kind in (CharacterTokenizer, WordTokenizer):
-                if described["pre_tokenizer"] == kind.split:
-                    return kind(sorted(model["vocab"], key=model["vocab"].__getitem__))
+            tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
+            how = described["normalizer"], described["pre_tokenizer"]
+            if how == (None, CharacterTokenizer.split):
+                return CharacterTokenizer(tokens)
+            if how[0] in (None, {"type": "Lowercase"}) and how[1] == WordTokenizer.split:
+                return WordTokenizer(tokens, lowercase=how[0] is not None)
         vocabulary = from_json(content)
     except TokenizerError:
         raise

@@ -1,0 +1,159 @@
+"""The command line of quantisation: a trained run in, a smaller model out, and what that costs."""
+
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import tyro
+from torch import Tensor
+
+from torch_impl.generate import generate
+from torch_impl.quantise import quantise_model
+from torch_impl.train import evaluate
+from torch_impl.training.checkpoint import LoadedModel, load_model, save_model
+from torch_impl.training.config import ConfigError, QuantisationSettings, read_config
+from torch_impl.training.corpus import encoded, load_corpus
+from torch_impl.training.device import Place, choose_place, tokens_on
+from torch_impl.training.files import InputError, find_checkpoint
+from torch_impl.training.flags import parse_flags
+from torch_impl.training.telemetry import faces_of_loss
+from torch_impl.training.tokenizer import WordLevel, WordTokenizer
+from torch_impl.transformer import Transformer
+
+_WARM_UP = 5  # tokens
+
+
+@dataclass(frozen=True)
+class QuantiseFlags:
+    """The command line of this module."""
+
+    run_folder: tyro.conf.Positional[str] = ""
+    """Run folder (its best/ is taken, else last/), or a checkpoint in one."""
+    out: str = ""
+    """Folder to write the quantised model to, which must not exist yet."""
+    bits: Literal[8, 4] = QuantisationSettings.bits
+    """Bits per weight of the linear layers; the token embedding and the head have 8 either way."""
+    group_size: int = QuantisationSettings.group_size
+    """Inputs of a linear layer that share a scale; 0 means all of them, a scale per output channel."""
+    valid_file: str = ""
+    """UTF-8 text to measure bits per byte on; without it, the held-out text of the run."""
+    tokens: int = 200
+    """Tokens to write for measuring speed; 0 leaves that out."""
+    device: str = "auto"
+    """Where to measure: auto (CUDA, else MPS, else the CPU), cpu, cuda, cuda:1, mps."""
+    cache: str = "cache"
+    """Folder that keeps the encoded text for later; deleting it costs only time."""
+
+
+class HeldOut(NamedTuple):
+    ids: Tensor
+    tokens_per_byte: float | None  # None where tokens do not hold all of the text
+
+
+class Request(NamedTuple):
+    flags: QuantiseFlags
+    quantisation: QuantisationSettings
+    checkpoint: Path
+    out: Path
+
+
+def parse(arguments: list[str]) -> Request:
+    """Raises InputError on a mistake; exits after --help."""
+    flags = parse_flags(
+        QuantiseFlags(),
+        arguments,
+        "python -m torch_impl.quantise",
+        "Quantise the weights of a trained model, and measure what that does to it.",
+    )
+    try:
+        settings = QuantisationSettings(flags.bits, flags.group_size)
+    except ConfigError as error:
+        raise InputError(str(error)) from error
+    if flags.tokens < 0:
+        raise InputError(f"--tokens is {flags.tokens}, but must not be negative")
+    if not flags.run_folder:
+        raise InputError("no run folder is named; it is what training wrote, such as one under runs/")
+    if not flags.out:
+        raise InputError("--out is missing; name a folder for the quantised model")
+    out = Path(flags.out).absolute()
+    if out.exists() or out.is_symlink():
+        raise InputError(f"{out} exists, and is not overwritten; name another --out")
+    if not out.parent.is_dir():
+        raise InputError(f"{out.parent} is no folder; make it first, or name another --out")
+    return Request(flags, settings, find_checkpoint(Path(flags.run_folder)), out)
+
+
+def carry_out(request: Request) -> None:
+    """Quantise, save, and measure the model before and the one that was saved. Prints as it goes."""
+    flags, out = request.flags, request.out
+    config = read_config(request.checkpoint)
+    if config.quantisation is not None:
+        raise InputError(f"{request.checkpoint} is quantised already; name the run that it was made from")
+    place = choose_place(replace(config.run, device=flags.device, compile="off"))
+    original = load_model(request.checkpoint, place.dtype, place.device)
+    held_out = _held_out_text(original, flags, place)
+
+    smaller = load_model(request.checkpoint, place.dtype, torch.device("cpu")).model
+    try:
+        quantise_model(smaller, **asdict(request.quantisation))
+    except ValueError as error:
+        raise InputError(f"{request.checkpoint / 'model.safetensors'}: {error}") from error
+    save_model(out, replace(config, quantisation=request.quantisation), original.tokenizer, smaller)
+    before, after = ((folder / "model.safetensors").stat().st_size for folder in (request.checkpoint, out))
+    print(f"{out}: {before:,} bytes are now {after:,}, {after / before:.1%}")
+
+    print(f"measured on {place}, {held_out.ids.numel():,} tokens of held-out text:")
+    _measure("before", original.model, held_out, original, flags.tokens)
+    _measure("after", load_model(out, place.dtype, place.device).model, held_out, original, flags.tokens)
+    print(f"write with it: python -m torch_impl.generate --model {flags.out} --prompt TEXT")
+
+
+def _held_out_text(loaded: LoadedModel, flags: QuantiseFlags, place: Place) -> HeldOut:
+    run, tokenizer = loaded.config.run, loaded.tokenizer
+    # A file of one's own is all that is read: the text of the training may be gone.
+    files = (flags.valid_file, flags.valid_file) if flags.valid_file else (run.train_file, run.valid_file)
+    corpus = load_corpus(*files)
+    special_tokens = loaded.config.tokenizer.special_tokens
+    ids = encoded(corpus.valid, corpus.valid_sha256, tokenizer, special_tokens, Path(flags.cache))
+    if ids.size < 2:
+        raise InputError(f"the held-out text has {ids.size} tokens, but needs at least 2; use a --valid-file")
+    lossy = isinstance(tokenizer, WordTokenizer) or (
+        isinstance(tokenizer, WordLevel) and tokenizer.count_unknown(ids)
+    )
+    return HeldOut(tokens_on(place.device, ids), None if lossy else ids.size / corpus.valid.size())
+
+
+def _measure(when: str, model: Transformer, held_out: HeldOut, loaded: LoadedModel, n_tokens: int) -> None:
+    """Print loss, bits per byte and speed of writing."""
+    loss = evaluate(model, held_out.ids, max_tokens=loaded.config.run.eval_tokens or None)
+    bits = faces_of_loss(loss, held_out.tokens_per_byte)["bits_per_byte"]
+    shown = f"{when:>6}: {loss:.4f} nats per token" + (f", {bits:.4f} bits per byte" if bits else "")
+    if n_tokens:
+        prompt = torch.from_numpy(loaded.tokenizer.encode(loaded.tokenizer.opening))
+        started = 0.0
+        for i, _ in enumerate(generate(model, prompt, _WARM_UP + n_tokens)):
+            if i + 1 == _WARM_UP:
+                started = time.perf_counter()
+        shown += f", {n_tokens / (time.perf_counter() - started):,.1f} tokens written per second"
+    print(shown, flush=True)
+
+
+def main(arguments: list[str]) -> int:
+    """The exit code: 0; 2 for a request that cannot be met, 1 for a failure, each with one line on stderr."""
+    try:
+        carry_out(parse(arguments))
+    except InputError as error:
+        message, code = f"{error}; see --help", 2
+    except KeyboardInterrupt:
+        message, code = "interrupted", 130
+    except OSError as error:
+        message, code = f"{error.filename}: {error.strerror}" if error.filename else str(error), 1
+    except MemoryError:
+        message, code = "out of memory", 1
+    else:
+        return 0
+    print(f"quantise: error: {message}", file=sys.stderr)
+    return code
