@@ -135,7 +135,7 @@ def test_a_config_survives_json():
     [
         (b'"format_version": 1', b'"format_version": 2', "format_version is 2, but this program reads 1"),
         (b'"format_version": 1,', b"", "no format_version"),
-        (b'"n_layer"', b'"n_layers"', "model: missing or unknown: n_layer, n_layers"),
+        (b'"n_layer"', b'"n_layers"', "model: unknown: n_layers"),
         (b'"special_tokens": []', b'"special_tokens": [3]', r"special_tokens is \[3\], but must be a tuple"),
         (b'"tokenizer": "bpe"', b'"tokenizer": 3', "tokenizer is 3"),
         (b'"n_layer": 3', b'"n_layer": "3"', "n_layer is '3', but must be a int"),

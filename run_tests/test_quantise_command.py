@@ -188,8 +188,7 @@ def test_damaged_or_contradictory_tensors_are_refused(small, capsys):
         (None, "does not fit config.json"),
         ({"bits": 3, "group_size": 64}, "bits is 3, but must be one of"),
         ({"bits": 4, "group_size": -1}, "group_size is -1"),
-        ({"bits": 4}, "quantisation: missing or unknown: group_size"),
-        ([], "quantisation: missing or unknown: bits, group_size"),
+        ([], "quantisation is [], but must be an object"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(small, capsys, quantisation, message):

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from torch_impl.training.checkpoint import load_model
-from torch_impl.training.files import InputError, new_folder
+from torch_impl.training.files import InputError, find_checkpoint, new_folder
 from torch_impl.training.flags import parse_flags
 from torch_impl.training.hf_config import hf_config, read_hf_config
 from torch_impl.training.hf_tensors import read_hf_tensors, to_hf_tensors
@@ -101,6 +101,8 @@ def export(arguments: list[str]) -> None:
         if not getattr(flags, name):
             raise InputError(f"--{name} is missing; see --help")
     loaded = load_model(find_checkpoint(Path(flags.model)), torch.float32, torch.device("cpu"))
+    if loaded.config.quantisation is not None:
+        raise InputError(f"{flags.model} is quantised; export the run that it was made from")
     to_hf(loaded.model, Path(flags.out), loaded.tokenizer)
     print(f"{flags.out}: transformers.AutoModelForCausalLM.from_pretrained loads it")
 

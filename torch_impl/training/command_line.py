@@ -162,6 +162,10 @@ def _resume(arguments: list[str], preset: str | None, folder: Path) -> Request:
 def _initial(preset: RunConfig, folder: Path) -> RunConfig:
     """The preset's training of the model in a folder, whose tokenizer comes with it."""
     found, path = read_config(folder), folder / "tokenizer.json"
+    if found.quantisation is not None:
+        raise InputError(
+            f"{folder} is quantised, and only generates; begin from the run that it was made from"
+        )
     model = replace(found.model, dropout=preset.model.dropout)
     if not path.is_file():
         return replace(preset, model=model)

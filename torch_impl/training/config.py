@@ -134,7 +134,8 @@ class RunConfig:
 
     @classmethod
     def from_json(cls, content: bytes) -> "RunConfig":
-        """Raises ConfigError where a part or a value is missing, foreign or of the wrong kind."""
+        """Raises ConfigError where a value is foreign or of the wrong kind. What is missing takes its default:
+        it is younger than the file."""
         config = parse_json(content)
         return cls(
             preset=_text(config, "preset"),
@@ -188,14 +189,13 @@ def _text(values: dict[str, Any], name: str) -> str:
 
 
 def _part(config: dict[str, Any], name: str, kind: type) -> Any:
-    values = config.get(name)
-    expected = {field.name for field in fields(kind)}
-    if not isinstance(values, dict) or set(values) != expected:
-        given = set(values) if isinstance(values, dict) else set()
-        odd = ", ".join(sorted(given ^ expected)) or "all of it"
-        raise ConfigError(f"{name}: missing or unknown: {odd}")
+    values = config.get(name, {})
+    if not isinstance(values, dict):
+        raise ConfigError(f"{name} is {values!r}, but must be an object")
+    if unknown := sorted(set(values) - {field.name for field in fields(kind)}):
+        raise ConfigError(f"{name}: unknown: {', '.join(unknown)}")
     for field in fields(kind):
-        value, wanted = values[field.name], type(field.default)
+        value, wanted = values.get(field.name, field.default), type(field.default)
         if wanted is tuple and isinstance(value, list) and all(isinstance(part, str) for part in value):
             value = values[field.name] = tuple(value)  # JSON has lists only
         if type(value) is not wanted and (type(value), wanted) != (int, float):
