@@ -28,7 +28,7 @@ def padding_mask(present: Bool[Array, "B S"]) -> Bool[Array, "B 1 1 S"]:
 
 
 def document_mask(documents: Integer[Array, "B T"]) -> Bool[Array, "B 1 T T"]:
-    """mask[b, 0, t, s]: both places belong to one document, and it is not PADDING.
+    """mask[b, 0, t, s] = (documents[b, t] = documents[b, s], and not PADDING).
 
     Documents packed into one sequence do not see each other, and a place that holds no token sees nothing.
     """
