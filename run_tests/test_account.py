@@ -240,6 +240,7 @@ def test_micro_batches_and_frozen_embeddings_need_less(table):
         (["--model", "nowhere"], "nowhere"),
         (["cpu", "--model", "run"], "--model run is a model; leave out 'cpu'"),
         (["--n-layer", 10**400], "too large"),
+        (["--json", "/"], "is a folder; name a file"),
     ],
 )
 def test_mistakes_are_one_line(table, arguments, complaint):

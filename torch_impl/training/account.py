@@ -4,6 +4,7 @@ Parameters, FLOPs and memory, by costs.py; nothing is built, and torch is not im
 """
 
 import json
+import os
 import sys
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -87,8 +88,10 @@ def parse(arguments: list[str]) -> Request:
     training = replace(
         config.training, **{f.name: getattr(flags.batch, f.name) for f in fields(BatchFlags)[:-1]}
     )
-    model, json_file = ModelConfig(**asdict(flags.shape)), flags.source.json
-    return Request(name, model, training, flags.batch.precision, Path(json_file) if json_file else None)
+    json_file = Path(flags.source.json) if flags.source.json else None
+    if json_file is not None and json_file.is_dir():
+        raise InputError(f"--json {json_file} is a folder; name a file")
+    return Request(name, ModelConfig(**asdict(flags.shape)), training, flags.batch.precision, json_file)
 
 
 def _parse_flags(arguments: list[str], config: RunConfig, of_preset: bool = True) -> Flags:
@@ -220,18 +223,22 @@ def main(arguments: list[str]) -> int:
     """The exit code: 0; 2 for a request that cannot be met, 1 for a failure, each with one line on stderr."""
     try:
         request = parse(arguments)
-        print(table(request))
+        told = table(request)
         if request.json is not None:
             config = {"name": request.name, "model": asdict(request.model), "precision": request.precision}
             numbers = account(request.model, request.training, request.precision)
             content = json.dumps({**config, **numbers}, indent=1)
             write_file(request.json, content.encode("utf-8"))
+        print(told, flush=True)
     except (InputError, ConfigError) as error:
         message, code = f"{error}; see --help", 2
     except OverflowError:
         message, code = "a size is too large to be counted with", 2
     except KeyboardInterrupt:
         message, code = "interrupted", 130
+    except BrokenPipeError:  # the reader has seen enough; nor may the interpreter's last flush complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         message, code = f"{error.filename}: {error.strerror}" if error.filename else str(error), 1
     else:
