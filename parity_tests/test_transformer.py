@@ -58,8 +58,9 @@ def test_parity_of_every_combination_of_options(agree, norm, norm_placement, act
 
 
 def test_sinusoids_stand_beside_scaled_embeddings():
-    """Vaswani et al., 3.4: the token vectors, and not their sum with the sinusoids, times sqrt C. If both sides
-    forgot it, they would still agree.
+    """Vaswani et al., 3.4: the token vectors, and not their sum with the sinusoids, times sqrt C.
+
+    If both sides forgot it, they would still agree.
     """
     config = ModelConfig(d_model=4, n_head=1, vocab_size=3, positions="sinusoidal")
     params = model_params(config, 0)
