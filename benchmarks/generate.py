@@ -74,7 +74,7 @@ def transformers_peer(model, prompt: np.ndarray, precision: str) -> Callable[[],
 
 
 def nanogpt_peer(folder: Path, prompt: np.ndarray) -> Callable[[], list[int]]:
-    """nanoGPT's generate, which computes the whole context for each token; the likeliest token by top_k = 1."""
+    """nanoGPT's generate, which computes the whole context for each token; top_k = 1 takes the likeliest."""
     import torch
 
     sys.path.insert(0, str(folder))

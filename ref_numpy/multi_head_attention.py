@@ -5,6 +5,8 @@ Parameters come as a dict: qkv.weight (G, C), qkv.bias (G), proj.weight (C, C), 
 qk_norm q_norm.weight, k_norm.weight (D).
 The rows of qkv.weight are q of all heads, then k, then v; head h owns the rows h D to (h + 1) D of each.
 Grouped queries (Ainslie et al. 2023): head h reads key/value head h // (H / K), so neighbours share.
+Query-key normalisation (Dehghani et al. 2023, section 2, there by LayerNorm, here by RMSNorm): each head's q
+and k are normalised over D, before they turn with their place.
 Not here: keys from another sequence (see cross_attention.py).
 """
 
@@ -64,8 +66,8 @@ def multi_head_attention_forward(
 ) -> tuple[Float[Array, "B T C"], MultiHeadAttentionCache]:
     """One projection makes q, k and v of all heads; a second mixes what they found.
 
-    places says where in its text each token stands, for rotary positions. With a past, queries also look at
-    the keys of the tokens before these; such a forward pass has no backward.
+    The mask broadcasts to (B, H, T, S); places, for rotary positions, says where in its text each token is.
+    With a past, queries also look at the keys of the tokens before these, S in all; there is no backward then.
     """
     H, K, D = config.n_head, config.kv_heads, config.head_width
     qkv, qkv_cache = linear_forward(x, params["qkv.weight"], params.get("qkv.bias"))  # (B, T, (H + 2 K) D)
@@ -77,7 +79,7 @@ def multi_head_attention_forward(
         k, k_norm = rmsnorm_forward(k, params["k_norm.weight"], config.norm_epsilon)
     if config.positions == "rope":
         q, rope = rope_forward(q, places, config)
-        k, rope = rope_forward(k, places, config)
+        k, rope = rope_forward(k, places, config)  # by the same angles: one cache serves both
     if config.positions == "alibi":
         slopes = alibi_slopes(H)
     if past is not None:

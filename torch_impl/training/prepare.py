@@ -10,6 +10,7 @@ from jaxtyping import UInt
 from numpy import ndarray as Array
 from torch import Tensor
 
+from torch_impl.flash_attention import choose_path
 from torch_impl.train import StepMetrics, TrainState, start
 from torch_impl.training.checkpoint import (
     Progress,
@@ -207,6 +208,7 @@ def _tell(run: Run, place: Place, n_bytes: int, unknown: int, resumed: bool) -> 
     parameters = sum(parameter.numel() for parameter in run.state.model.parameters())
     n_train, n_valid = run.train_tokens.numel(), run.valid_tokens.numel()
     print(f"preset {run.config.preset} on {place}: {parameters:,} parameters")
+    print(f"attention: {_attention_paths(run.state.model, place)}")
     print(f"{n_train:,} tokens to train on, {n_valid:,} held out; run folder {run.folder}")
     print(f"{run.tokenizer.vocab_size:,} different tokens, {n_bytes / n_valid:.2f} bytes of text in each")
     if run.tokens_per_byte is None:
@@ -217,3 +219,14 @@ def _tell(run: Run, place: Place, n_bytes: int, unknown: int, resumed: bool) -> 
         print(f"finished already, at step {run.progress.step}; a larger --steps trains on")
     elif resumed:
         print(f"going on after step {run.progress.step} of {run.config.training.steps}")
+
+
+def _attention_paths(model: Transformer, place: Place) -> str:
+    """The names of the paths that attention takes, in all layers alike or in the full and the local ones."""
+    config, kinds = model.config, {}
+    for window in sorted({config.window_of(layer) for layer in range(config.n_layer)}):
+        path = choose_path(model.pattern(window), place.device, place.dtype, config.head_width)
+        kinds[f"in local layers, of {window} keys" if window else "in full layers"] = path
+    if len(kinds) == 1:
+        return str(*kinds.values())
+    return "; ".join(f"{path} {kind}" for kind, path in kinds.items())
