@@ -7,12 +7,14 @@ best in the end. The outside oracle is in test_beam_transformers.py.
 from collections.abc import Callable
 from itertools import product
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from parity_tests.strategies import array, seeds
 from ref_numpy import beam as plain
@@ -206,6 +208,40 @@ def test_stopping_early_loses_nothing(model, data, n_tokens, width):
     # As many sequences as can ever be finished: then the worst one is never beaten.
     everything = all_finished(model, n_tokens, config)
     assert [h.score for h in stopping] == everything[: config.n_best]
+
+
+class Looks(TorchDispatchMode):
+    """Counts what would wait for a device: numbers and shapes that the host asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += operation in (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.nonzero.default,
+            torch.ops.aten.masked_select.default,
+        )
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("phrases", [(), ((1, 2), (3,))])
+def test_the_host_asks_the_device_for_nothing_but_whether_the_search_is_over(phrases):
+    logits = torch.from_numpy(table(5, 0).logits)
+    config = BeamConfig(3, 2, phrases=phrases, stop_sequences=((4, 4),), forbidden=(0,))
+    with Looks() as looks:
+        fast.beam_search(lambda ids, _: logits[ids[:, -2], ids[:, -1]], torch.tensor([0, 1]), 7, config)
+    assert 1 <= looks.count <= 7 + 1, "once a step, and at the end"
+
+
+@given(model=tables, data=st.data(), n_tokens=st.integers(2, 12), steps=st.integers(2, 5))
+def test_a_search_that_is_over_before_the_host_looks_finds_the_same(model, data, n_tokens, steps):
+    config = data.draw(beam_configs(len(model.logits)))
+    arguments = (model.next_tensor, torch.tensor([0]), n_tokens, config)
+    want = result(fast.beam_search, *arguments)
+    with mock.patch.dict(fast._STEPS_BETWEEN_LOOKS, cpu=steps):
+        assert result(fast.beam_search, *arguments) == want
 
 
 def all_finished(model: Table, n_tokens: int, config: BeamConfig) -> list[float]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ref_numpy.config import BeamConfig
 
 _GRID = 2.0**24
-_STEPS_BETWEEN_LOOKS = 8  # on a GPU, where a look waits until the device has caught up
+_STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 8}  # at a GPU a look waits until it has caught up
 _NEVER = 1 << 30
 
 NextLogits = Callable[[Integer[Tensor, "B T"], Integer[Tensor, "B"]], Float[Tensor, "B V"]]
@@ -33,13 +33,15 @@ class Hypothesis(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """S states by A columns: one for each token that is named, and the last for all others."""
+    """S states by A columns: one for each token that has a name here, and the last for all others."""
+
+    named: Tensor  # (A - 1,) tokens
 
     column: Tensor  # (V,) of each token
     following: Tensor  # (S, A) states
     needed: Tensor  # (S, A) least number of tokens after this one until no phrase is missing
     stops: Tensor  # (S, A) whether this token ends the sequence
-    forbidden: Tensor  # (V,)
+    forbidden: Tensor  # tokens
     banks: int  # numbers of tokens that may be needed: 0, ..., banks - 1
     n_stops: int  # tokens that may end a sequence
 
@@ -79,13 +81,12 @@ def rules_of(config: BeamConfig, vocab_size: int, n_tokens: int, device: torch.d
 
     column = torch.full((vocab_size,), len(named))
     column[named] = torch.arange(len(named))
-    forbidden = torch.zeros(vocab_size, dtype=torch.bool)
-    forbidden[list(config.forbidden)] = True
     tables = (following, np.where(is_whole | ~stops, after, _NEVER), stops)
     on_device = [torch.from_numpy(table).to(device) for table in tables]
     banks = min(int(n[n < _NEVER].max(initial=0)), n_tokens) + 1
     n_stops = len({stop[-1] for stop in config.stops})
-    return Rules(column.to(device), *on_device, forbidden.to(device), banks, n_stops)
+    tokens = [torch.tensor(ids, dtype=torch.long, device=device) for ids in (named, config.forbidden)]
+    return Rules(tokens[0], column.to(device), *on_device, tokens[1], banks, n_stops)
 
 
 def _automaton(patterns: list[list[int]], n_phrases: int, columns: int) -> tuple[np.ndarray, ...]:
@@ -137,20 +138,27 @@ def first_largest(x: Float64[Tensor, "N"], k: int) -> Integer[Tensor, "K"]:
 
 
 def deal(
-    scores: Float64[Tensor, "B V"], needed: Integer[Tensor, "B V"] | None, banks: int, k: int
+    scores: Float64[Tensor, "B V"], needed: Integer[Tensor, "B V"], rules: Rules, k: int
 ) -> tuple[Integer[Tensor, "K"], Float64[Tensor, "K"]]:
     """Flat indices and scores of k candidates: the best of each bank, the second of each, ..., each time the
-    lowest bank first. Where there are fewer, the rest scores -inf."""
-    flat = scores.flatten()
-    if needed is None:
-        places = first_largest(flat, k)
-        return places, flat[places]
-    dealt = []
-    for bank in range(banks):
-        members = flat.masked_fill(needed.flatten() != bank, -inf)
-        places = first_largest(members, k)
-        dealt.append((places, members[places]))
-    places, values = (torch.stack(parts, dim=1).flatten() for parts in zip(*dealt, strict=True))
+    lowest bank first. Where there are fewer, the rest scores -inf.
+
+    In a row all tokens without a name are in one bank: the k best of them are enough, and those with a name.
+    """
+    B, V = scores.shape
+    starts = torch.arange(0, B * V, V, device=scores.device)[:, None]  # (B, 1)
+    others = scores.index_fill(1, rules.named, -inf)
+    places = torch.stack([first_largest(row, k) for row in others])  # (B, k)
+    values = torch.cat([others.gather(1, places), scores[:, rules.named]], dim=1).flatten()
+    places = torch.cat([places + starts, rules.named + starts], dim=1).flatten()
+    order = places.argsort()
+    places, values = places[order], values[order]
+    bank, turns = needed.flatten()[places], []
+    for number in range(rules.banks):
+        members = values.masked_fill(bank != number, -inf)
+        best = first_largest(members, k)
+        turns.append((places[best], members[best]))
+    places, values = (torch.stack(parts, dim=1).flatten() for parts in zip(*turns, strict=True))
     order = first_true(values > -inf, k)
     return places[order], values[order]
 
@@ -195,13 +203,15 @@ def beam_search(
         if length == 1:
             rules = rules_of(config, V, n_tokens, device)
         broken |= log_p.isnan().any() & ~over
-        scores = (totals[:, None] + log_p).masked_fill(rules.forbidden, -inf)
-        needed = None
+        scores = (totals[:, None] + log_p).index_fill(1, rules.forbidden, -inf)
+        k = (1 + rules.n_stops) * width  # so many that `width` of them go on
         if config.phrases:
             needed = rules.needed[states][:, rules.column]  # (B, V)
             scores = scores.masked_fill(needed > n_tokens - length, -inf)
-
-        places, reached = deal(scores, needed, rules.banks, (1 + rules.n_stops) * width)
+            places, reached = deal(scores, needed, rules, k)
+        else:
+            places = first_largest(scores.flatten(), k)
+            reached = scores.flatten()[places]
         rows, ids, exists = places // V, places % V, reached > -inf
         ends = rules.stops[states[rows], rules.column[ids]] | (length == n_tokens)
 
@@ -226,8 +236,7 @@ def beam_search(
         over = over | (totals.max() / float(longest) ** alpha <= best[rank - 1])
         if width == 1 or config.early_stopping == "full":
             over = over | (best[-1] > -inf)
-        is_time = device.type == "cpu" or length % _STEPS_BETWEEN_LOOKS == 0
-        if is_time and bool(over | broken):
+        if length % _STEPS_BETWEEN_LOOKS.get(device.type, 1) == 0 and bool(over | broken):
             break
     if bool(broken):
         raise ValueError("the model's logits are not numbers, so no token can be chosen")
