@@ -218,11 +218,8 @@ class Looks(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        self.count += operation in (
-            torch.ops.aten._local_scalar_dense.default,
-            torch.ops.aten.nonzero.default,
-            torch.ops.aten.masked_select.default,
-        )
+        waits = ("aten::is_nonzero", "aten::item", "aten::_local_scalar_dense", "aten::nonzero")
+        self.count += operation.name() in waits
         return operation(*args, **(kwargs or {}))
 
 
