@@ -66,8 +66,8 @@ def multi_head_attention_forward(
 ) -> tuple[Float[Array, "B T C"], MultiHeadAttentionCache]:
     """One projection makes q, k and v of all heads; a second mixes what they found.
 
-    The mask broadcasts to (B, H, T, S); places, for rotary positions, says where in its text each token is.
-    With a past, queries also look at the keys of the tokens before these, S in all; there is no backward then.
+    The mask broadcasts to (B, H, T, S); places, for rotary positions, says where in its text a token is.
+    With a past, queries also look at keys of the tokens before these, S in all; there is no backward then.
     """
     H, K, D = config.n_head, config.kv_heads, config.head_width
     qkv, qkv_cache = linear_forward(x, params["qkv.weight"], params.get("qkv.bias"))  # (B, T, (H + 2 K) D)

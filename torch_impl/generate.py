@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from jaxtyping import Integer
 from torch import Tensor
 
-from ref_numpy.config import ConfigError, SamplingConfig
+from ref_numpy.config import BeamConfig, ConfigError, SamplingConfig
 from ref_numpy.masks import PADDING
 from ref_numpy.rng import SAMPLE, Key
 from torch_impl.kv_cache import KVCache
 from torch_impl.rng import uniform
 from torch_impl.sampling import sample_token
+from torch_impl.training.beams import BeamFlags, beam_of, continuations
 from torch_impl.transformer import Transformer
 
 
@@ -119,13 +120,15 @@ class GenerateFlags:
     device: str = "auto"
     """auto (CUDA, else MPS, else the CPU), cpu, cuda, cuda:1, mps."""
     sampling: SamplingFlags = SamplingFlags(temperature=0.8)
+    search: BeamFlags = BeamFlags()  # noqa: RUF009 (it is frozen)
 
 
 class Request(NamedTuple):
-    """Flags that fit together, what they say of sampling, and the checkpoint that they name."""
+    """Flags that fit together, what they say of sampling or of a beam, and the checkpoint that they name."""
 
     flags: GenerateFlags
     sampling: SamplingConfig
+    beam: BeamConfig | None
     checkpoint: Path
 
 
@@ -147,7 +150,8 @@ def parse(arguments: list[str]) -> Request:
         raise InputError(f"--seed is {flags.seed}, but must lie in [0, 2**64)")
     if not flags.model:
         raise InputError("--model is missing; name a run folder, such as one under runs/")
-    return Request(flags, sampling, find_checkpoint(Path(flags.model)))
+    beam = beam_of(flags.search, flags.max_new_tokens)
+    return Request(flags, sampling, beam, find_checkpoint(Path(flags.model)))
 
 
 def write(request: Request) -> None:
@@ -168,6 +172,11 @@ def write(request: Request) -> None:
     if not prompt.numel():
         raise InputError(f"--prompt {flags.prompt!r} has no word in it")
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character still shows the rest
+    if request.beam is not None:
+        found = continuations(loaded, prompt, flags.max_new_tokens, request.beam, flags.search.stop)
+        for number, (text, score) in enumerate(found, 1):
+            print(f"[{number}] score {score:.4f}\n" * (flags.search.n_best > 1) + flags.prompt + text)
+        return
     print(flags.prompt, end="", flush=True)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     decode_bytes, before = loaded.tokenizer.decode_bytes, int(prompt[-1])
