@@ -35,7 +35,9 @@ def needed_bytes(config: RunConfig) -> int:
     weights = 4 * parameter_count(model)
     if choose_device(config.run.device).type != "cpu":
         return weights
-    tokens = training.batch_size // training.micro_batches * model.context_length
+    # Sources and targets may be shorter than the context by any length.
+    length = 2 if model.architecture == "encoder-decoder" else model.context_length
+    tokens = training.batch_size // training.micro_batches * length
     # Of a layer: two norms, their two inputs, q, k, v and the heads' output; both sides of the nonlinearity.
     kept = model.n_layer * (8 * model.d_model + 2 * model.ffn_width) + model.vocab_size
     size = 4 if config.run.precision in ("auto", "float32") else 2
