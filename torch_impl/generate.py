@@ -148,7 +148,9 @@ def write(request: Request) -> None:
         raise InputError(f"{flags.model} is an encoder, which fills gaps and does not write; train a decoder")
     answers = architecture == "encoder-decoder"
     if answers and not flags.prompt:
-        raise InputError("--prompt is missing; an encoder-decoder answers a source, such as one it learned from")
+        raise InputError(
+            "--prompt is missing; an encoder-decoder answers a source, such as one it learned from"
+        )
     try:
         prompt = torch.from_numpy(tokenizer.encode(flags.prompt or tokenizer.opening))
     except UnicodeEncodeError as error:

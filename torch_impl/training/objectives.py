@@ -57,7 +57,9 @@ def make_objective(
     """What the model of a config learns from a corpus. Raises InputError where that is too short or too long."""
     if config.model.architecture == "encoder-decoder":
         sides = encode_pairs(corpus, tokenizer, config)
-        return Translation(config.model, tokenizer, *(make_pairs(*side, config.model, device) for side in sides))
+        return Translation(
+            config.model, tokenizer, *(make_pairs(*side, config.model, device) for side in sides)
+        )
     train_ids, valid_ids = encode_corpus(corpus, tokenizer, config, cache)
     kind = GapFilling if config.model.architecture == "encoder" else Continuation
     train, valid = tokens_on(device, train_ids), tokens_on(device, valid_ids)
@@ -86,6 +88,7 @@ class _OnText:
         )
 
 
+@dataclass
 class Continuation(_OnText):
     """A decoder: the next token of a text."""
 
@@ -115,6 +118,7 @@ class Continuation(_OnText):
         return self.tokenizer.decode(list(ids))
 
 
+@dataclass
 class GapFilling(_OnText):
     """An encoder: the tokens of a text that are hidden from it."""
 
@@ -135,7 +139,11 @@ class GapFilling(_OnText):
         filled = torch.where(gaps, logits[:, : self.config.text_tokens].argmax(-1), text)
         return "\n".join(
             f"{name} {self._marked(ids, gaps, blank)}"
-            for name, ids, blank in (("gaps:  ", text, True), ("filled:", filled, False), ("text:  ", text, False))
+            for name, ids, blank in (
+                ("gaps:  ", text, True),
+                ("filled:", filled, False),
+                ("text:  ", text, False),
+            )
         )
 
     def _marked(self, ids: Tensor, gaps: Tensor, blank: bool) -> str:
@@ -184,7 +192,9 @@ class Translation:
         for source, target in zip(*(side[:_SHOWN] for side in self.valid), strict=True):
             written = list(answer(model, self._text(source), length, SamplingConfig(temperature=0.0)))
             wanted = self._text(target)
-            verdict = "right" if written == wanted.tolist() else f"wrong: {self.tokenizer.decode(wanted.tolist())}"
+            verdict = (
+                "right" if written == wanted.tolist() else f"wrong: {self.tokenizer.decode(wanted.tolist())}"
+            )
             question = self.tokenizer.decode(self._text(source).tolist())
             lines.append(f"{question} -> {self.tokenizer.decode(written)} ({verdict})")
         return "\n".join(lines)

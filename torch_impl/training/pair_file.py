@@ -33,7 +33,9 @@ def load_pairs(train_file: str, valid_file: str) -> Corpus:
     if valid_file:
         held_out = _lines(valid_file)
     if not training:
-        raise InputError(f"{train_file} has one pair, but the last is held out; add some, or name a --valid-file")
+        raise InputError(
+            f"{train_file} has one pair, but the last is held out; add some, or name a --valid-file"
+        )
     train, valid = (Text("\n".join(lines).encode("utf-8")) for lines in (training, held_out))
     return Corpus(train, valid, train.sha256(), valid.sha256())
 
@@ -65,7 +67,10 @@ def encode_pairs(corpus: Corpus, tokenizer: Tokenizer, config: RunConfig) -> tup
     """
     files = config.run.train_file, config.run.valid_file or config.run.train_file
     sides, line = [], 0
-    for text, file, own in ((corpus.train, files[0], True), (corpus.valid, files[1], bool(config.run.valid_file))):
+    for text, file, own in (
+        (corpus.train, files[0], True),
+        (corpus.valid, files[1], bool(config.run.valid_file)),
+    ):
         line = 0 if own else line
         sources, targets = [], []
         with byte_bar([text], "encoding") as bar:

@@ -206,7 +206,9 @@ def _tell(run: Run, place: Place, resumed: bool) -> None:
     """What is trained, on what, and where."""
     parameters = sum(parameter.numel() for parameter in run.state.model.parameters())
     kind = run.config.model.architecture
-    print(f"preset {run.config.preset} on {place}: {kind} of {parameters:,} parameters; run folder {run.folder}")
+    print(
+        f"preset {run.config.preset} on {place}: {kind} of {parameters:,} parameters; run folder {run.folder}"
+    )
     print(run.objective.describe())
     if resumed and run.progress.step == run.config.training.steps:
         print(f"finished already, at step {run.progress.step}; a larger --steps trains on")

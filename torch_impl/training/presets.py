@@ -49,8 +49,8 @@ PRESETS: dict[str, RunConfig] = {
         RunConfig(
             "dates",
             ModelConfig("encoder-decoder", context_length=32, n_layer=1, n_head=4, d_model=64),
-            TrainConfig(steps=1200, batch_size=64, learning_rate=4e-3, min_learning_rate=2e-4),
-            RunSettings(device="cpu", eval_every=300, checkpoint_every=300, sample_tokens=16),
+            TrainConfig(steps=1000, batch_size=48, learning_rate=4e-3, min_learning_rate=2e-4),
+            RunSettings(device="cpu", eval_every=250, checkpoint_every=250, sample_tokens=16),
             TokenizerSettings("characters"),
         ),
         # GPT-2's smallest model, trained as nanoGPT trains it: half a million tokens a step. It is

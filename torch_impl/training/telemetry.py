@@ -37,7 +37,9 @@ def in_words(row: Row) -> str:
     told = [f"{row['val_loss']:.4f} nats per token"]
     if row["bits_per_byte"]:
         told.append(f"{row['bits_per_byte']:.4f} bits per byte")
-    told += [f"{name.replace('_', ' ')} {row[name]:.2%}" for name in ("accuracy", "exact_match") if name in row]
+    told += [
+        f"{name.replace('_', ' ')} {row[name]:.2%}" for name in ("accuracy", "exact_match") if name in row
+    ]
     return ", ".join([*told, f"perplexity {row['perplexity']:.2f}"])
 
 
