@@ -85,8 +85,8 @@ class ModelConfig:
             _require(value >= 1, f"{name} is {value}, but must be at least 1")
         _require(
             self.vocab_size > self.added_tokens,
-            f"vocab_size is {self.vocab_size}, but {self.added_tokens} tokens are the {self.architecture}'s own; "
-            f"make it {self.added_tokens + 1} or more",
+            f"vocab_size is {self.vocab_size}, but {self.added_tokens} tokens are the {self.architecture}'s "
+            f"own; make it {self.added_tokens + 1} or more",
         )
         for name, meaning in (("d_ff", "meaning 4 * d_model"), ("n_kv_head", "meaning n_head")):
             value = getattr(self, name)
@@ -144,8 +144,8 @@ class ModelConfig:
 
     @property
     def added_tokens(self) -> int:
-        """Tokens that no text holds, at the end of the vocabulary: an encoder's mask; begin, end and padding of
-        an encoder-decoder."""
+        """Tokens that no text holds, at the end of the vocabulary: an encoder's mask; begin, end and padding
+        of an encoder-decoder."""
         return {"decoder": 0, "encoder": 1, "encoder-decoder": 3}[self.architecture]
 
     @property

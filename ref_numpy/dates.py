@@ -2,8 +2,8 @@
 
     3rd of March, 1987 -> 1987-03-03      Tue, Mar 3 1987 -> 1987-03-03      3.3.87 -> 1987-03-03
 
-Each way of writing means one day: points stand after the day, slashes after the month, and a year of two digits
-is one from 1950 to 2049. Nothing here depends on the language of the system.
+Each way of writing means one day: a point stands after the day, a slash after the month, and a year of two
+digits is one from 1950 to 2049. Nothing here depends on the language of the system.
 """
 
 from datetime import date

@@ -22,8 +22,8 @@ def mask_tokens(
 ) -> tuple[Integer[Array, "*places"], Integer[Array, "*places"]]:
     """What the model sees, and what it is to guess there (Devlin et al. 2019, section 3.1).
 
-    One number u of the key's stream decides a place's lot: below 0.15 it is chosen, and of this stretch the
-    first 80 % become the mask token, the next 10 % a token drawn from the next stream, and the last 10 % stay.
+    One number u of the key's stream decides what a place gets: below 0.15 it is chosen, and of this stretch
+    the first 80 % become the mask token, the next 10 % a token drawn from another stream, and 10 % stay.
     A target is IGNORE where the place was not chosen.
     """
     u = uniform(key, tokens.size).reshape(tokens.shape)

@@ -248,8 +248,8 @@ def _check_architecture(config: RunConfig, start: RunConfig) -> None:
         )
     if kind == "encoder-decoder" and config.tokenizer.special_tokens:
         raise InputError(
-            f"--special-tokens {config.tokenizer.special_tokens[0]}: pairs have none, an encoder-decoder brings "
-            "its own; leave them out"
+            f"--special-tokens {config.tokenizer.special_tokens[0]}: pairs have none beside the "
+            "encoder-decoder's own; leave them out"
         )
 
 

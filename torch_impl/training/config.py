@@ -17,8 +17,8 @@ class RunSettings:
     """Where a run computes and what it reports. Raises ConfigError on a value out of range."""
 
     train_file: str = ""
-    """UTF-8 text to train on; without it, the Python language reference that ships with the interpreter. For an
-    encoder-decoder, lines of source TAB target; without it, dates as people write them and as ISO 8601 does."""
+    """UTF-8 text to train on; without it, the Python language reference that ships with the interpreter. For
+    an encoder-decoder, lines of source TAB target; without it, dates as people and as ISO 8601 write them."""
     valid_file: str = ""
     """UTF-8 text, or pairs, to evaluate on; without it, the last tenth of the training text is held out."""
     device: str = "auto"
@@ -135,8 +135,8 @@ class RunConfig:
 
     @classmethod
     def from_json(cls, content: bytes) -> "RunConfig":
-        """Raises ConfigError where a value is foreign or of the wrong kind. What is missing takes its default:
-        it is younger than the file."""
+        """Raises ConfigError where a value is foreign or of the wrong kind. What is missing takes its
+        default: it is younger than the file."""
         config = parse_json(content)
         return cls(
             preset=_text(config, "preset"),

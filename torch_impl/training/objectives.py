@@ -1,6 +1,6 @@
 """What a run teaches its model: to go on with a text, to fill its gaps, or to turn sources into targets.
 
-One class for each architecture: where its batches come from, how well the model does, and an example at the end.
+One class for each architecture: where its batches come from, how well the model does, and an example.
 """
 
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ class Objective(Protocol):
 def make_objective(
     corpus: Corpus, tokenizer: Tokenizer, config: RunConfig, cache: Path, device: torch.device
 ) -> Objective:
-    """What the model of a config learns from a corpus. Raises InputError where that is too short or too long."""
+    """What a model learns from a corpus. Raises InputError where that is too short, or a line too long."""
     if config.model.architecture == "encoder-decoder":
         sides = encode_pairs(corpus, tokenizer, config)
         return Translation(
@@ -84,7 +84,7 @@ class _OnText:
         n = self.valid_tokens.numel()
         return (
             f"{self.train_tokens.numel():,} tokens to train on, {n:,} held out\n"
-            f"{self.tokenizer.vocab_size:,} different tokens, {self.valid_bytes / n:.2f} bytes of text in each"
+            f"{self.config.text_tokens:,} different tokens, {self.valid_bytes / n:.2f} bytes of text in each"
         )
 
 
@@ -178,7 +178,7 @@ class Translation:
         source, target = (side.shape[1] for side in self.train)
         return (
             f"{len(self.train.source):,} pairs to train on, {len(self.valid.source):,} held out\n"
-            f"{self.tokenizer.vocab_size:,} different tokens; sources of up to {source} of them, targets of up to "
+            f"{self.config.text_tokens:,} different tokens; sources have at most {source} of them, targets "
             f"{target - 2}"
         )
 

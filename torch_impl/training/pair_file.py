@@ -49,12 +49,12 @@ def _lines(file: str) -> list[str]:
         tabs = line.count("\t")
         if not tabs:
             raise InputError(
-                f"{file}, line {number} has no TAB; an encoder-decoder learns from lines of source TAB target, "
-                "and --architecture decoder from plain text"
+                f"{file}, line {number} has no TAB; an encoder-decoder learns from lines of source TAB "
+                "target, and --architecture decoder from plain text"
             )
         if tabs > 1:
             raise InputError(
-                f"{file}, line {number} has {tabs} TABs, but a pair has one, between its source and its target"
+                f"{file}, line {number} has {tabs} TABs, but a pair has one, between source and target"
             )
     return lines
 

@@ -45,14 +45,6 @@ PRESETS: dict[str, RunConfig] = {
             ),
             RunSettings(device="cpu", eval_every=250, checkpoint_every=250, log_every=10, sample_tokens=500),
         ),
-        # An encoder-decoder that turns dates as people write them into ISO 8601, in half a minute on two cores.
-        RunConfig(
-            "dates",
-            ModelConfig("encoder-decoder", context_length=32, n_layer=1, n_head=4, d_model=64),
-            TrainConfig(steps=1000, batch_size=48, learning_rate=4e-3, min_learning_rate=2e-4),
-            RunSettings(device="cpu", eval_every=250, checkpoint_every=250, sample_tokens=16),
-            TokenizerSettings("characters"),
-        ),
         # GPT-2's smallest model, trained as nanoGPT trains it: half a million tokens a step. It is
         # for gigabytes of text; a small one runs out of pairs before it fills the vocabulary.
         RunConfig(
@@ -69,6 +61,14 @@ PRESETS: dict[str, RunConfig] = {
             ),
             RunSettings(eval_every=1000, eval_tokens=2**20, checkpoint_every=1000, log_every=10),
             TokenizerSettings("bpe", 50_257),
+        ),
+        # An encoder-decoder that turns dates as people write them into ISO 8601.
+        RunConfig(
+            "dates",
+            ModelConfig("encoder-decoder", context_length=32, n_layer=1, n_head=4, d_model=64),
+            TrainConfig(steps=1000, batch_size=48, learning_rate=4e-3, min_learning_rate=2e-4),
+            RunSettings(device="cpu", eval_every=250, checkpoint_every=250, sample_tokens=16),
+            TokenizerSettings("characters"),
         ),
     )
 }

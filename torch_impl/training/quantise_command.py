@@ -94,8 +94,8 @@ def carry_out(request: Request) -> None:
         raise InputError(f"{request.checkpoint} is quantised already; name the run that it was made from")
     if config.model.architecture != "decoder":
         raise InputError(
-            f"{request.checkpoint} is an {config.model.architecture}, but what quantisation costs is measured on "
-            "the text that a decoder writes; name a run of a decoder"
+            f"{request.checkpoint} is an {config.model.architecture}, and only decoders are "
+            "quantised; name a run of one"
         )
     place = choose_place(replace(config.run, device=flags.device, compile="off"))
     original = load_model(request.checkpoint, place.dtype, place.device)
