@@ -1,7 +1,7 @@
 """Pairs of a source and a target: what an encoder-decoder learns from, by teacher forcing.
 
-Shapes: P pairs, M micro-batches, B pairs in each; S and T the longest source and target in tokens, where a
-target has one token more than its text: begin before it when it is read, end after it when it is written.
+Shapes: P pairs, M micro-batches, B pairs in each; S the longest source in tokens, T the longest target and
+one more: begin before it when it is read, end after it when it is written. U = T + 1, both of them.
 Not here: batches of pairs of like length, epochs (pairs are drawn with replacement).
 """
 
@@ -21,7 +21,7 @@ class Pairs(NamedTuple):
     """Sequences of one length each, filled up with the padding token."""
 
     source: Array  # (P, S)
-    target: Array  # (P, T + 1), begin and end included
+    target: Array  # (P, U), begin and end included
 
 
 class PairBatch(NamedTuple):
@@ -58,7 +58,7 @@ def make_pairs(
 
 
 def teacher_forced(
-    source: Integer[Array, "*batch S"], target: Integer[Array, "*batch T+1"], config: ModelConfig
+    source: Integer[Array, "*batch S"], target: Integer[Array, "*batch U"], config: ModelConfig
 ) -> PairBatch:
     """At every place of the target the model sees the true tokens before it, and is to write the next one."""
     following = target[..., 1:]

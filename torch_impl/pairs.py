@@ -19,7 +19,7 @@ class Pairs(NamedTuple):
     """Sequences of one length each, filled up with the padding token."""
 
     source: Tensor  # (P, S)
-    target: Tensor  # (P, T + 1), begin and end included
+    target: Tensor  # (P, U), begin and end included
 
 
 class PairBatch(NamedTuple):
@@ -67,7 +67,7 @@ def make_pairs(
 
 
 def teacher_forced(
-    source: Integer[Tensor, "*batch S"], target: Integer[Tensor, "*batch T+1"], config: ModelConfig
+    source: Integer[Tensor, "*batch S"], target: Integer[Tensor, "*batch U"], config: ModelConfig
 ) -> PairBatch:
     """At every place of the target the model sees the true tokens before it, and is to write the next one."""
     following = target[..., 1:]
