@@ -123,7 +123,7 @@ def parse(arguments: list[str]) -> Request:
             f"--tokenizer {flags.tokenizer.tokenizer}: no such file; use {', '.join(TOKENIZERS)}, or the "
             "path of a tokenizer.json"
         )
-    _check_architecture(config, start)
+    _check_architecture(config)
     _check_word_vectors(config)
     return Request(config, out, None, init_from, Path(flags.folder.cache))
 
@@ -238,12 +238,12 @@ def _start(flags: Flags) -> StartSettings:
     return StartSettings(str(Path(name).absolute()) if name else "")
 
 
-def _check_architecture(config: RunConfig, start: RunConfig) -> None:
+def _check_architecture(config: RunConfig) -> None:
     """Raises InputError where what is learned from does not fit the model."""
-    kind, expected = config.model.architecture, start.model.architecture
+    kind, expected = config.model.architecture, PRESETS[config.preset].model.architecture
     if kind != expected == "encoder-decoder":
         raise InputError(
-            f"preset {start.preset} is of pairs, which a model of architecture {kind} does not read; leave "
+            f"preset {config.preset} is of pairs, which a model of architecture {kind} does not read; leave "
             "--architecture out, or use another preset"
         )
     if kind == "encoder-decoder" and config.tokenizer.special_tokens:

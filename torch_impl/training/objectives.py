@@ -6,7 +6,7 @@ One class for each architecture: where its batches come from, how well the model
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ _SHOWN = 5  # pairs in sample.txt
 _LINE = 40  # tokens of the line whose gaps are filled
 
 
+@runtime_checkable
 class Objective(Protocol):
     """What a run asks of its objective."""
 
