@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from torch_impl.data import sample_batch
 from torch_impl.optim import learning_rates
 from torch_impl.train import evaluate, start, train_steps
 from torch_impl.training.files import InputError, write_file
@@ -70,11 +72,10 @@ class Side(NamedTuple):
 def ours(train: np.ndarray, valid: np.ndarray, _: str) -> Side:
     """torch_impl, driven as a run drives it."""
     model = initialised(MODEL, TRAINING.seed)
+    sample = partial(sample_batch, torch.from_numpy(train), MODEL.context_length)
 
     def steps() -> Iterator[None]:
-        for step, metrics in enumerate(
-            train_steps(start(model, TRAINING), torch.from_numpy(train), TRAINING)
-        ):
+        for step, metrics in enumerate(train_steps(start(model, TRAINING), sample, TRAINING)):
             if step % RUN.log_every == 0:
                 metrics.loss.item()
             yield

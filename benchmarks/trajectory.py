@@ -4,6 +4,7 @@ python -m benchmarks.trajectory --out docs/trajectory.png
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -13,9 +14,11 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from ref_numpy import data
 from ref_numpy.config import ModelConfig, TrainConfig
 from ref_numpy.parameters import init_params
 from ref_numpy.train import train
+from torch_impl import data as fast_data
 from torch_impl.train import start, train_steps
 from torch_impl.transformer import Transformer
 
@@ -34,14 +37,15 @@ class Options:
 
 def losses(config: TrainConfig, precision: str) -> tuple[np.ndarray, np.ndarray]:
     """The loss at each step in NumPy and in PyTorch, both in one precision."""
-    dtype = getattr(torch, precision)
+    dtype, T = getattr(torch, precision), MODEL.context_length
     text = np.frombuffer("\n".join(topics.values()).encode("utf-8"), np.uint8)
+    tensor = torch.from_numpy(text.copy())
     params = init_params(MODEL, config.seed, precision)
     model = Transformer(MODEL, dtype).to(dtype)
     model.load_state_dict({name: torch.from_numpy(value) for name, value in params.items()})
     both = zip(
-        train(params, text, MODEL, config),
-        train_steps(start(model, config), torch.from_numpy(text.copy()), config),
+        train(params, partial(data.sample_batch, text, T), MODEL, config),
+        train_steps(start(model, config), partial(fast_data.sample_batch, tensor, T), config),
         strict=True,
     )
     rows = [

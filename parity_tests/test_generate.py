@@ -1,5 +1,7 @@
 """Generation: the same text from the same model and seed."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,9 +10,11 @@ from hypothesis import strategies as st
 
 from parity_tests.strategies import model_configs, model_params, sampling_configs, seeds
 from ref_numpy.config import ModelConfig, SamplingConfig
-from ref_numpy.generate import context_start, generate, generate_batch
+from ref_numpy.generate import answer, context_start, generate, generate_batch
 from ref_numpy.transformer import transformer_forward
 from torch_impl import generate as fast
+from torch_impl.pairs import greedy_targets
+from torch_impl.seq2seq import make_model
 from torch_impl.transformer import Transformer
 
 
@@ -49,6 +53,44 @@ def test_a_batch_of_prompts_gives_what_each_gives_alone(config, seed, sampling):
     tensors = [torch.from_numpy(prompt) for prompt in prompts]
     got = fast.generate_batch(model_of(config, params), tensors, 7, sampling, seed, streams)
     assert list(got) == together
+
+
+@given(
+    config=model_configs(architectures=("encoder-decoder",)),
+    seed=seeds,
+    length=st.integers(1, 7),
+    sampling=sampling_configs(),
+)
+def test_answers_are_equal(config, seed, length, sampling):
+    """They end before n_tokens where the model ends them, and where the context does."""
+    if config.text_tokens < 5:
+        sampling = replace(sampling, forbidden=())  # of two tokens none would be left
+    params = model_params(config, seed)
+    source = np.random.default_rng(seed).integers(config.text_tokens, size=length)
+    want = list(answer(params, source, config, 20, sampling, seed))
+    model = make_model(config, torch.float64).double()
+    model.load_state_dict({name: torch.from_numpy(value) for name, value in params.items()})
+    assert list(fast.answer(model, torch.from_numpy(source), 20, sampling, seed)) == want
+    assert len(want) <= config.context_length and max(want, default=0) < config.text_tokens
+    assert list(answer(params, source, config, 2, sampling, seed)) == want[:2]
+    greedy = SamplingConfig(temperature=0.0)
+    ids = torch.from_numpy(source)[None]
+    written = greedy_targets(model, ids, torch.ones_like(ids, dtype=torch.bool), config.context_length)[0]
+    shown = list(answer(params, source, config, config.context_length, greedy))
+    assert written.tolist() == shown + [config.padding_token] * (config.context_length - len(shown))
+
+
+@pytest.mark.parametrize("length", [0, 8])
+def test_a_source_that_cannot_be_read_is_refused(length):
+    config = ModelConfig("encoder-decoder", vocab_size=9, context_length=7, n_layer=1, n_head=1, d_model=2)
+    params = model_params(config, 0)
+    model = make_model(config)
+    for tokens in (
+        answer(params, np.zeros(length, int), config, 1),
+        fast.answer(model, torch.zeros(length, dtype=torch.long), 1),
+    ):
+        with pytest.raises(ValueError, match=f"the source has {length} tokens, not 1 to 7"):
+            next(tokens)
 
 
 def test_greedy_text_is_the_most_likely_next_token_again_and_again():

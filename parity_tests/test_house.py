@@ -10,7 +10,7 @@ import pytest
 HOUSE = Path(__file__).parent.parent
 
 # Described once, and read by both sides: no second version of it is written.
-DESCRIBED = {"config", "bpe_format", "parameters"}
+DESCRIBED = {"config", "bpe_format", "parameters", "dates"}
 # Translated from and to the formats of others, and nothing computed: there is nothing to write twice.
 TRANSLATED = {"interop"}
 
@@ -18,11 +18,12 @@ TRANSLATED = {"interop"}
 SHARED = {
     "ref_numpy.config": None,  # all of it
     "ref_numpy.bpe_format": None,
-    "ref_numpy.rng": {"Key", "INIT", "DATA", "DROPOUT", "SAMPLE"},
+    "ref_numpy.rng": {"Key", "INIT", "DATA", "DROPOUT", "SAMPLE", "MASK"},
     "ref_numpy.dropout": {"DropoutKey"},
     "ref_numpy.loss": {"IGNORE"},
     "ref_numpy.masks": {"PADDING"},
     "ref_numpy.parameters": None,
+    "ref_numpy.dates": None,
 }
 REFERENCE_MAY_IMPORT = {"numpy", "jaxtyping", "ref_numpy", "regex", "tqdm"}  # and the standard library
 

@@ -151,7 +151,7 @@ def reference(model: Transformer, ids: torch.Tensor) -> dict:
     """The model's weights in the NumPy half."""
     params = {name: value.numpy() for name, value in model.state_dict().items()}
     batch, targets = ids.numpy()[None], next_ids(ids).numpy()[None]
-    loss, gradients = loss_and_gradients(params, batch, targets, 0, model.config, TrainConfig())
+    loss, gradients = loss_and_gradients(params, (batch, targets), 0, model.config, TrainConfig())
     logits, _ = transformer_forward(params, batch[0], model.config)
     as_tensors = {name: torch.from_numpy(np.asarray(value)) for name, value in gradients.items()}
     return result(torch.from_numpy(logits), torch.tensor(loss, dtype=torch.float64), as_tensors)
@@ -275,9 +275,9 @@ def test_ten_steps_here_are_ten_steps_there(case, tmp_path, in_double):
         optimizer.step()
         optimizer.zero_grad()
         inputs, targets = batch[None], next_ids(batch)[None]
-        metrics = train_step(state, inputs, targets, torch.tensor(step), training)
+        metrics = train_step(state, (inputs, targets), torch.tensor(step), training)
         params, moments, reference_metrics = ref_train_step(
-            params, moments, inputs.numpy(), targets.numpy(), step, model.config, training
+            params, moments, (inputs.numpy(), targets.numpy()), step, model.config, training
         )
         assert metrics.loss.item() == pytest.approx(loss.item(), rel=1e-9)
         assert reference_metrics.loss == pytest.approx(loss.item(), rel=1e-9)

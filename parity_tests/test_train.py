@@ -1,6 +1,8 @@
 """Training: the trajectory of both sides from one seed, and the laws of a step."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import chain, islice
 
 import numpy as np
@@ -19,7 +21,8 @@ from ref_numpy.train import loss_and_gradients, train, train_step
 from ref_numpy.transformer import transformer_forward
 from torch_impl import data as fast_data
 from torch_impl import train as fast
-from torch_impl.transformer import Transformer, initialised
+from torch_impl.seq2seq import make_model
+from torch_impl.transformer import initialised
 
 MODEL = ModelConfig(vocab_size=29, context_length=11, n_layer=2, n_head=3, d_model=12, dropout=0.1)
 TRAINING = TrainConfig(
@@ -38,9 +41,19 @@ TRAINING = TrainConfig(
 def state_of(
     params: dict[str, np.ndarray], model_config: ModelConfig, config: TrainConfig
 ) -> fast.TrainState:
-    model = Transformer(model_config, torch.float64).double()
+    model = make_model(model_config, torch.float64).double()
     model.load_state_dict({name: torch.from_numpy(value) for name, value in params.items()})
     return fast.start(model, config)
+
+
+def tensors(*arrays: np.ndarray) -> tuple[torch.Tensor, ...]:
+    return tuple(map(torch.from_numpy, arrays))
+
+
+def samples(tokens: np.ndarray) -> tuple[partial, partial]:
+    """Where both sides take the batches of a text from."""
+    T = MODEL.context_length
+    return partial(sample_batch, tokens, T), partial(fast_data.sample_batch, torch.from_numpy(tokens), T)
 
 
 def unevenly_counted(targets: np.ndarray, seed: int) -> np.ndarray:
@@ -57,6 +70,23 @@ def values(state: fast.TrainState) -> dict[str, np.ndarray]:
     return {name: value.detach().numpy() for name, value in state.model.state_dict().items()}
 
 
+def require_one_trajectory(
+    model_config: ModelConfig, config: TrainConfig, sample: Callable, fast_sample: Callable
+) -> None:
+    """Both loops, each with batches of its own: losses, norms, parameters agree, and they learn."""
+    params = init_params(model_config, config.seed, np.float64)
+    state, losses = state_of(params, model_config, config), []
+    loops = train(params, sample, model_config, config), fast.train_steps(state, fast_sample, config)
+    for (after, want), got in zip(*loops, strict=True):
+        assert got.loss.item() == pytest.approx(want.loss, rel=1e-9)
+        assert got.grad_norm.item() == pytest.approx(want.grad_norm, rel=1e-8)
+        for name, value in values(state).items():
+            largest = np.abs(after[name]).max()
+            np.testing.assert_allclose(value, after[name], rtol=1e-8, atol=1e-8 * largest)
+        losses.append(want.loss)
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.1, "nothing was learned, so little was tested"
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_fifty_steps_agree(schedule):
     """Dropout, decay, clipping, warm-up, uneven micro-batches, tied embeddings."""
@@ -69,11 +99,11 @@ def test_fifty_steps_agree(schedule):
     for step in range(config.steps):
         inputs, targets = sample_batch(tokens, MODEL.context_length, step, config)
         targets = unevenly_counted(targets, step)
-        params, moments, want = train_step(params, moments, inputs, targets, step, MODEL, config)
+        params, moments, want = train_step(params, moments, (inputs, targets), step, MODEL, config)
 
         clock = torch.tensor(step)
         fast_inputs, _ = fast_data.sample_batch(torch.from_numpy(tokens), MODEL.context_length, clock, config)
-        got = fast.train_step(state, fast_inputs, torch.from_numpy(targets), clock, config)
+        got = fast.train_step(state, (fast_inputs, torch.from_numpy(targets)), clock, config)
         assert got.loss.item() == pytest.approx(want.loss, rel=1e-9)
         assert got.grad_norm.item() == pytest.approx(want.grad_norm, rel=1e-8)
         assert got.learning_rate.item() == want.learning_rate
@@ -94,12 +124,12 @@ def test_the_loops_agree():
     params = init_params(MODEL, config.seed, np.float64)
     tokens = np.random.default_rng(6).integers(MODEL.vocab_size, size=300)
     state = state_of(params, MODEL, config)
-    on_device = torch.from_numpy(tokens)
+    sample, fast_sample = samples(tokens)
     first, rest = (
-        islice(fast.train_steps(state, on_device, config), 3),
-        fast.train_steps(state, on_device, config),
+        islice(fast.train_steps(state, fast_sample, config), 3),
+        fast.train_steps(state, fast_sample, config),
     )
-    for (after, want), got in zip(train(params, tokens, MODEL, config), chain(first, rest), strict=True):
+    for (after, want), got in zip(train(params, sample, MODEL, config), chain(first, rest), strict=True):
         assert got.loss.item() == pytest.approx(want.loss, rel=1e-9)
         for name, value in values(state).items():
             np.testing.assert_allclose(value, after[name], rtol=1e-8, atol=1e-9)
@@ -131,9 +161,9 @@ def test_a_step_agrees_for_any_model(model_config, seed, smoothing, optimizer, m
     tokens = np.random.default_rng(seed).integers(model_config.vocab_size, size=99)
     inputs, targets = sample_batch(tokens, model_config.context_length, 0, config)
     targets = unevenly_counted(targets, seed)
-    after, _, want = train_step(params, zero_moments(params), inputs, targets, 0, model_config, config)
+    after, _, want = train_step(params, zero_moments(params), (inputs, targets), 0, model_config, config)
     state = state_of(params, model_config, config)
-    got = fast.train_step(state, torch.from_numpy(inputs), torch.from_numpy(targets), torch.tensor(0), config)
+    got = fast.train_step(state, tensors(inputs, targets), torch.tensor(0), config)
     assert got.loss.item() == pytest.approx(want.loss, rel=1e-9)
     assert got.grad_norm.item() == pytest.approx(want.grad_norm, rel=1e-8)
     for name, value in values(state).items():
@@ -150,11 +180,12 @@ def test_frozen_embeddings_stay_and_have_no_part_in_the_clipped_norm(tied):
     params = init_params(model_config, 3, np.float64)
     tokens = np.random.default_rng(6).integers(MODEL.vocab_size, size=300)
     inputs, targets = sample_batch(tokens, MODEL.context_length, 0, config)
-    _, gradients = loss_and_gradients(params, inputs, targets, 0, model_config, config)
+    _, gradients = loss_and_gradients(params, (inputs, targets), 0, model_config, config)
     norm = sum((g * g).sum() for name, g in gradients.items() if name != "token_embedding.weight") ** 0.5
     state = state_of(params, model_config, config)
-    fast_steps = fast.train_steps(state, torch.from_numpy(tokens), config)
-    plain_steps = train(params, tokens, model_config, config)
+    sample, fast_sample = samples(tokens)
+    fast_steps = fast.train_steps(state, fast_sample, config)
+    plain_steps = train(params, sample, model_config, config)
     for step, ((after, want), got) in enumerate(zip(plain_steps, fast_steps, strict=True)):
         assert got.loss.item() == pytest.approx(want.loss, rel=1e-9)
         assert got.grad_norm.item() == pytest.approx(want.grad_norm, rel=1e-8)
@@ -177,9 +208,9 @@ def test_any_split_into_micro_batches_gives_one_gradient(model_config, seed, mic
     def cut(ids: np.ndarray, parts: int) -> np.ndarray:
         return ids.reshape(parts, -1, ids.shape[-1])
 
-    want_loss, want = loss_and_gradients(params, cut(inputs, 1), cut(targets, 1), 3, model_config, TRAINING)
+    want_loss, want = loss_and_gradients(params, (cut(inputs, 1), cut(targets, 1)), 3, model_config, TRAINING)
     parts = cut(inputs, micro_batches), cut(targets, micro_batches)
-    loss, gradients = loss_and_gradients(params, *parts, 3, model_config, TRAINING)
+    loss, gradients = loss_and_gradients(params, parts, 3, model_config, TRAINING)
     assert loss == pytest.approx(want_loss, rel=1e-12)
     for name, gradient in gradients.items():
         np.testing.assert_allclose(gradient, want[name], rtol=1e-9, atol=1e-12)
@@ -189,15 +220,15 @@ def test_dropout_of_a_step_is_its_own():
     """The same batch at two steps: other units are dropped, so another loss; without dropout, the same."""
     params = init_params(MODEL, 0, np.float64)
     inputs, targets = sample_batch(np.arange(29).repeat(20), MODEL.context_length, 0, TRAINING)
-    losses = [loss_and_gradients(params, inputs, targets, step, MODEL, TRAINING)[0] for step in (0, 0, 1)]
+    losses = [loss_and_gradients(params, (inputs, targets), step, MODEL, TRAINING)[0] for step in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
 
 
 def test_a_step_of_the_reference_in_float32_is_in_float32_throughout():
     params = init_params(MODEL, 0)
     inputs, targets = sample_batch(np.arange(29).repeat(20), MODEL.context_length, 0, TRAINING)
-    _, gradients = loss_and_gradients(params, inputs, targets, 0, MODEL, TRAINING)
-    after, moments, _ = train_step(params, zero_moments(params), inputs, targets, 0, MODEL, TRAINING)
+    _, gradients = loss_and_gradients(params, (inputs, targets), 0, MODEL, TRAINING)
+    after, moments, _ = train_step(params, zero_moments(params), (inputs, targets), 0, MODEL, TRAINING)
     found = {value.dtype for kind in (gradients, after, *moments) for value in kind.values()}
     assert found == {np.dtype(np.float32)}
 
@@ -237,7 +268,7 @@ def test_float16_gradients_are_those_of_float32_and_an_overflow_costs_one_step()
     """The scale is in no result. Where it makes a gradient infinite, no weight moves, and it is halved."""
     config = replace(TRAINING, micro_batches=2, clip=0.1)
     inputs, targets = sample_batch(np.arange(29).repeat(20), MODEL.context_length, 0, config)
-    batch = torch.from_numpy(inputs), torch.from_numpy(targets), torch.tensor(0)
+    batch = tensors(inputs, targets), torch.tensor(0)
 
     def state_in(precision: torch.dtype) -> fast.TrainState:
         return fast.start(initialised(MODEL, 0, precision), config)

@@ -36,7 +36,7 @@ class ModelConfig:
     architecture: Literal["decoder", "encoder", "encoder-decoder"] = "decoder"
     """A decoder writes (GPT-2), an encoder fills gaps (BERT), an encoder-decoder answers (Vaswani et al.)."""
     vocab_size: int = 256
-    """Number of distinct tokens, V."""
+    """Number of distinct tokens, V; the last ones are the model's own, see added_tokens."""
     context_length: int = 64
     """Longest sequence that the model sees, in tokens, T."""
     n_layer: int = 2
@@ -83,6 +83,11 @@ class ModelConfig:
         for name in ("vocab_size", "context_length", "n_layer", "n_head", "d_model"):
             value = getattr(self, name)
             _require(value >= 1, f"{name} is {value}, but must be at least 1")
+        _require(
+            self.vocab_size > self.added_tokens,
+            f"vocab_size is {self.vocab_size}, but {self.added_tokens} tokens are the {self.architecture}'s "
+            f"own; make it {self.added_tokens + 1} or more",
+        )
         for name, meaning in (("d_ff", "meaning 4 * d_model"), ("n_kv_head", "meaning n_head")):
             value = getattr(self, name)
             _require(value >= 0, f"{name} is {value}, but must be 0 ({meaning}) or more")
@@ -136,6 +141,37 @@ class ModelConfig:
             f"rope turns pairs of features, but a head is {self.head_width} wide (d_model {self.d_model} / "
             f"n_head {self.n_head}); make it even",
         )
+
+    @property
+    def added_tokens(self) -> int:
+        """Tokens that no text holds, at the end of the vocabulary: an encoder's mask; begin, end and padding
+        of an encoder-decoder."""
+        return {"decoder": 0, "encoder": 1, "encoder-decoder": 3}[self.architecture]
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens that a text is made of, numbered from 0: the tokenizer's."""
+        return self.vocab_size - self.added_tokens
+
+    @property
+    def mask_token(self) -> int:
+        """Stands in an encoder's input for a token that is to be guessed."""
+        return self.text_tokens
+
+    @property
+    def begin_token(self) -> int:
+        """What an encoder-decoder reads before the first token of a target."""
+        return self.text_tokens
+
+    @property
+    def end_token(self) -> int:
+        """What an encoder-decoder writes after the last token of a target."""
+        return self.text_tokens + 1
+
+    @property
+    def padding_token(self) -> int:
+        """Fills the shorter sequences of an encoder-decoder's batch; neither seen nor written."""
+        return self.text_tokens + 2
 
     @property
     def ffn_width(self) -> int:

@@ -1,10 +1,11 @@
-"""Text from a model, one token at a time.
+"""Text from a model, one token at a time: what follows a prompt, or the target of a source.
 
-Shapes: T length of a prompt, B prompts.
-Not here: beams (see beam.py), stop conditions (the caller stops asking).
+Shapes: T length of a prompt, B prompts, S length of a source.
+Not here: beams (see beam.py), stop conditions (the caller stops asking), a cache for targets.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Integer
@@ -16,6 +17,7 @@ from ref_numpy.kv_cache import advance, empty_cache
 from ref_numpy.masks import PADDING
 from ref_numpy.rng import SAMPLE, Key, uniform
 from ref_numpy.sampling import sample_token
+from ref_numpy.seq2seq import decode_forward, encode_forward
 from ref_numpy.transformer import transformer_forward
 
 
@@ -95,3 +97,33 @@ def _padded(contexts: list[list[int]]) -> tuple[Integer[Array, "B T"], Integer[A
 def _append(documents: Integer[Array, "B T"] | None) -> Integer[Array, "B S"] | None:
     """One token more of each text."""
     return None if documents is None else np.pad(documents, ((0, 0), (0, 1)))
+
+
+def answer(
+    params: Params,
+    source: Integer[Array, "S"],
+    config: ModelConfig,
+    n_tokens: int,
+    sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (it is frozen)
+    seed: int = 0,
+) -> Iterator[int]:
+    """Yields the target that an encoder-decoder writes for a source, up to its end, which is left out.
+
+    It has at most n_tokens, and at most as many as the context is long. Token i takes its u from (seed, i).
+    Raises ValueError for a source that is empty or longer than the context length.
+    """
+    if not 0 < source.size <= config.context_length:
+        raise ValueError(f"the source has {source.size} tokens, not 1 to {config.context_length}")
+    present = np.ones((1, source.size), dtype=bool)
+    memory, _ = encode_forward(params, source[None], present, config)
+    never = (config.begin_token, config.padding_token)
+    sampling = replace(sampling, forbidden=sampling.forbidden + never)
+    ids = [config.begin_token]
+    for i in range(min(n_tokens, config.context_length)):
+        logits, _ = decode_forward(params, np.array(ids)[None], memory, present, config)
+        u = uniform(Key(seed, SAMPLE, step=i), 1)[0]
+        token = sample_token(logits[0, -1], ids[1:], sampling, u)
+        if token == config.end_token:
+            return
+        ids.append(token)
+        yield token

@@ -19,7 +19,7 @@ from jaxtyping import Float64, UInt32, UInt64
 from numpy import ndarray as Array
 
 # What a random number is for: the last word of the counter.
-INIT, DATA, DROPOUT, SAMPLE = 0, 1, 2, 3
+INIT, DATA, DROPOUT, SAMPLE, MASK = 0, 1, 2, 3, 4
 
 _M0, _M1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)  # multipliers of the two lanes
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85  # key increments: fractions of the golden ratio, of sqrt 3
@@ -30,7 +30,7 @@ class Key(NamedTuple):
     """The address of a stream of random numbers."""
 
     seed: int  # of the run, 64 bits
-    purpose: int  # INIT, DATA, DROPOUT or SAMPLE
+    purpose: int  # INIT, DATA, DROPOUT, SAMPLE or MASK
     step: int = 0  # optimizer step, or position of a sampled token
     stream: int = 0  # parameter, dropout site, ...: whatever the purpose counts
 

@@ -5,17 +5,20 @@
 trains a model of a quarter of a million parameters on the Python language reference and prints what
 it writes.
 
-Shapes: N tokens of text, M micro-batches, B sequences in each, T context length.
+A model reads all arrays of a batch but the last, which is what it is to write: a decoder's batch is from
+data.py, an encoder's from masking.py, an encoder-decoder's from pairs.py.
+
+Shapes: M micro-batches, B sequences in each, T context length.
 Not here: files, checkpoints, devices (see train_gpu.py, whose loop is this one's twin).
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Integer
 from numpy import ndarray as Array
 
 from ref_numpy.block import Params
@@ -26,7 +29,17 @@ from ref_numpy.generate import generate
 from ref_numpy.loss import IGNORE, cross_entropy_backward, cross_entropy_forward
 from ref_numpy.optim import Moments, clip_by_global_norm, learning_rate_at, optimizer_step, zero_moments
 from ref_numpy.parameters import init_params
+from ref_numpy.seq2seq import seq2seq_backward, seq2seq_forward
 from ref_numpy.transformer import transformer_backward, transformer_forward
+
+Batch = tuple[Array, ...]  # (M, B, ...) each, the targets last
+Sample = Callable[[int, TrainConfig], Batch]  # the batch of a step
+
+MODELS = {
+    "decoder": (transformer_forward, transformer_backward),
+    "encoder": (transformer_forward, transformer_backward),
+    "encoder-decoder": (seq2seq_forward, seq2seq_backward),
+}
 
 
 class StepMetrics(NamedTuple):
@@ -36,26 +49,24 @@ class StepMetrics(NamedTuple):
 
 
 def loss_and_gradients(
-    params: Params,
-    inputs: Integer[Array, "M B T"],
-    targets: Integer[Array, "M B T"],
-    step: int,
-    model_config: ModelConfig,
-    config: TrainConfig,
+    params: Params, batch: Batch, step: int, model_config: ModelConfig, config: TrainConfig
 ) -> tuple[float, Params]:
     """Mean loss over the tokens that count in the whole step, and its gradients, one micro-batch at a time.
 
     Each micro-batch divides its sum of losses by the count of the whole step, so that their shares add up to
     the mean; the mean of their own means would weigh a token by how few others count beside it.
     """
+    forward, backward = MODELS[model_config.architecture]
+    *_, targets = batch
     count = int((targets != IGNORE).sum())
     total_loss = 0.0
     total = {name: np.zeros_like(param) for name, param in params.items()}
-    for m in range(inputs.shape[0]):
-        key = DropoutKey(config.seed, step, first_row=m * inputs.shape[1])
-        logits, cache = transformer_forward(params, inputs[m], model_config, key)
+    for m in range(targets.shape[0]):
+        *inputs, _ = (array[m] for array in batch)
+        key = DropoutKey(config.seed, step, first_row=m * targets.shape[1])
+        logits, cache = forward(params, *inputs, model_config, key)
         loss, loss_cache = cross_entropy_forward(logits, targets[m], config.label_smoothing, count)
-        gradients = transformer_backward(cross_entropy_backward(1.0, loss_cache), cache)
+        gradients = backward(cross_entropy_backward(1.0, loss_cache), cache)
         total_loss += float(loss)
         total = {name: total[name] + gradient for name, gradient in gradients.items()}
     return total_loss, total
@@ -64,14 +75,13 @@ def loss_and_gradients(
 def train_step(
     params: Params,
     moments: Moments,
-    inputs: Integer[Array, "M B T"],
-    targets: Integer[Array, "M B T"],
+    batch: Batch,
     step: int,
     model_config: ModelConfig,
     config: TrainConfig,
 ) -> tuple[Params, Moments, StepMetrics]:
     """One optimizer step on a batch: the new parameters and moments; step counts from 0."""
-    loss, gradients = loss_and_gradients(params, inputs, targets, step, model_config, config)
+    loss, gradients = loss_and_gradients(params, batch, step, model_config, config)
     if config.freeze_embeddings:  # no gradient: neither is it clipped along, nor does the optimizer act
         del gradients["token_embedding.weight"]
     gradients, grad_norm = clip_by_global_norm(gradients, config.clip)
@@ -81,13 +91,13 @@ def train_step(
 
 
 def train(
-    params: Params, tokens: Integer[Array, "N"], model_config: ModelConfig, config: TrainConfig
+    params: Params, sample: Sample, model_config: ModelConfig, config: TrainConfig
 ) -> Iterator[tuple[Params, StepMetrics]]:
     """Yields the parameters and the metrics after each step, config.steps times."""
     moments = zero_moments(params)
     for step in range(config.steps):
-        inputs, targets = sample_batch(tokens, model_config.context_length, step, config)
-        params, moments, metrics = train_step(params, moments, inputs, targets, step, model_config, config)
+        batch = sample(step, config)
+        params, moments, metrics = train_step(params, moments, batch, step, model_config, config)
         yield params, metrics
 
 
@@ -101,12 +111,13 @@ def main() -> None:
     model_config = ModelConfig()
     config = TrainConfig(steps=1500, batch_size=16, learning_rate=3e-3, min_learning_rate=3e-4)
     params = init_params(model_config, config.seed)
+    sample = partial(sample_batch, tokens, model_config.context_length)
     n_params = sum(param.size for param in params.values())
     print(f"{n_params:,} parameters, {tokens.size:,} bytes of text")
 
     # Ctrl-C ends the training early; what the model writes by then still follows.
     with suppress(KeyboardInterrupt), tqdm(total=config.steps, unit="step") as bar:
-        for trained, metrics in train(params, tokens, model_config, config):
+        for trained, metrics in train(params, sample, model_config, config):
             params = trained
             bar.update()
             bar.set_postfix(loss=f"{metrics.loss:.3f}", refresh=False)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from ref_numpy.config import ModelConfig, TrainConfig
+from torch_impl.data import sample_batch
 from torch_impl.train import start, train_step, train_steps
 from torch_impl.transformer import Transformer
 
@@ -27,7 +29,7 @@ def test_a_step_reads_nothing_back(precision):
         state = start(Transformer(MODEL, precision), TRAINING)
         clock = torch.zeros((), dtype=torch.long) + 1  # a plain torch.tensor(1) would remember its value
         places = torch.zeros(3, 2, 8, dtype=torch.long)
-        metrics = train_step(state, places, places, clock, TRAINING)
+        metrics = train_step(state, (places, places), clock, TRAINING)
         for metric in metrics:
             with pytest.raises(DataDependentOutputException):
                 metric.item()
@@ -37,7 +39,7 @@ def test_the_batches_of_many_steps_read_nothing_back():
     with FakeTensorMode():
         state = start(Transformer(MODEL), TRAINING)
         tokens = torch.zeros(100, dtype=torch.long)
-        assert len(list(train_steps(state, tokens, TRAINING))) == TRAINING.steps
+        assert len(list(train_steps(state, partial(sample_batch, tokens, 8), TRAINING))) == TRAINING.steps
 
 
 COMPILED_LOSS = """
@@ -58,7 +60,7 @@ for loss_function in (model_loss, compiled):
     for step in (0, 1):  # the second step is served by the graph of the first
         key = DropoutKey(7, torch.tensor(step), first_row=torch.tensor(3))
         with torch.compiler.set_stance("fail_on_recompile" if step else "default"):
-            loss = loss_function(model, inputs, targets, key, 0.1, torch.tensor(24))
+            loss = loss_function(model, (inputs, targets), key, 0.1, torch.tensor(24))
         loss.backward()
         losses.append(loss.detach())
     assert losses[0] != losses[1], "every step has its own masks"

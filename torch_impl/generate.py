@@ -24,6 +24,7 @@ from ref_numpy.rng import SAMPLE, Key
 from torch_impl.kv_cache import KVCache
 from torch_impl.rng import uniform
 from torch_impl.sampling import sample_token
+from torch_impl.seq2seq import Seq2Seq
 from torch_impl.training.beams import BeamFlags, beam_of, continuations
 from torch_impl.transformer import Transformer
 
@@ -99,6 +100,37 @@ def _padded(contexts: list[list[int]]) -> tuple[Integer[Tensor, "B T"], Integer[
     return ids, documents if missing.any() else None
 
 
+def answer(
+    model: Seq2Seq,
+    source: Integer[Tensor, "S"],
+    n_tokens: int,
+    sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (it is frozen)
+    seed: int = 0,
+) -> Iterator[int]:
+    """Yields the target that an encoder-decoder writes for a source, up to its end, which is left out.
+
+    It has at most n_tokens, and at most as many as the context is long. Token i takes its random number from
+    (seed, i). Raises ValueError for a source that is empty or longer than the context length.
+    """
+    config, device = model.config, model.token_embedding.weight.device
+    if not 0 < source.numel() <= config.context_length:
+        raise ValueError(f"the source has {source.numel()} tokens, not 1 to {config.context_length}")
+    present = torch.ones(1, source.numel(), dtype=torch.bool, device=device)
+    with torch.inference_mode():
+        memory = model.encode(source.to(device).long()[None], present)
+    never = (config.begin_token, config.padding_token)
+    sampling = replace(sampling, forbidden=sampling.forbidden + never)
+    ids = [config.begin_token]
+    for i in range(min(n_tokens, config.context_length)):
+        with torch.inference_mode():
+            logits = model.decode(torch.tensor(ids, device=device)[None], memory, present)[0, -1]
+        token = sample_token(logits, ids[1:], sampling, uniform(Key(seed, SAMPLE, step=i), 1).item())
+        if token == config.end_token:
+            return
+        ids.append(token)
+        yield token
+
+
 @dataclass(frozen=True)
 class SamplingFlags(SamplingConfig):
     def __post_init__(self) -> None: ...  # checked when all flags are known
@@ -112,7 +144,7 @@ class GenerateFlags:
     """Run folder (its best/ is taken, else last/), a checkpoint in one, or a folder in Hugging Face's
     layout."""
     prompt: str = ""
-    """Text to go on from; without it, the model begins a paragraph."""
+    """Text to go on from; without it, the model begins a paragraph. An encoder-decoder answers it instead."""
     max_new_tokens: int = 500
     """Length of what is written, in tokens."""
     seed: int = 0
@@ -165,25 +197,39 @@ def write(request: Request) -> None:
     settings = read_config(request.checkpoint).run
     place = choose_place(replace(settings, device=flags.device, compile="off"))
     loaded = load_model(request.checkpoint, place.dtype, place.device)
+    model, tokenizer, architecture = loaded.model, loaded.tokenizer, loaded.config.model.architecture
+    if architecture == "encoder":
+        raise InputError(f"{flags.model} is an encoder, which fills gaps and does not write; train a decoder")
+    answers = architecture == "encoder-decoder"
+    if answers and not flags.prompt:
+        raise InputError(
+            "--prompt is missing; an encoder-decoder answers a source, such as one it learned from"
+        )
+    if answers and request.beam is not None:
+        raise InputError(f"{flags.model} is an encoder-decoder, and beams are for decoders; leave out --beams")
     try:
-        prompt = torch.from_numpy(loaded.tokenizer.encode(flags.prompt or loaded.tokenizer.opening))
+        prompt = torch.from_numpy(tokenizer.encode(flags.prompt or tokenizer.opening))
     except UnicodeEncodeError as error:
         raise InputError(f"--prompt is not valid text: {error.reason} at character {error.start}") from error
     if not prompt.numel():
         raise InputError(f"--prompt {flags.prompt!r} has no word in it")
+    if answers and prompt.numel() > (limit := loaded.config.model.context_length):
+        raise InputError(f"--prompt has {prompt.numel()} tokens, but the model reads at most {limit}")
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character still shows the rest
     if request.beam is not None:
         found = continuations(loaded, prompt, flags.max_new_tokens, request.beam, flags.search.stop)
         for number, (text, score) in enumerate(found, 1):
             print(f"[{number}] score {score:.4f}\n" * (flags.search.n_best > 1) + flags.prompt + text)
         return
-    print(flags.prompt, end="", flush=True)
+    write_tokens = answer if answers else generate
+    tokens = write_tokens(model, prompt, flags.max_new_tokens, request.sampling, flags.seed)
+    before = [] if answers else prompt[-1:].tolist()
+    print("" if answers else flags.prompt, end="", flush=True)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    decode_bytes, before = loaded.tokenizer.decode_bytes, int(prompt[-1])
-    for token in generate(loaded.model, prompt, flags.max_new_tokens, request.sampling, flags.seed):
-        pair = decode_bytes([before, token])  # together: between two words there is a space
-        print(decoder.decode(pair[len(decode_bytes([before])) :]), end="", flush=True)
-        before = token
+    for token in tokens:
+        pair = tokenizer.decode_bytes([*before, token])  # together: between two words there is a space
+        print(decoder.decode(pair[len(tokenizer.decode_bytes(before)) :]), end="", flush=True)
+        before = [token]
     print(decoder.decode(b"", final=True))
 
 

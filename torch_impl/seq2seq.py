@@ -11,7 +11,7 @@ from torch_impl.cross_block import CrossBlock
 from torch_impl.flash_attention import AttentionPattern
 from torch_impl.masks import padding_mask
 from torch_impl.multi_head_attention import attend_by
-from torch_impl.transformer import Embedded
+from torch_impl.transformer import Embedded, Transformer
 
 
 class Stack(nn.Module):
@@ -73,3 +73,9 @@ class Seq2Seq(Embedded):
         present marks the tokens of the source. Raises ValueError where a sequence is longer than the context.
         """
         return self.decode(target, self.encode(source, present, key), present, key)
+
+
+def make_model(config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> Embedded:
+    """A model of the config's architecture. The weights start undefined."""
+    kind = Seq2Seq if config.architecture == "encoder-decoder" else Transformer
+    return kind(config, compute_dtype)

@@ -14,10 +14,12 @@ from torch import Tensor
 from ref_numpy.config import TrainConfig
 from ref_numpy.dropout import DropoutKey
 from ref_numpy.loss import IGNORE
-from torch_impl.data import sample_batch
 from torch_impl.loss import cross_entropy
 from torch_impl.optim import clip_by_global_norm, learning_rates, make_optimizer, set_learning_rate
-from torch_impl.transformer import Transformer
+from torch_impl.transformer import Embedded, Transformer
+
+Batch = tuple[Tensor, ...]  # (M, B, ...) each: what the model reads, and last the targets
+Sample = Callable[[Integer[Tensor, ""], TrainConfig], Batch]  # the batch of a step
 
 
 class StepMetrics(NamedTuple):
@@ -32,7 +34,7 @@ class StepMetrics(NamedTuple):
 class TrainState:
     """What changes from step to step. The learning rates stand in a table beside the step counter."""
 
-    model: Transformer
+    model: Embedded
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # acts for float16 only, whose small gradients would vanish
     rates: Float[Tensor, "steps"]
@@ -40,7 +42,7 @@ class TrainState:
     step: int = 0  # finished steps
 
 
-def start(model: Transformer, config: TrainConfig, compiled: bool = False) -> TrainState:
+def start(model: Embedded, config: TrainConfig, compiled: bool = False) -> TrainState:
     """The state before the first step."""
     device = model.token_embedding.weight.device
     if device.type == "cpu":
@@ -64,37 +66,35 @@ def keep_freed_memory() -> None:
 
 
 def model_loss(
-    model: Transformer,
-    inputs: Integer[Tensor, "B T"],
-    targets: Integer[Tensor, "B T"],
+    model: Embedded,
+    batch: Batch,
     key: DropoutKey | None,
     label_smoothing: float,
     count: Integer[Tensor, ""],
 ) -> Float[Tensor, ""]:
     """Forward pass and loss of one micro-batch, as a share of the whole step's mean."""
-    return cross_entropy(model(inputs, key), targets, label_smoothing, count)
+    *inputs, targets = batch
+    return cross_entropy(model(*inputs, key=key), targets, label_smoothing, count)
 
 
 def train_step(
-    state: TrainState,
-    inputs: Integer[Tensor, "M B T"],
-    targets: Integer[Tensor, "M B T"],
-    clock: Integer[Tensor, ""],
-    config: TrainConfig,
+    state: TrainState, batch: Batch, clock: Integer[Tensor, ""], config: TrainConfig
 ) -> StepMetrics:
     """One optimizer step on a batch, in place. clock is the number of the step, from 0, as a tensor.
 
     The loss is the mean over the tokens that count in the whole step, however the micro-batches divide them.
     """
     model, optimizer, scaler = state.model, state.optimizer, state.scaler
-    micro_batches, rows, _ = inputs.shape
+    *_, targets = batch
+    micro_batches, rows, _ = targets.shape
     count = (targets != IGNORE).sum()
-    loss = torch.zeros((), device=inputs.device)
+    loss = torch.zeros((), device=targets.device)
     for m in range(micro_batches):
         key = None
         if model.config.dropout > 0:
             key = DropoutKey(config.seed, clock, first_row=torch.full_like(clock, m * rows))
-        share = state.loss_function(model, inputs[m], targets[m], key, config.label_smoothing, count)
+        micro_batch = tuple(tensor[m] for tensor in batch)
+        share = state.loss_function(model, micro_batch, key, config.label_smoothing, count)
         scaler.scale(share).backward()
         loss = loss + share.detach()
 
@@ -108,30 +108,25 @@ def train_step(
     return StepMetrics(loss, grad_norm, rate)
 
 
-def train_steps(
-    state: TrainState, tokens: Integer[Tensor, "N"], config: TrainConfig
-) -> Iterator[StepMetrics]:
+def train_steps(state: TrainState, sample: Sample, config: TrainConfig) -> Iterator[StepMetrics]:
     """Goes on from state.step to config.steps, and yields the metrics after each step."""
     clock = torch.tensor(state.step, device=state.rates.device)
     while state.step < config.steps:
-        inputs, targets = sample_batch(tokens, state.model.config.context_length, clock, config)
-        metrics = train_step(state, inputs, targets, clock, config)
+        metrics = train_step(state, sample(clock, config), clock, config)
         clock += 1
         state.step += 1
         yield metrics
 
 
-@torch.no_grad()
-def evaluate(
-    model: Transformer, tokens: Integer[Tensor, "N"], batch_size: int = 64, max_tokens: int | None = None
-) -> float:
-    """Mean loss over a text in nats per token, without dropout.
+def held_out_windows(
+    tokens: Integer[Tensor, "N"], context_length: int, batch_size: int = 64, max_tokens: int | None = None
+) -> Iterator[Integer[Tensor, "_ _"]]:
+    """A text in windows of the context length and one token more, which is the first of the next window.
 
-    The text is cut into windows of the context length, so every token but the first is predicted once, from
-    at most a window's worth of text before it. With max_tokens, about that many are predicted, in windows
-    spread evenly over the text. Raises ValueError for a text of fewer than two tokens.
+    With max_tokens, windows of about that many, spread evenly over the text. The last one may be shorter.
+    Raises ValueError for a text of fewer than two tokens.
     """
-    T, predicted = model.config.context_length, tokens.numel() - 1
+    T, predicted = context_length, tokens.numel() - 1
     if predicted < 1:
         raise ValueError(f"a text of {tokens.numel()} tokens has nothing to predict; it needs 2")
     starts = torch.arange(0, max(predicted - T + 1, 0), T, device=tokens.device)  # of whole windows
@@ -142,13 +137,25 @@ def evaluate(
     else:
         rest = predicted % T
     offsets = torch.arange(T + 1, device=tokens.device)
-    windows = [tokens[group[:, None] + offsets] for group in starts.split(batch_size) if len(group)]
+    for group in starts.split(batch_size):
+        if len(group):
+            yield tokens[group[:, None] + offsets].long()
     if rest:
-        windows.append(tokens[-rest - 1 :][None])
+        yield tokens[-rest - 1 :][None].long()
 
+
+@torch.no_grad()
+def evaluate(
+    model: Transformer, tokens: Integer[Tensor, "N"], batch_size: int = 64, max_tokens: int | None = None
+) -> float:
+    """Mean loss over a text in nats per token, without dropout.
+
+    Every token but the first is predicted once, from at most a window's worth of text before it; with
+    max_tokens, about that many. Raises ValueError for a text of fewer than two tokens.
+    """
     total, count = 0.0, 0
-    for window in windows:
-        inputs, targets = window[:, :-1].long(), window[:, 1:].long()
+    for window in held_out_windows(tokens, model.config.context_length, batch_size, max_tokens):
+        inputs, targets = window[:, :-1], window[:, 1:]
         total += cross_entropy(model(inputs), targets).item() * targets.numel()
         count += targets.numel()
     return total / count

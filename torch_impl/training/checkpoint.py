@@ -25,6 +25,7 @@ from torch import Tensor
 from ref_numpy.config import ConfigError, ModelConfig
 from ref_numpy.parameters import parameter_shapes
 from torch_impl.quantise import Header, load_quantised, quantised_shapes
+from torch_impl.seq2seq import make_model
 from torch_impl.train import TrainState
 from torch_impl.training.config import FORMAT_VERSION, RunConfig, parse_json, read_config
 from torch_impl.training.files import InputError, replaced_folder, whole_folder
@@ -32,7 +33,7 @@ from torch_impl.training.hf_config import is_hf
 from torch_impl.training.hf_tensors import read_hf_tensors
 from torch_impl.training.tensor_files import opened_tensors, write_tensors
 from torch_impl.training.tokenizer import Tokenizer, load_tokenizer
-from torch_impl.transformer import Transformer
+from torch_impl.transformer import Embedded
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 _LOSS_SCALE = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
@@ -55,7 +56,7 @@ class Progress:
 class LoadedModel(NamedTuple):
     config: RunConfig
     tokenizer: Tokenizer
-    model: Transformer
+    model: Embedded
 
 
 def save_checkpoint(
@@ -75,13 +76,13 @@ def save_checkpoint(
         (new / "training.json").write_bytes(json.dumps(training, indent=2).encode("utf-8"))
 
 
-def save_model(folder: Path, config: RunConfig, tokenizer: Tokenizer, model: Transformer) -> None:
+def save_model(folder: Path, config: RunConfig, tokenizer: Tokenizer, model: Embedded) -> None:
     """Write a model that is not trained any more, in one piece. Raises OSError where it cannot."""
     with replaced_folder(folder) as new:
         _write_model(new, config, tokenizer, model)
 
 
-def _write_model(folder: Path, config: RunConfig, tokenizer: Tokenizer, model: Transformer) -> None:
+def _write_model(folder: Path, config: RunConfig, tokenizer: Tokenizer, model: Embedded) -> None:
     (folder / "config.json").write_bytes(config.to_json())
     write_tensors(folder / "model.safetensors", model.state_dict())
     tokenizer.save(folder / "tokenizer.json")
@@ -95,15 +96,15 @@ def load_model(folder: Path, compute_dtype: torch.dtype, device: torch.device) -
     config = read_config(folder)
     folder = whole_folder(folder)
     tokenizer = load_tokenizer(folder / "tokenizer.json")
-    if tokenizer.vocab_size != config.model.vocab_size:
+    if tokenizer.vocab_size != config.model.text_tokens:
         raise InputError(
             f"{folder / 'tokenizer.json'} has {tokenizer.vocab_size} tokens, but the model of config.json "
-            f"{config.model.vocab_size}: they do not belong together"
+            f"{config.model.text_tokens}: they do not belong together"
         )
     # Tensors first: nothing is built on the word of the config.
     if config.quantisation is None:
         params = load_parameters(folder, config.model)
-        model = Transformer(config.model, compute_dtype)
+        model = make_model(config.model, compute_dtype)
         model.load_state_dict(params)
     else:
         path, how = folder / "model.safetensors", asdict(config.quantisation)
@@ -111,7 +112,7 @@ def load_model(folder: Path, compute_dtype: torch.dtype, device: torch.device) -
         for name, tensor in tensors.items():
             if name.endswith(".scales") and not (tensor.isfinite() & (tensor > 0)).all():
                 raise InputError(f"{path} is damaged: a number of {name} is no positive finite number")
-        model = Transformer(config.model, compute_dtype)
+        model = make_model(config.model, compute_dtype)
         load_quantised(model, tensors, **how)
     return LoadedModel(config, tokenizer, model.to(device))
 

@@ -123,6 +123,7 @@ def parse(arguments: list[str]) -> Request:
             f"--tokenizer {flags.tokenizer.tokenizer}: no such file; use {', '.join(TOKENIZERS)}, or the "
             "path of a tokenizer.json"
         )
+    _check_architecture(config)
     _check_word_vectors(config)
     return Request(config, out, None, init_from, Path(flags.folder.cache))
 
@@ -235,6 +236,21 @@ def _start(flags: Flags) -> StartSettings:
     """What the model begins with, with the whole path of a file."""
     name = flags.start.word_vectors
     return StartSettings(str(Path(name).absolute()) if name else "")
+
+
+def _check_architecture(config: RunConfig) -> None:
+    """Raises InputError where what is learned from does not fit the model."""
+    kind, expected = config.model.architecture, PRESETS[config.preset].model.architecture
+    if kind != expected == "encoder-decoder":
+        raise InputError(
+            f"preset {config.preset} is of pairs, which a model of architecture {kind} does not read; leave "
+            "--architecture out, or use another preset"
+        )
+    if kind == "encoder-decoder" and config.tokenizer.special_tokens:
+        raise InputError(
+            f"--special-tokens {config.tokenizer.special_tokens[0]}: pairs have none beside the "
+            "encoder-decoder's own; leave them out"
+        )
 
 
 def _check_word_vectors(config: RunConfig) -> None:

@@ -17,9 +17,10 @@ class RunSettings:
     """Where a run computes and what it reports. Raises ConfigError on a value out of range."""
 
     train_file: str = ""
-    """UTF-8 text to train on; without it, the Python language reference that ships with the interpreter."""
+    """UTF-8 text to train on; without it, the Python language reference that ships with the interpreter. For
+    an encoder-decoder, lines of source TAB target; without it, dates as people and as ISO 8601 write them."""
     valid_file: str = ""
-    """UTF-8 text to evaluate on; without it, the last tenth of the training text is held out."""
+    """UTF-8 text, or pairs, to evaluate on; without it, the last tenth of the training text is held out."""
     device: str = "auto"
     """auto (CUDA, else MPS, else the CPU), cpu, cuda, cuda:1, mps."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -36,7 +37,7 @@ class RunSettings:
     log_every: int = 10
     """Steps between two readings of the loss, for the progress bar; each makes the device wait."""
     sample_tokens: int = 500
-    """Length in tokens of the passage that the model writes at the end; 0 for none."""
+    """Length in tokens of the example that the model gives at the end; 0 for none."""
 
     def __post_init__(self) -> None:
         for name in ("eval_every", "checkpoint_every", "log_every"):

@@ -46,8 +46,8 @@ def load_corpus(train_file: str, valid_file: str) -> Corpus:
 
     Raises InputError for a file that is missing, a folder, empty, or not UTF-8 text.
     """
-    whole = Text(_readable(train_file) if train_file else python_reference().encode("utf-8"))
-    other = [Text(_readable(valid_file))] if valid_file else []
+    whole = Text(readable(train_file) if train_file else python_reference().encode("utf-8"))
+    other = [Text(readable(valid_file))] if valid_file else []
     with byte_bar([whole, *other] * 2, "reading") as bar:
         if valid_file:  # ten tenths of either: looked through, and kept whole
             (train, _), (valid, _) = whole.split(10, bar.update), other[0].split(10, bar.update)
@@ -63,7 +63,8 @@ def python_reference() -> str:
     return "\n".join(topics.values())
 
 
-def _readable(file: str) -> Path:
+def readable(file: str) -> Path:
+    """The path of a file. Raises InputError for one that is missing or a folder."""
     path = Path(file)
     if path.is_dir():
         raise InputError(f"{path} is a folder; name a text file in it")

@@ -6,6 +6,7 @@ Not here: the memory of a GPU, whose allocations fail by themselves; what other 
 """
 
 import os
+from dataclasses import replace
 
 from torch_impl.training.config import RunConfig
 from torch_impl.training.costs import parameter_count, training_bytes
@@ -20,8 +21,11 @@ def needed_bytes(config: RunConfig) -> int:
     """
     if choose_device(config.run.device).type != "cpu":
         return 4 * parameter_count(config.model)
+    model = config.model
+    if model.architecture == "encoder-decoder":  # sources and targets may be shorter by any length
+        model = replace(model, context_length=2)
     size = 4 if config.run.precision in ("auto", "float32") else 2
-    return training_bytes(config.model, config.training, size).peak
+    return training_bytes(model, config.training, size).peak
 
 
 def refuse_what_cannot_fit(config: RunConfig) -> None:

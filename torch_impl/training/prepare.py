@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import UInt
-from numpy import ndarray as Array
+from jaxtyping import Integer
 from torch import Tensor
 
 from torch_impl.flash_attention import choose_path
+from torch_impl.seq2seq import make_model
 from torch_impl.train import StepMetrics, TrainState, start
 from torch_impl.training.checkpoint import (
     Progress,
@@ -21,14 +21,16 @@ from torch_impl.training.checkpoint import (
 )
 from torch_impl.training.command_line import Request
 from torch_impl.training.config import RunConfig, read_config
-from torch_impl.training.corpus import Corpus, encode_corpus, load_corpus, make_tokenizer
-from torch_impl.training.device import Place, choose_place, tokens_on
+from torch_impl.training.corpus import Corpus, load_corpus, make_tokenizer
+from torch_impl.training.device import Place, choose_place
 from torch_impl.training.files import InputError, settle_folder
 from torch_impl.training.memory import refuse_what_cannot_fit
+from torch_impl.training.objectives import Objective, make_objective
+from torch_impl.training.pair_file import load_pairs
 from torch_impl.training.telemetry import MetricsLog, TensorBoardEvents
-from torch_impl.training.tokenizer import Tokenizer, WordLevel, WordTokenizer
+from torch_impl.training.tokenizer import Tokenizer, WordTokenizer
 from torch_impl.training.word_vectors import coverage, place_word_vectors, read_word_vectors
-from torch_impl.transformer import Transformer, initialised
+from torch_impl.transformer import Embedded
 
 _COUNTED_AT_ONCE = 1 << 24  # ids
 
@@ -42,9 +44,7 @@ class Run:
     tokenizer: Tokenizer
     state: TrainState
     progress: Progress
-    train_tokens: Tensor
-    valid_tokens: Tensor
-    tokens_per_byte: float | None  # of the held-out text; None where tokens do not hold all of it
+    objective: Objective
     before: float  # seconds spent in the sessions before this one
     metrics: MetricsLog
     events: TensorBoardEvents
@@ -60,7 +60,7 @@ class _Saved(NamedTuple):
     """What a checkpoint holds, optimizer state aside."""
 
     tokenizer: Tokenizer
-    model: Transformer
+    model: Embedded
     progress: Progress
 
 
@@ -71,25 +71,27 @@ def prepare(request: Request) -> Run:
     """
     config, place = request.config, choose_place(request.config.run)
     saved = _load(request.resume, place) if request.resume else None
-    corpus = load_corpus(config.run.train_file, config.run.valid_file)
+    load = load_pairs if config.model.architecture == "encoder-decoder" else load_corpus
+    corpus = load(config.run.train_file, config.run.valid_file)
     if saved is None:
         tokenizer = make_tokenizer(config.tokenizer, corpus, request.cache)
-        if request.init_from and tokenizer.vocab_size != config.model.vocab_size:
+        if request.init_from and tokenizer.vocab_size != config.model.text_tokens:
             raise InputError(
                 f"{config.tokenizer.tokenizer} has {tokenizer.vocab_size} tokens, but the model in "
-                f"{request.init_from} {config.model.vocab_size}: they do not belong together"
+                f"{request.init_from} {config.model.text_tokens}: they do not belong together"
             )
-        config = replace(config, model=replace(config.model, vocab_size=tokenizer.vocab_size))
+        vocab_size = tokenizer.vocab_size + config.model.added_tokens
+        config = replace(config, model=replace(config.model, vocab_size=vocab_size))
         refuse_what_cannot_fit(config)
     else:
         _check_goes_on(request, saved.progress, corpus)
         tokenizer = saved.tokenizer
-    train_ids, valid_ids = encode_corpus(corpus, tokenizer, config, request.cache)
+    objective = make_objective(corpus, tokenizer, config, request.cache, place.device)
 
     if saved is None:
         model = _first_model(request.init_from, config, place)
         if config.start.word_vectors:
-            _begin_with_word_vectors(model, config, tokenizer, train_ids)
+            _begin_with_word_vectors(model, config, tokenizer, objective.train_tokens)
         progress = Progress(corpus.sha256())
         state = start(model, config.training, place.compile)
         folder = _create_folder(request.out, config)
@@ -101,36 +103,33 @@ def prepare(request: Request) -> Run:
         metrics = MetricsLog(folder / "metrics.jsonl")
         metrics.forget_after(-1 if progress.best_val_loss is None else progress.step)
 
-    unknown = tokenizer.count_unknown(valid_ids) if isinstance(tokenizer, WordLevel) else 0
-    whole = not unknown and not isinstance(tokenizer, WordTokenizer)  # words do not keep spaces
     run = Run(
         folder=folder,
         config=config,
         tokenizer=tokenizer,
         state=state,
         progress=progress,
-        train_tokens=tokens_on(place.device, train_ids),
-        valid_tokens=tokens_on(place.device, valid_ids),
+        objective=objective,
         before=progress.seconds,
-        tokens_per_byte=len(valid_ids) / corpus.valid.size() if whole else None,
         metrics=metrics,
         events=TensorBoardEvents(folder / "tensorboard", progress.step),
     )
     if request.init_from:
         print(f"weights from {request.init_from}")
-    _tell(run, place, corpus.valid.size(), unknown, resumed=saved is not None)
+    _tell(run, place, resumed=saved is not None)
     return run
 
 
-def _first_model(init_from: Path | None, config: RunConfig, place: Place) -> Transformer:
+def _first_model(init_from: Path | None, config: RunConfig, place: Place) -> Embedded:
     """The model before its first step: with the weights of its seed, or of another folder."""
+    model = make_model(config.model, place.dtype)
     if init_from is None:
-        return initialised(config.model, config.training.seed, place.dtype, place.device)
+        model.initialise(config.training.seed)
+        return model.to(place.device)
     params = load_parameters(init_from, read_config(init_from).model)
     if config.model.positions == "learned":  # a shorter context needs only the first of them
         name = "position_embedding.weight"
         params[name] = params[name][: config.model.context_length]
-    model = Transformer(config.model, place.dtype)
     model.load_state_dict(params)
     return model.to(place.device)
 
@@ -157,7 +156,7 @@ def _check_goes_on(request: Request, progress: Progress, corpus: Corpus) -> None
 
 
 def _begin_with_word_vectors(
-    model: Transformer, config: RunConfig, tokenizer: Tokenizer, train_ids: UInt[Array, "N"]
+    model: Embedded, config: RunConfig, tokenizer: Tokenizer, tokens: Integer[Tensor, "N"]
 ) -> None:
     """Put the vectors of the config's file into the embedding, and say which words it lacks."""
     file = Path(config.start.word_vectors)
@@ -168,12 +167,13 @@ def _begin_with_word_vectors(
         raise InputError(
             f"{file} has none of the text's words; does it need --lowercase, or is it of another language?"
         )
-    place_word_vectors(model.token_embedding.weight, read)
+    n = tokenizer.vocab_size
+    place_word_vectors(model.token_embedding.weight.detach()[:n], read)
     counts = sum(
-        np.bincount(train_ids[start : start + _COUNTED_AT_ONCE], minlength=tokenizer.vocab_size)
-        for start in range(0, train_ids.size, _COUNTED_AT_ONCE)
+        np.bincount(part.cpu().numpy(), minlength=config.model.vocab_size)
+        for part in tokens.split(_COUNTED_AT_ONCE)
     )
-    print(coverage(read, tokenizer.tokens, counts))
+    print(coverage(read, tokenizer.tokens, counts[:n]))
     if config.training.freeze_embeddings:
         tied = ", and with them the output projection; --no-tied-embeddings trains one" * (
             config.model.tied_embeddings
@@ -203,18 +203,15 @@ def _create_folder(out: Path | None, config: RunConfig) -> Path:
     return folder
 
 
-def _tell(run: Run, place: Place, n_bytes: int, unknown: int, resumed: bool) -> None:
+def _tell(run: Run, place: Place, resumed: bool) -> None:
     """What is trained, on what, and where."""
     parameters = sum(parameter.numel() for parameter in run.state.model.parameters())
-    n_train, n_valid = run.train_tokens.numel(), run.valid_tokens.numel()
-    print(f"preset {run.config.preset} on {place}: {parameters:,} parameters")
+    kind = run.config.model.architecture
+    print(
+        f"preset {run.config.preset} on {place}: {kind} of {parameters:,} parameters; run folder {run.folder}"
+    )
     print(f"attention: {_attention_paths(run.state.model, place)}")
-    print(f"{n_train:,} tokens to train on, {n_valid:,} held out; run folder {run.folder}")
-    print(f"{run.tokenizer.vocab_size:,} different tokens, {n_bytes / n_valid:.2f} bytes of text in each")
-    if run.tokens_per_byte is None:
-        lost = f"{unknown:,} of the held-out tokens ({unknown / n_valid:.2%}) are unknown to the tokenizer"
-        spaces = ", which keeps no spaces" if isinstance(run.tokenizer, WordTokenizer) else ""
-        print(f"{lost}{spaces}: so there are no bits per byte")
+    print(run.objective.describe())
     if resumed and run.progress.step == run.config.training.steps:
         print(f"finished already, at step {run.progress.step}; a larger --steps trains on")
     elif resumed:

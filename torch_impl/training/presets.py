@@ -62,5 +62,21 @@ PRESETS: dict[str, RunConfig] = {
             RunSettings(eval_every=1000, eval_tokens=2**20, checkpoint_every=1000, log_every=10),
             TokenizerSettings("bpe", 50_257),
         ),
+        # An encoder-decoder that turns dates as people write them into ISO 8601.
+        RunConfig(
+            "dates",
+            ModelConfig("encoder-decoder", context_length=32, n_layer=1, n_head=4, d_model=64),
+            TrainConfig(steps=1000, batch_size=48, learning_rate=4e-3, min_learning_rate=2e-4),
+            RunSettings(device="cpu", eval_every=250, checkpoint_every=250, sample_tokens=16),
+            TokenizerSettings("characters"),
+        ),
+        # An encoder that fills gaps. Learned positions take it far longer to find what is beside one.
+        RunConfig(
+            "masked",
+            ModelConfig("encoder", context_length=64, n_layer=3, n_head=4, d_model=128, positions="rope"),
+            TrainConfig(steps=1500, batch_size=24, learning_rate=3e-3, min_learning_rate=2e-4),
+            RunSettings(eval_every=250, checkpoint_every=250),
+            TokenizerSettings("bpe", 512),
+        ),
     )
 }

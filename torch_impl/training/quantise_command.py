@@ -92,6 +92,11 @@ def carry_out(request: Request) -> None:
     config = read_config(request.checkpoint)
     if config.quantisation is not None:
         raise InputError(f"{request.checkpoint} is quantised already; name the run that it was made from")
+    if config.model.architecture != "decoder":
+        raise InputError(
+            f"{request.checkpoint} is an {config.model.architecture}, and only decoders are "
+            "quantised; name a run of one"
+        )
     place = choose_place(replace(config.run, device=flags.device, compile="off"))
     original = load_model(request.checkpoint, place.dtype, place.device)
     held_out = _held_out_text(original, flags, place)

@@ -12,16 +12,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ref_numpy.config import SamplingConfig
-from torch_impl.generate import generate
-from torch_impl.train import StepMetrics, evaluate, train_steps
+from torch_impl.train import StepMetrics, train_steps
 from torch_impl.training.checkpoint import save_checkpoint
 from torch_impl.training.command_line import Request
 from torch_impl.training.files import refuse_links, write_file
 from torch_impl.training.lock import locked
 from torch_impl.training.prepare import Run, prepare
 from torch_impl.training.stopping import StopRequest, stop_requests
-from torch_impl.training.telemetry import draw_losses, faces_of_loss
+from torch_impl.training.telemetry import draw_losses, in_words
 
 
 class Diverged(ArithmeticError):
@@ -47,9 +45,8 @@ def train(request: Request) -> int:
             print(f"stopped after step {run.progress.step}; to go on: {how_to_resume(run.folder)}")
             return stop.exit_code
         _write_sample(run)
-        print(
-            f"finished; talk to it: python -m torch_impl.generate --model {_quoted(run.folder)} --prompt TEXT"
-        )
+        how = f"; talk to it: python -m torch_impl.generate --model {_quoted(run.folder)} --prompt TEXT"
+        print("finished" + how * (run.config.model.architecture != "encoder"))
         return 0
 
 
@@ -71,11 +68,11 @@ def _train(run: Run, stop: StopRequest) -> None:
     if progress.best_val_loss is None:
         _save(run, "last")  # from here on, a killed run can be resumed
         _evaluate(run, None, None)
-    tokens_per_step = config.batch_size * run.config.model.context_length
+    tokens_per_step = config.batch_size * run.objective.tokens_per_sequence
     training_seconds, steps_before = 0.0, progress.step  # since the last evaluation
     mark = time.perf_counter()
     with tqdm(total=config.steps, initial=progress.step, unit="step", dynamic_ncols=True) as bar:
-        for metrics in train_steps(run.state, run.train_tokens, config):
+        for metrics in train_steps(run.state, run.objective.sample, config):
             run.pending.append(metrics)
             step, done = run.state.step, run.state.step == config.steps
             evaluating = done or step % settings.eval_every == 0
@@ -133,17 +130,17 @@ def _diverged(run: Run, step: int, what: str) -> Diverged:
 def _evaluate(run: Run, metrics: StepMetrics | None, tokens_per_second: float | None) -> None:
     """Measure the held-out text, write it down, and keep the model in best/ if none was better."""
     progress, config = run.progress, run.config
-    loss = evaluate(run.state.model, run.valid_tokens, max_tokens=config.run.eval_tokens or None)
+    faces = run.objective.evaluate(run.state.model, config.run.eval_tokens or None)
+    loss = faces["val_loss"]
     if not math.isfinite(loss):
         raise _diverged(run, progress.step, f"the loss on the held-out text is {loss}")
-    faces = faces_of_loss(loss, run.tokens_per_byte)
     row = {
         "step": progress.step,
         "train_loss": progress.loss_sum / progress.loss_count if progress.loss_count else None,
         **faces,
         "learning_rate": metrics and metrics.learning_rate.item(),
         "grad_norm": metrics and metrics.grad_norm.item(),
-        "tokens": progress.step * config.training.batch_size * config.model.context_length,
+        "tokens": progress.step * config.training.batch_size * run.objective.tokens_per_sequence,
         "tokens_per_second": tokens_per_second and round(tokens_per_second),
         "seconds": round(run.seconds(), 3),
     }
@@ -151,11 +148,7 @@ def _evaluate(run: Run, metrics: StepMetrics | None, tokens_per_second: float | 
     run.metrics.append(row)
     run.events.scalars(progress.step, row)
     known = f"; ln V = {math.log(config.model.vocab_size):.3f}" if progress.step == 0 else ""
-    bits = f"{faces['bits_per_byte']:.4f} bits per byte, " if faces["bits_per_byte"] else ""
-    tqdm.write(
-        f"step {progress.step}: held-out text {loss:.4f} nats per token, "
-        f"{bits}perplexity {faces['perplexity']:.2f}{known}"
-    )
+    tqdm.write(f"step {progress.step}: held-out text {in_words(faces)}{known}")
     if progress.best_val_loss is None or loss < progress.best_val_loss:
         progress.best_step, progress.best_val_loss = progress.step, loss
         _save(run, "best")
@@ -172,12 +165,10 @@ def _save(run: Run, name: str) -> None:
 
 
 def _write_sample(run: Run) -> None:
-    """Print a passage that the model writes of its own accord, and keep it in sample.txt."""
+    """Print an example of what the model has learned, and keep it in sample.txt."""
     length = run.config.run.sample_tokens
     if not length:
         return
-    prompt = torch.from_numpy(run.tokenizer.encode(run.tokenizer.opening))
-    ids = generate(run.state.model, prompt, length, SamplingConfig(temperature=0.8))
-    passage = run.tokenizer.decode(list(ids))
-    write_file(run.folder / "sample.txt", passage.encode("utf-8"))
-    print(f"\n{passage}\n")
+    example = run.objective.example(run.state.model, length)
+    write_file(run.folder / "sample.txt", example.encode("utf-8"))
+    print(f"\n{example}\n")

@@ -32,6 +32,17 @@ def faces_of_loss(loss: float, tokens_per_byte: float | None) -> Row:
     }
 
 
+def in_words(row: Row) -> str:
+    """What an evaluation found, for the terminal: nats per token, and the other faces that it has."""
+    told = [f"{row['val_loss']:.4f} nats per token"]
+    if row["bits_per_byte"]:
+        told.append(f"{row['bits_per_byte']:.4f} bits per byte")
+    told += [
+        f"{name.replace('_', ' ')} {row[name]:.2%}" for name in ("accuracy", "exact_match") if name in row
+    ]
+    return ", ".join([*told, f"perplexity {row['perplexity']:.2f}"])
+
+
 class MetricsLog:
     """metrics.jsonl: a line for each evaluation."""
 

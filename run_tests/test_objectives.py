@@ -1,0 +1,211 @@
+"""Runs of encoders and encoder-decoders: what they learn, write, resume and refuse."""
+
+import json
+import re
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from run_tests.conftest import SMALL, content, metrics
+from torch_impl import generate as generate_module
+from torch_impl.training import quantise_command
+from torch_impl.training import run as run_module
+from torch_impl.training.checkpoint import load_model
+
+WORDS = ("one", "two", "three", "four", "five", "six", "seven")
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Words and the same words backwards."""
+    path = tmp_path / "pairs.tsv"
+    lines = [f"{a}-{b}\t{b} {a}" for a in WORDS for b in WORDS]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def run(cli, text, pairs):
+    """A small run of a kind: an encoder on text, or an encoder-decoder on pairs."""
+
+    def call(kind, *flags):
+        source = ("--train-file", text if kind == "encoder" else pairs, "--context-length", 16)
+        return cli(*SMALL.split(), *source, "--architecture", kind, *flags)
+
+    return call
+
+
+@pytest.fixture
+def write(capsys):
+    def call(*arguments):
+        capsys.readouterr()
+        code = generate_module.main([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Sends this process a signal while a given step is computed."""
+    train_steps = run_module.train_steps
+
+    def arrange(step):
+        def interrupted(state, sample, config):
+            for step_metrics in train_steps(state, sample, config):
+                if state.step == step:
+                    signal.raise_signal(signal.SIGINT)
+                yield step_metrics
+
+        monkeypatch.setattr(run_module, "train_steps", interrupted)
+
+    return arrange
+
+
+@pytest.mark.parametrize(("kind", "share"), [("encoder", "accuracy"), ("encoder-decoder", "exact_match")])
+@pytest.mark.parametrize("step", [4, 7])
+def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one(run, cli, stop_at, kind, share, step):
+    assert run(kind, "--out", "whole").code == 0
+    assert all(0 <= row[share] <= 1 for row in metrics(Path("whole")))
+    stop_at(step)
+    assert run(kind, "--out", "stopped").code == 130
+    stop_at(None)
+    assert cli("--resume", "stopped").code == 0
+    assert content(Path("stopped")) == content(Path("whole"))
+    assert Path("stopped/sample.txt").read_bytes() == Path("whole/sample.txt").read_bytes()
+
+
+def test_a_model_has_the_tokens_of_its_tokenizer_and_its_own(run):
+    for kind, own in (("encoder", 1), ("encoder-decoder", 3)):
+        assert run(kind, "--out", kind).code == 0
+        assert json.loads(Path(kind, "last/config.json").read_bytes())["model"]["vocab_size"] == 256 + own
+
+
+def test_weights_of_a_run_are_a_place_to_begin_from(run, cli, text, pairs):
+    """The first evaluation of the second run is the best one of the first."""
+    for kind in ("encoder", "encoder-decoder"):
+        assert run(kind, "--out", kind, "--learning-rate", "1e-2").code == 0
+        flags = ("--device", "cpu", "--steps", 1, "--init-from", kind, "--out", f"{kind}-2")
+        assert cli("cpu", *flags, "--train-file", text if kind == "encoder" else pairs).code == 0
+        best = min(row["val_loss"] for row in metrics(Path(kind)))
+        assert metrics(Path(f"{kind}-2"))[0]["val_loss"] == best
+
+
+def test_an_encoder_decoder_learns_pairs_and_answers(run, write):
+    flags = ("--steps", 300, "--eval-every", 300, "--learning-rate", "1e-2", "--d-model", 32, "--dropout", 0)
+    flags += ("--batch-size", 32, "--checkpoint-every", 300, "--sample-tokens", 12)
+    assert run("encoder-decoder", "--out", "run", "--tokenizer", "words", *flags).code == 0
+    for a, b in (("one", "two"), ("six", "five")):
+        assert write("--model", "run/last", "--prompt", f"{a}-{b}", "--temperature", 0)[1] == f"{b} {a}\n"
+
+
+def test_an_answer_is_what_the_library_answers_and_the_seed_decides(run, write):
+    assert run("encoder-decoder", "--out", "run").code == 0
+    flags = ("--model", "run", "--prompt", "two-six", "--temperature", 2)
+    code, out, _ = write(*flags, "--seed", 3)
+    loaded = load_model(Path("run/best"), torch.float32, torch.device("cpu"))
+    source = torch.from_numpy(loaded.tokenizer.encode("two-six"))
+    sampling = generate_module.SamplingConfig(temperature=2.0)
+    ids = list(generate_module.answer(loaded.model, source, 500, sampling, 3))
+    assert (code, out) == (0, loaded.tokenizer.decode(ids) + "\n")
+    assert write(*flags, "--seed", 4)[1] != out
+
+
+def test_examples_are_of_the_held_out_part(run, pairs):
+    assert run("encoder-decoder", "--out", "pairs", "--sample-tokens", 4).code == 0
+    shown = Path("pairs/sample.txt").read_text(encoding="utf-8").split("\n")
+    held_out = pairs.read_text(encoding="utf-8").split("\n")[44:]
+    for line, pair in zip(shown, held_out[:5], strict=True):
+        source, target = pair.split("\t")
+        assert line.startswith(f"{source} -> ") and line.endswith((f"(wrong: {target})", "(right)"))
+    assert run("encoder", "--out", "gaps", "--sample-tokens", 14).code == 0
+    gaps, filled, text = Path("gaps/sample.txt").read_text(encoding="utf-8").split("\n")
+    assert gaps.startswith("gaps:   ") and filled.startswith("filled: ") and text.startswith("text:   ")
+    assert gaps.count("[") == filled.count("[") == text.count("[")
+    outside = re.compile(r"\[.*?\]")
+    assert outside.sub("", gaps)[8:] == outside.sub("", filled)[8:] == outside.sub("", text)[8:]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (b"a\tb\nplain text\n", r"bad.tsv, line 2 has no TAB; .*--architecture decoder"),
+        (b"a\tb\n\na\tb\n", r"bad.tsv, line 2 has no TAB"),
+        (b"a\tb\nc\td\te\n", r"bad.tsv, line 2 has 2 TABs, but a pair has one"),
+        (b"a\tb\n\tb\nc\td\n", r"bad.tsv, line 2 has nothing before its TAB"),
+        (
+            b"a\tb\n" * 20 + b"abcdefghijklmnopq\tb",
+            r"bad.tsv, line 21: its source has 17 tokens, .* 17 or more",
+        ),
+        (b"a\tb\nb\tabcdefghijklmnop\r\n", r"bad.tsv, line 2: its target has 16 tokens and an end, .* 17 or"),
+        (b"a\tb\n", r"bad.tsv has one pair, but the last is held out"),
+        (b"", r"bad.tsv is empty"),
+        (b"a\t\xff\n", r"bad.tsv is not UTF-8 text: byte 2 is 0xff"),
+    ],
+)
+def test_a_file_of_pairs_that_cannot_be_used(run, lines, message):
+    Path("bad.tsv").write_bytes(lines)
+    outcome = run("encoder-decoder", "--train-file", "bad.tsv", "--out", "run")
+    assert outcome.code == 2 and re.search(message, outcome.error)
+    assert not Path("run").exists()
+
+
+def test_lines_of_a_held_out_file_have_its_own_numbers(run):
+    Path("bad.tsv").write_bytes(b"a\tb\nabcdefghijklmnopq\tb\n")
+    assert "bad.tsv, line 2: its source" in run("encoder-decoder", "--valid-file", "bad.tsv").error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("dates --architecture decoder", "preset dates is of pairs, which a model of architecture decoder"),
+        (
+            "cpu --architecture encoder --attention-pattern local --window 4",
+            "window is 4, but encoder layers have",
+        ),
+        (
+            "dates --attention-pattern local --window 4",
+            "window is 4, but encoder-decoder layers have no causal",
+        ),
+        ("dates --tokenizer bpe --special-tokens <a>", "--special-tokens <a>: pairs have none"),
+        (
+            "dates --context-length 20",
+            "the dates, line 3: its source has 23 tokens, but context_length is 20",
+        ),
+    ],
+)
+def test_a_contradiction_is_one_line(cli, arguments, message):
+    outcome = cli(*arguments.split(), "--out", "run")
+    assert outcome.code == 2 and message in outcome.error
+    assert not Path("run").exists()
+
+
+def test_plain_text_is_no_file_of_pairs(run, text):
+    error = run("encoder-decoder", "--train-file", text, "--out", "run").error
+    assert "text.txt, line 1 has no TAB" in error and "--architecture decoder" in error
+
+
+def test_what_an_encoder_and_a_source_cannot_do(run, write, capsys):
+    assert run("encoder", "--out", "encoder").code == 0
+    assert run("encoder-decoder", "--out", "pairs").code == 0
+    for arguments, message in (
+        (("encoder",), "is an encoder, which fills gaps and does not write"),
+        (("pairs",), "--prompt is missing; an encoder-decoder answers"),
+        (("pairs", "--prompt", "x" * 17), "--prompt has 17 tokens, but the model reads at most 16"),
+    ):
+        code, out, err = write("--model", *arguments)
+        assert code == 2 and out == "" and message in err and len(err.splitlines()) == 1
+    for name in ("encoder", "pairs"):
+        assert quantise_command.main([name, "--out", "small"]) == 2
+        assert "only decoders are quantised" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("preset", ["dates", "masked"])
+def test_a_preset_runs(cli, preset):
+    flags = ("--steps", 2, "--batch-size", 4, "--eval-tokens", 500, "--device", "cpu", "--out", "run")
+    outcome = cli(preset, *flags)
+    assert outcome.code == 0, outcome.err
+    assert ("generate --model run" in outcome.out) == (preset == "dates")
+    assert metrics(Path("run"))[-1]["step"] == 2

@@ -1,0 +1,204 @@
+"""What a run teaches its model: to go on with a text, to fill its gaps, or to turn sources into targets.
+
+One class for each architecture: where its batches come from, how well the model does, and an example.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ref_numpy.config import ModelConfig, SamplingConfig
+from ref_numpy.loss import IGNORE
+from ref_numpy.rng import MASK, Key
+from torch_impl.data import sample_batch
+from torch_impl.generate import answer, generate
+from torch_impl.masking import evaluate_masked, mask_tokens, sample_masked_batch
+from torch_impl.pairs import Pairs, evaluate_pairs, make_pairs, sample_pairs
+from torch_impl.train import Sample, evaluate
+from torch_impl.training.config import RunConfig
+from torch_impl.training.corpus import Corpus, encode_corpus
+from torch_impl.training.device import tokens_on
+from torch_impl.training.pair_file import encode_pairs
+from torch_impl.training.telemetry import Row, faces_of_loss
+from torch_impl.training.tokenizer import Tokenizer, WordLevel, WordTokenizer
+from torch_impl.transformer import Embedded
+
+_SHOWN = 5  # pairs in sample.txt
+_LINE = 40  # tokens of the line whose gaps are filled
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """What a run asks of its objective."""
+
+    sample: Sample  # the batch of a step
+    tokens_per_sequence: int
+    train_tokens: Tensor  # ids of all that is trained on
+
+    def describe(self) -> str:
+        """How much there is to train on and what is held out."""
+        ...
+
+    def evaluate(self, model: Embedded, max_tokens: int | None) -> Row:
+        """val_loss in nats per token that counts, and what else there is to say of the held-out part."""
+        ...
+
+    def example(self, model: Embedded, length: int) -> str:
+        """What the model makes of something that it was not trained on."""
+        ...
+
+
+def make_objective(
+    corpus: Corpus, tokenizer: Tokenizer, config: RunConfig, cache: Path, device: torch.device
+) -> Objective:
+    """What a model learns from a corpus. Raises InputError where that is too short, or a line too long."""
+    if config.model.architecture == "encoder-decoder":
+        sides = encode_pairs(corpus, tokenizer, config)
+        return Translation(
+            config.model, tokenizer, *(make_pairs(*side, config.model, device) for side in sides)
+        )
+    train_ids, valid_ids = encode_corpus(corpus, tokenizer, config, cache)
+    kind = GapFilling if config.model.architecture == "encoder" else Continuation
+    train, valid = tokens_on(device, train_ids), tokens_on(device, valid_ids)
+    return kind(config.model, tokenizer, train, valid, corpus.valid.size())
+
+
+@dataclass
+class _OnText:
+    """A text to train on and a held-out one, as tokens."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    train_tokens: Tensor
+    valid_tokens: Tensor
+    valid_bytes: int
+
+    @property
+    def tokens_per_sequence(self) -> int:
+        return self.config.context_length
+
+    def describe(self) -> str:
+        n = self.valid_tokens.numel()
+        return (
+            f"{self.train_tokens.numel():,} tokens to train on, {n:,} held out\n"
+            f"{self.config.text_tokens:,} different tokens, {self.valid_bytes / n:.2f} bytes of text in each"
+        )
+
+
+@dataclass
+class Continuation(_OnText):
+    """A decoder: the next token of a text."""
+
+    def __post_init__(self) -> None:
+        self.sample = partial(sample_batch, self.train_tokens, self.config.context_length)
+        known = isinstance(self.tokenizer, WordLevel)
+        self.unknown = self.tokenizer.count_unknown(self.valid_tokens.cpu().numpy()) if known else 0
+        whole = not self.unknown and not isinstance(self.tokenizer, WordTokenizer)  # words do not keep spaces
+        self.tokens_per_byte = self.valid_tokens.numel() / self.valid_bytes if whole else None
+
+    def describe(self) -> str:
+        if self.tokens_per_byte is not None:
+            return super().describe()
+        share = self.unknown / self.valid_tokens.numel()
+        lost = f"{self.unknown:,} of the held-out tokens ({share:.2%}) are unknown to the tokenizer"
+        spaces = ", which keeps no spaces" if isinstance(self.tokenizer, WordTokenizer) else ""
+        return f"{super().describe()}\n{lost}{spaces}: so there are no bits per byte"
+
+    def evaluate(self, model: Embedded, max_tokens: int | None) -> Row:
+        loss = evaluate(model, self.valid_tokens, max_tokens=max_tokens)
+        return faces_of_loss(loss, self.tokens_per_byte)
+
+    def example(self, model: Embedded, length: int) -> str:
+        """A passage that the model writes of its own accord."""
+        prompt = torch.from_numpy(self.tokenizer.encode(self.tokenizer.opening))
+        ids = generate(model, prompt, length, SamplingConfig(temperature=0.8))
+        return self.tokenizer.decode(list(ids))
+
+
+@dataclass
+class GapFilling(_OnText):
+    """An encoder: the tokens of a text that are hidden from it."""
+
+    def __post_init__(self) -> None:
+        self.sample = partial(sample_masked_batch, self.train_tokens, self.config)
+
+    def evaluate(self, model: Embedded, max_tokens: int | None) -> Row:
+        found = evaluate_masked(model, self.valid_tokens, max_tokens=max_tokens)
+        return faces_of_loss(found.loss, None) | {"accuracy": found.accuracy}
+
+    def example(self, model: Embedded, length: int) -> str:
+        """The beginning of the held-out text with gaps, and with the likeliest token in each."""
+        text = self.valid_tokens[: min(length, _LINE, self.config.context_length)].long()
+        _, targets = mask_tokens(text, self.config, Key(0, MASK))
+        gaps = targets != IGNORE
+        with torch.inference_mode():
+            logits = model(text.masked_fill(gaps, self.config.mask_token)[None])[0]
+        filled = torch.where(gaps, logits[:, : self.config.text_tokens].argmax(-1), text)
+        return "\n".join(
+            f"{name} {self._marked(ids, gaps, blank)}"
+            for name, ids, blank in (
+                ("gaps:  ", text, True),
+                ("filled:", filled, False),
+                ("text:  ", text, False),
+            )
+        )
+
+    def _marked(self, ids: Tensor, gaps: Tensor, blank: bool) -> str:
+        """The text of the tokens in one line, with brackets around gaps."""
+        runs: list[list[int]] = [[]]
+        for id, gap in zip(ids.tolist(), gaps.tolist(), strict=True):
+            runs += [[id], []] if gap else []
+            runs[-1] += [] if gap else [id]
+        texts = [self.tokenizer.decode(run) for run in runs]
+        marked = [
+            (f"[{' ' * len(text) if blank else text}]" if n % 2 else text) for n, text in enumerate(texts)
+        ]
+        space = " " if isinstance(self.tokenizer, WordTokenizer) else ""
+        return space.join(filter(None, marked)).replace("\n", " ")
+
+
+@dataclass
+class Translation:
+    """An encoder-decoder: the target of a source."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    train: Pairs
+    valid: Pairs
+
+    def __post_init__(self) -> None:
+        self.sample = partial(sample_pairs, self.train, self.config)
+        self.train_tokens = torch.cat([side.flatten() for side in self.train])
+        self.tokens_per_sequence = self.train.source.shape[1] + self.train.target.shape[1] - 1
+
+    def describe(self) -> str:
+        source, target = (side.shape[1] for side in self.train)
+        return (
+            f"{len(self.train.source):,} pairs to train on, {len(self.valid.source):,} held out\n"
+            f"{self.config.text_tokens:,} different tokens; sources have at most {source} of them, targets "
+            f"{target - 2}"
+        )
+
+    def evaluate(self, model: Embedded, max_tokens: int | None) -> Row:
+        found = evaluate_pairs(model, self.valid, max_tokens=max_tokens)
+        return faces_of_loss(found.loss, None) | {"exact_match": found.exact_match}
+
+    def example(self, model: Embedded, length: int) -> str:
+        """The first held-out sources, what the model answers, and what was right."""
+        lines = []
+        for source, target in zip(*(side[:_SHOWN] for side in self.valid), strict=True):
+            written = list(answer(model, self._text(source), length, SamplingConfig(temperature=0.0)))
+            wanted = self._text(target)
+            verdict = (
+                "right" if written == wanted.tolist() else f"wrong: {self.tokenizer.decode(wanted.tolist())}"
+            )
+            question = self.tokenizer.decode(self._text(source).tolist())
+            lines.append(f"{question} -> {self.tokenizer.decode(written)} ({verdict})")
+        return "\n".join(lines)
+
+    def _text(self, ids: Tensor) -> Tensor:
+        return ids[ids < self.config.text_tokens]
