@@ -4,7 +4,7 @@ A model is here a table: logits that depend on the last two tokens, so that what
 best in the end. The outside oracle is in test_beam_transformers.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 from typing import NamedTuple
 from unittest import mock
@@ -52,29 +52,34 @@ def table(vocab_size: int, seed: int, regime: str = "normal") -> Table:
 tables = st.builds(table, st.integers(2, 7), seeds, st.sampled_from(["normal", "huge", "ties", "one_hot"]))
 
 
-def contains(tokens: list[int], part: tuple[int, ...]) -> bool:
+def contains(tokens: Sequence[int], part: tuple[int, ...]) -> bool:
     return any(tuple(tokens[i : i + len(part)]) == part for i in range(len(tokens)))
 
 
 @st.composite
-def beam_configs(draw: st.DrawFn, vocab_size: int, most_phrases: int = 3) -> BeamConfig:
+def beam_configs(draw: st.DrawFn, vocab_size: int) -> BeamConfig:
     """Every rule on or off, alone and together, as far as they do not contradict each other."""
     token = st.integers(0, vocab_size - 1)
     part = st.lists(token, min_size=1, max_size=3).map(tuple)
+    phrases = draw(st.just([]) | st.lists(part, min_size=1, max_size=3))
+    stops = [stop for stop in draw(st.lists(part, max_size=3)) if fits(stop, phrases)]
+    end_token = draw(st.none() | token)
     width = draw(st.integers(1, 6))
-    try:
-        return BeamConfig(
-            width=width,
-            n_best=draw(st.integers(1, width)),
-            length_penalty=draw(st.sampled_from([0.0, 0.5, 1.0, 2.0, -1.0])),
-            early_stopping=draw(st.sampled_from(["exact", "estimate", "full"])),
-            end_token=draw(st.none() | token),
-            stop_sequences=tuple(draw(st.lists(part, max_size=2))),
-            forbidden=tuple(draw(st.lists(token, max_size=2))),
-            phrases=tuple(draw(st.lists(part, max_size=most_phrases))),
-        )
-    except ConfigError:
-        return BeamConfig(width=width, end_token=draw(st.none() | token))
+    return BeamConfig(
+        width=width,
+        n_best=draw(st.integers(1, width)),
+        length_penalty=draw(st.sampled_from([0.0, 0.5, 1.0, 2.0, -1.0])),
+        early_stopping=draw(st.sampled_from(["exact", "estimate", "full"])),
+        end_token=end_token if fits((end_token,), phrases) else None,
+        stop_sequences=tuple(stops),
+        forbidden=tuple(t for t in draw(st.lists(token, max_size=2)) if not any(t in p for p in phrases)),
+        phrases=tuple(phrases),
+    )
+
+
+def fits(stop: tuple, phrases: list[tuple[int, ...]]) -> bool:
+    """Whether it ends none of the phrases before its time."""
+    return not any(contains(phrase[:-1], stop) for phrase in phrases)
 
 
 def result(search: Callable, *arguments) -> list[tuple[list[int], float]] | str:
@@ -326,6 +331,14 @@ def test_logits_that_are_no_numbers_and_an_empty_prompt_are_refused():
     assert searched(model, [0], 2, BeamConfig()).startswith("the model's logits are not numbers")
     for search, prompt in ((plain, np.zeros(0, int)), (fast, torch.zeros(0, dtype=torch.long))):
         assert "the prompt is empty" in result(search.beam_search, model.next_logits, prompt, 2)
+
+
+def test_what_a_model_says_of_a_text_that_is_over_has_no_weight():
+    """Token 2 ends it all at once; no other is possible, and after it there are no numbers."""
+    logits = np.full((3, 3, 3), np.nan)
+    logits[0, 0] = [-np.inf, -np.inf, 0.0]
+    with mock.patch.dict(fast._STEPS_BETWEEN_LOOKS, cpu=5):
+        assert searched(Table(logits), [0], 5, BeamConfig(end_token=2)) == [([2], 0.0)]
 
 
 def test_impossible_phrases_by_probability_are_refused():
