@@ -283,6 +283,13 @@ def test_equal_candidates_come_by_the_beam_and_then_by_the_token():
     assert [tokens for tokens, _ in found] == [[0, 0], [0, 1], [0, 2], [1, 0]]
 
 
+def test_a_beam_stays_full_where_all_the_likeliest_candidates_are_finished():
+    """Tokens 0, 1, 2 end; the two that do not are behind all of them."""
+    model = Table(np.broadcast_to([5.0, 4.0, 3.0, 0.0, -0.5], (5, 5, 5)).copy())
+    config = BeamConfig(2, 2, 10.0, stop_sequences=((0,), (1,), (2,)))
+    assert [tokens for tokens, _ in searched(model, [0], 3, config)] == [[3, 3, 0], [3, 4, 0]]
+
+
 def test_phrases_may_overlap_each_other_and_a_stop_sequence_may_close_the_last():
     model = table(6, 5)
     config = BeamConfig(phrases=((1, 2, 3), (3, 4)), stop_sequences=((4,),))
