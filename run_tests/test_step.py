@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from ref_numpy.config import ModelConfig, TrainConfig
 from torch_impl.data import sample_batch
+from torch_impl.masking import sample_masked_batch
+from torch_impl.pairs import Pairs, sample_pairs
+from torch_impl.seq2seq import make_model
 from torch_impl.train import start, train_step, train_steps
 from torch_impl.transformer import Transformer
 
@@ -35,11 +39,19 @@ def test_a_step_reads_nothing_back(precision):
                 metric.item()
 
 
-def test_the_batches_of_many_steps_read_nothing_back():
+@pytest.mark.parametrize("architecture", ["decoder", "encoder", "encoder-decoder"])
+def test_the_batches_of_many_steps_read_nothing_back(architecture):
+    model_config = replace(MODEL, architecture=architecture)
     with FakeTensorMode():
-        state = start(Transformer(MODEL), TRAINING)
+        state = start(make_model(model_config), TRAINING)
         tokens = torch.zeros(100, dtype=torch.long)
-        assert len(list(train_steps(state, partial(sample_batch, tokens, 8), TRAINING))) == TRAINING.steps
+        pairs = Pairs(torch.zeros(9, 7, dtype=torch.int32), torch.zeros(9, 6, dtype=torch.int32))
+        sample = {
+            "decoder": partial(sample_batch, tokens, 8),
+            "encoder": partial(sample_masked_batch, tokens, model_config),
+            "encoder-decoder": partial(sample_pairs, pairs, model_config),
+        }[architecture]
+        assert len(list(train_steps(state, sample, TRAINING))) == TRAINING.steps
 
 
 COMPILED_LOSS = """
@@ -47,20 +59,25 @@ import sys, torch
 from ref_numpy.config import ModelConfig
 from ref_numpy.dropout import DropoutKey
 from torch_impl.train import model_loss
-from torch_impl.transformer import initialised
+from torch_impl.seq2seq import make_model
 
 config = ModelConfig(
-    vocab_size=31, context_length=8, n_layer=2, n_head=2, d_model=8, dropout=0.1, norm_placement=sys.argv[1]
+    vocab_size=31, context_length=8, n_layer=2, n_head=2, d_model=8, dropout=0.1, norm_placement=sys.argv[1],
+    architecture=sys.argv[2],
 )
-inputs, targets = torch.randint(31, (2, 3, 8), generator=torch.Generator().manual_seed(0))
+source, inputs, targets = torch.randint(31, (3, 3, 8), generator=torch.Generator().manual_seed(0))
+batch = inputs, targets
+if config.architecture == "encoder-decoder":
+    batch = source, source < 20, inputs, targets
 compiled = torch.compile(model_loss, backend="aot_eager", fullgraph=True)
 results = []
 for loss_function in (model_loss, compiled):
-    model, losses = initialised(config, 0), []
+    model, losses = make_model(config), []
+    model.initialise(0)
     for step in (0, 1):  # the second step is served by the graph of the first
         key = DropoutKey(7, torch.tensor(step), first_row=torch.tensor(3))
         with torch.compiler.set_stance("fail_on_recompile" if step else "default"):
-            loss = loss_function(model, (inputs, targets), key, 0.1, torch.tensor(24))
+            loss = loss_function(model, batch, key, 0.1, torch.tensor(24))
         loss.backward()
         losses.append(loss.detach())
     assert losses[0] != losses[1], "every step has its own masks"
@@ -70,12 +87,14 @@ for eager, graph in zip(*results, strict=True):
 """
 
 
-@pytest.mark.parametrize("norm_placement", ["pre", "post"])
-def test_the_loss_compiles_in_one_graph(norm_placement):
+@pytest.mark.parametrize(
+    ("norm_placement", "architecture"), [("pre", "decoder"), ("post", "decoder"), ("pre", "encoder-decoder")]
+)
+def test_the_loss_compiles_in_one_graph(norm_placement, architecture):
     """fullgraph raises at a graph break; aot_eager traces forward and backward, and needs no C++ compiler.
 
     In a process of its own, as the shape checks of this one are themselves no code that compiles.
     """
-    command = [sys.executable, "-c", COMPILED_LOSS, norm_placement]
+    command = [sys.executable, "-c", COMPILED_LOSS, norm_placement, architecture]
     outcome = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
     assert outcome.returncode == 0, outcome.stderr

@@ -33,10 +33,13 @@ class KVCache:
         self.length += tokens
 
     def reorder(self, rows: Tensor) -> None:
-        """Sequence i becomes a copy of sequence rows[i], as the beams of a search do."""
+        """Sequence i becomes a copy of sequence rows[i], as in a beam search; their number may change."""
         known = slice(0, self.length)
-        self.k[:, :, :, known] = self.k[:, rows, :, known]
-        self.v[:, :, :, known] = self.v[:, rows, :, known]
+        k, v = (part[:, :, :, known][:, rows] for part in (self.k, self.v))
+        if k.shape[1] != self.k.shape[1]:
+            layers, _, *rest = self.k.shape
+            self.k, self.v = (part.new_empty(layers, k.shape[1], *rest) for part in (self.k, self.v))
+        self.k[:, :, :, known], self.v[:, :, :, known] = k, v
 
 
 def attend_after(

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ref_numpy.config import BeamConfig, ConfigError
 from torch_impl.beam import beam_search
+from torch_impl.kv_cache import KVCache
 from torch_impl.training.checkpoint import LoadedModel
 from torch_impl.training.files import InputError
 from torch_impl.training.tokenizer import Tokenizer
@@ -63,8 +64,13 @@ def continuations(
     model, tokenizer = loaded.model, loaded.tokenizer
     device, limit = model.token_embedding.weight.device, model.config.context_length
 
+    past = KVCache(model.config, 1, model.compute_dtype, device)
+
     def next_logits(tokens: Integer[Tensor, "B T"], parents: Integer[Tensor, "B"]) -> Float[Tensor, "B V"]:
-        return model(tokens[:, -limit:].to(device))[:, -1]
+        if tokens.shape[1] > limit:  # the oldest fall out of sight, one by one, and every place changes
+            return model(tokens[:, -limit:].to(device), last_only=True)[:, 0]
+        past.reorder(parents)
+        return model(tokens[:, past.length :].to(device), past=past, last_only=True)[:, 0]
 
     beam = replace(
         beam,

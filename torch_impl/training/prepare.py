@@ -218,7 +218,7 @@ def _tell(run: Run, place: Place, resumed: bool) -> None:
         print(f"going on after step {run.progress.step} of {run.config.training.steps}")
 
 
-def _attention_paths(model: Transformer, place: Place) -> str:
+def _attention_paths(model: Embedded, place: Place) -> str:
     """The names of the paths that attention takes, in all layers alike or in the full and the local ones."""
     config, kinds = model.config, {}
     for window in sorted({config.window_of(layer) for layer in range(config.n_layer)}):

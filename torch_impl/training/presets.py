@@ -74,7 +74,7 @@ PRESETS: dict[str, RunConfig] = {
         RunConfig(
             "masked",
             ModelConfig("encoder", context_length=64, n_layer=3, n_head=4, d_model=128, positions="rope"),
-            TrainConfig(steps=1500, batch_size=24, learning_rate=3e-3, min_learning_rate=2e-4),
+            TrainConfig(steps=1000, batch_size=24, learning_rate=3e-3, min_learning_rate=2e-4),
             RunSettings(eval_every=250, checkpoint_every=250),
             TokenizerSettings("bpe", 512),
         ),
