@@ -5,12 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parity_tests.strategies import model_configs, model_params, sampling_configs, seeds
 from ref_numpy.config import ModelConfig, SamplingConfig
-from ref_numpy.generate import answer, generate
+from ref_numpy.generate import answer, context_start, generate, generate_batch
 from ref_numpy.transformer import transformer_forward
 from torch_impl import generate as fast
 from torch_impl.pairs import greedy_targets
@@ -24,7 +24,10 @@ def model_of(config: ModelConfig, params: dict[str, np.ndarray]) -> Transformer:
     return model
 
 
-@given(config=model_configs(), seed=seeds, prompt=st.integers(1, 15), sampling=sampling_configs())
+decoders = model_configs(architectures=("decoder",))
+
+
+@given(config=decoders, seed=seeds, prompt=st.integers(1, 15), sampling=sampling_configs())
 def test_generated_texts_are_equal(config, seed, prompt, sampling):
     """Also beyond the context length, where the oldest tokens fall out of sight."""
     params = model_params(config, seed)
@@ -32,6 +35,24 @@ def test_generated_texts_are_equal(config, seed, prompt, sampling):
     want = list(generate(params, ids, config, 9, sampling, seed))
     got = list(fast.generate(model_of(config, params), torch.from_numpy(ids), 9, sampling, seed))
     assert got == want
+
+
+@given(config=decoders, seed=seeds, sampling=sampling_configs())
+@settings(max_examples=15)
+def test_a_batch_of_prompts_gives_what_each_gives_alone(config, seed, sampling):
+    """Prompts of unequal length, one of them beyond the context; each with its own random numbers."""
+    params, random = model_params(config, seed), np.random.default_rng(seed)
+    prompts = [random.integers(config.vocab_size, size=size) for size in (3, 1, 13, 6)]
+    streams = [0, 5, 0, 2]
+    want = [
+        [tokens[0] for tokens in generate_batch(params, [prompt], config, 7, sampling, seed, [stream])]
+        for prompt, stream in zip(prompts, streams, strict=True)
+    ]
+    together = list(generate_batch(params, prompts, config, 7, sampling, seed, streams))
+    assert [list(texts) for texts in zip(*together, strict=True)] == want
+    tensors = [torch.from_numpy(prompt) for prompt in prompts]
+    got = fast.generate_batch(model_of(config, params), tensors, 7, sampling, seed, streams)
+    assert list(got) == together
 
 
 @given(
@@ -73,13 +94,33 @@ def test_a_source_that_cannot_be_read_is_refused(length):
 
 
 def test_greedy_text_is_the_most_likely_next_token_again_and_again():
+    """No cache here. Context 4: it holds the whole text, then moves on by 2 tokens at a time."""
     config = ModelConfig(vocab_size=11, context_length=4, n_layer=1, n_head=1, d_model=6)
     params = model_params(config, 3)
-    ids = [1, 2]
-    for token in generate(params, np.array(ids), config, 6, SamplingConfig(temperature=0.0)):
-        logits, _ = transformer_forward(params, np.array(ids[-4:])[None], config)
+    ids, starts = [1, 2], iter([0, 0, 0, 2, 2, 4, 4, 6])
+    for token in generate(params, np.array(ids), config, 8, SamplingConfig(temperature=0.0)):
+        context = np.array(ids[next(starts) :])[None]
+        logits, _ = transformer_forward(params, context, config)
         assert token == logits[0, -1].argmax()
         ids.append(token)
+
+
+@given(length=st.integers(1, 100), context_length=st.integers(1, 20))
+def test_a_context_holds_at_least_half_of_what_it_could(length, context_length):
+    start = context_start(length, context_length)
+    assert start == fast.context_start(length, context_length)
+    assert min(length, (context_length + 1) // 2) <= length - start <= context_length
+
+
+def test_an_encoder_does_not_write():
+    config = ModelConfig(architecture="encoder", vocab_size=3, context_length=4, n_head=1, d_model=2)
+    params, message = model_params(config, 0), "an encoder does not continue a text; only a decoder does"
+    for texts in (
+        generate(params, np.array([1]), config, 1),
+        fast.generate(model_of(config, params), torch.tensor([1]), 1),
+    ):
+        with pytest.raises(ValueError, match=message):
+            next(texts)
 
 
 def test_an_empty_prompt_is_refused():

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,6 +30,22 @@ def cases(draw):
 @given(arguments=cases(), seed=seeds)
 def test_parity(agree, arguments, seed):
     agree("multi_head_attention", seed, **arguments)
+
+
+@pytest.mark.parametrize("layout", ["half", "interleaved"])
+def test_queries_and_keys_are_normalised_before_they_turn(agree, layout):
+    """The other way round the weights of the norm, one for each feature, would meet turned features, and
+    scores would no more depend on distances alone. A case that is drawn seldom has both.
+    """
+    config = ModelConfig(n_head=2, n_kv_head=1, d_model=8, positions="rope", rope_layout=layout, qk_norm=True)
+    params = within(model_params(config, 0), "blocks.0.attention")
+    case = {"x": array(np.random.default_rng(0), (2, 5, 8)), "params": params, "config": config}
+    y, shifted = (
+        multi_head_attention_forward(**case, mask=causal_mask(5), places=np.arange(5) + shift)[0]
+        for shift in (0, 3)
+    )
+    np.testing.assert_allclose(shifted, y, rtol=0, atol=1e-13)
+    agree("multi_head_attention", 0, **case, mask=causal_mask(5), places=np.arange(5))
 
 
 @given(seed=seeds, head=st.integers(0, 2))

@@ -1,5 +1,11 @@
-"""Sampling: the same token on both sides from the same logits and random number, and each filter's laws."""
+"""Sampling: the same token on both sides from the same logits and random number, and each filter's laws.
 
+The logits processors of transformers are the outside oracle. Top-p differs from theirs in two places: of
+equal tokens the lower ids stay (there, any), and where a cumulative probability is p but for its rounding, it
+is summed from the top (there, from the bottom).
+"""
+
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -7,10 +13,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import LogitsProcessorList
+from transformers.generation import logits_process as theirs
 
 from parity_tests.strategies import arrays, sampling_configs
 from ref_numpy import sampling as plain
 from ref_numpy.config import ConfigError, SamplingConfig
+from ref_numpy.rng import SAMPLE, Key, uniform
 from torch_impl import sampling as fast
 
 BOTH = [(plain.sample_token, np.array), (fast.sample_token, torch.tensor)]
@@ -64,6 +73,118 @@ def test_top_k_and_min_p_change_nothing_the_second_time(logits, k, p):
     for keep, limit in ((plain.keep_top_k, k), (plain.keep_min_p, p)):
         once = keep(logits, limit)
         np.testing.assert_array_equal(keep(once, limit), once)
+
+
+@given(logits=logits_of_any_size)
+def test_forbidden_tokens_and_the_greedy_choice_change_nothing_the_second_time(logits):
+    once = plain.forbid(logits, (0, 3))
+    np.testing.assert_array_equal(plain.forbid(once, (0, 3)), once)
+    greedy = SamplingConfig(temperature=0.0)
+    chosen = plain.filtered_logits(logits, [], greedy)
+    np.testing.assert_array_equal(plain.filtered_logits(chosen, [], greedy), chosen)
+
+
+@given(logits=logits_of_any_size, p=st.floats(0.01, 1))
+def test_top_p_again_keeps_the_likeliest_and_no_more_than_before(logits, p):
+    once = plain.keep_top_p(logits, p)
+    twice = plain.keep_top_p(once, p)
+    assert twice[logits.argmax()] == logits.max()
+    assert ((twice == once) | np.isneginf(twice)).all()
+
+
+@given(logits=logits_of_any_size, more=st.integers(0, 5))
+def test_a_k_of_all_tokens_or_more_changes_nothing(logits, more):
+    np.testing.assert_array_equal(plain.keep_top_k(logits, logits.size + more), logits)
+
+
+def processed(logits: np.ndarray, seen: Sequence[int], config: SamplingConfig) -> np.ndarray:
+    """What transformers makes of the logits, in the order of its generate(): in float64, as they are."""
+    steps = LogitsProcessorList()
+    if config.repetition_penalty != 1:
+        steps.append(theirs.RepetitionPenaltyLogitsProcessor(config.repetition_penalty))
+    if config.forbidden:
+        steps.append(theirs.SuppressTokensLogitsProcessor(list(config.forbidden)))
+    if config.temperature != 1:
+        steps.append(theirs.TemperatureLogitsWarper(config.temperature))
+    if config.top_k:
+        steps.append(theirs.TopKLogitsWarper(config.top_k))
+    if config.top_p < 1:
+        steps.append(theirs.TopPLogitsWarper(config.top_p))
+    if config.min_p > 0:
+        steps.append(theirs.MinPLogitsWarper(config.min_p))
+    ids = torch.tensor(seen, dtype=torch.long)[None]
+    return steps(ids, torch.from_numpy(logits)[None].clone())[0].numpy()
+
+
+STRATEGIES = {
+    "as the model believes": SamplingConfig(),
+    "temperature": SamplingConfig(temperature=0.7),
+    "top-k": SamplingConfig(top_k=4),
+    "top-p": SamplingConfig(top_p=0.8),
+    "min-p": SamplingConfig(min_p=0.2),
+    "repetition penalty": SamplingConfig(repetition_penalty=1.5),
+    "forbidden": SamplingConfig(forbidden=(0, 5)),
+    "all": SamplingConfig(0.9, 8, 0.9, 0.05, 1.2, (3,)),
+}
+
+
+@pytest.mark.parametrize("filters", [plain, fast], ids=["plain", "fast"])
+@pytest.mark.parametrize("name", STRATEGIES)
+@given(seed=st.integers(0, 2**32 - 1), size=st.integers(9, 60), scale=st.sampled_from([0.1, 1.0, 5.0]))
+def test_each_filter_is_that_of_transformers(filters, name, seed, size, scale):
+    """No two logits alike: with every bit that stays."""
+    random = np.random.default_rng(seed)
+    logits, seen = random.normal(0, scale, size), random.integers(size, size=5).tolist()
+    want = processed(logits, seen, STRATEGIES[name])
+    got = filters.filtered_logits(
+        logits if filters is plain else torch.tensor(logits), seen, STRATEGIES[name]
+    )
+    np.testing.assert_array_equal(np.asarray(got), want)
+
+
+@given(seed=st.integers(0, 2**32 - 1), size=st.integers(5, 40), config=sampling_configs())
+def test_equal_tokens_aside_any_strategy_is_that_of_transformers(seed, size, config):
+    """Logits from five values: as many of each stay, though top-p may keep others of equal ones."""
+    logits = np.random.default_rng(seed).integers(-2, 3, size) * 0.7
+    config = replace(config, temperature=config.temperature or 1.0, forbidden=())
+    if config.top_p < 1:  # away from sums that are p but for their rounding
+        config = replace(config, top_p=config.top_p * 0.987654321)
+    want, got = processed(logits, [0, 2], config), plain.filtered_logits(logits, [0, 2], config)
+    np.testing.assert_array_equal(np.sort(got), np.sort(want))
+    if config.top_p == 1:
+        np.testing.assert_array_equal(got, want)
+
+
+LOGITS, SEEN = np.array([0.3, -1.0, 2.0, 0.8, -0.2, 1.1, 0.0, 1.7, -2.0, 0.5]), [2, 4]
+
+
+@pytest.fixture(scope="module")
+def draws() -> list[float]:
+    """As generate() draws them: one for each place of a text of ten thousand tokens."""
+    return [uniform(Key(7, SAMPLE, step=i), 1)[0] for i in range(10_000)]
+
+
+def is_drawn_from(counts: np.ndarray, p: np.ndarray) -> bool:
+    """Chi-square at a level of one in a thousand, its quantile by Wilson and Hilferty (1931)."""
+    if counts[p == 0].any():
+        return False
+    n, k = counts.sum(), np.count_nonzero(p) - 1
+    expected = n * p[p > 0]
+    quantile = k * (1 - 2 / (9 * k) + 3.09 * np.sqrt(2 / (9 * k))) ** 3
+    return ((counts[p > 0] - expected) ** 2 / expected).sum() < quantile
+
+
+@pytest.mark.parametrize(("sample", "array"), BOTH, ids=["plain", "fast"])
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_ten_thousand_draws_follow_the_distribution_of_transformers(name, sample, array, draws):
+    """And not that of a temperature a quarter higher, so the test would notice."""
+    config, logits = STRATEGIES[name], array(LOGITS)
+    drawn = [sample(logits, SEEN, config, u) for u in draws]
+    counts = np.bincount(drawn, minlength=LOGITS.size)
+    for changed, agrees in ((config, True), (replace(config, temperature=1.25 * config.temperature), False)):
+        kept = processed(LOGITS, SEEN, changed)
+        p = np.exp(kept - kept.max())
+        assert is_drawn_from(counts, p / p.sum()) == agrees
 
 
 def test_top_p_by_hand():

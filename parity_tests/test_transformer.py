@@ -15,7 +15,7 @@ from ref_numpy.dropout import DropoutKey
 from ref_numpy.masks import PADDING
 from ref_numpy.parameters import init_params, parameter_shapes
 from ref_numpy.rng import INIT, Key
-from ref_numpy.transformer import transformer_forward
+from ref_numpy.transformer import embed_forward, transformer_forward
 from torch_impl.rng import normal
 from torch_impl.seq2seq import Seq2Seq
 from torch_impl.transformer import Transformer, initialised
@@ -55,6 +55,19 @@ def test_parity_of_every_combination_of_options(agree, norm, norm_placement, act
         )
         case = {"params": model_params(config, 1), "ids": ids, "config": config, "key": DropoutKey(5, 6, 7)}
         agree("transformer", judge_rounding=False, **case, documents=None)
+
+
+def test_sinusoids_stand_beside_scaled_embeddings():
+    """Vaswani et al., 3.4: the token vectors, and not their sum with the sinusoids, times sqrt C.
+
+    If both sides forgot it, they would still agree.
+    """
+    config = ModelConfig(d_model=4, n_head=1, vocab_size=3, positions="sinusoidal")
+    params = model_params(config, 0)
+    x, _ = embed_forward(params, np.array([[2, 0]]), np.arange(2), config)
+    at_1 = [np.sin(1), np.cos(1), np.sin(0.01), np.cos(0.01)]
+    want = 2 * params["token_embedding.weight"][[2, 0]] + np.array([[0, 1, 0, 1], at_1])
+    np.testing.assert_allclose(x[0], want, rtol=1e-14)
 
 
 ALL = ("decoder", "encoder", "encoder-decoder")

@@ -18,6 +18,7 @@ from numpy import ndarray as Array
 from ref_numpy.config import ModelConfig
 from ref_numpy.dropout import DropoutCache, DropoutKey, dropout_backward, dropout_forward
 from ref_numpy.ffn import FFNCache, SwiGLUCache, ffn_backward, ffn_forward, swiglu_backward, swiglu_forward
+from ref_numpy.kv_cache import LayerKV
 from ref_numpy.layernorm import (
     NormCache,
     layernorm_backward,
@@ -157,13 +158,17 @@ def block_forward(
     places: Integer[Array, "*#B T"],
     layer: int = 0,
     key: DropoutKey | None = None,
+    past: LayerKV | None = None,
 ) -> tuple[Float[Array, "B T C"], BlockCache]:
-    """One block. layer is its number, which decides the dropout masks; without a key nothing is dropped."""
+    """One block. layer is its number, which decides the dropout masks; without a key nothing is dropped.
+
+    With a past, the tokens follow on those whose keys and values it holds.
+    """
     key1 = key and key._replace(site=2 * layer + 1)
     key2 = key and key._replace(site=2 * layer + 2)
 
     def attend(x: Array) -> tuple[Array, MultiHeadAttentionCache]:
-        return multi_head_attention_forward(x, within(params, "attention"), config, mask, places)
+        return multi_head_attention_forward(x, within(params, "attention"), config, mask, places, past)
 
     def feed(x: Array) -> tuple[Array, FFNCache | SwiGLUCache]:
         return feed_forward(x, params, config)

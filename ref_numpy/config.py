@@ -294,3 +294,63 @@ class SamplingConfig:
         _require(0 < self.top_p <= 1, f"top_p is {self.top_p}, but must lie in (0, 1]")
         _require(0 <= self.min_p <= 1, f"min_p is {self.min_p}, but must lie in [0, 1]")
         _require(0 < penalty < inf, f"repetition_penalty is {penalty}, but must be above 0")
+
+
+@dataclass(frozen=True)
+class BeamConfig:
+    """How beam.py searches for likely sequences. Raises ConfigError on a contradiction."""
+
+    width: int = 4
+    """Hypotheses that go on from step to step."""
+    n_best: int = 1
+    """Sequences that are returned, at most width."""
+    length_penalty: float = 1.0
+    """Alpha: the score is the log-probability divided by length ** alpha; 0 compares sums, 1 means."""
+    early_stopping: Literal["exact", "estimate", "full"] = "exact"
+    """When to stop: the n best are certain; they probably are, as longer seldom scores better; width are
+    finished."""
+    end_token: int | None = None
+    """The token id that ends a sequence; None if none does."""
+    stop_sequences: tuple[tuple[int, ...], ...] = ()
+    """Token ids in a row that end a sequence."""
+    forbidden: tuple[int, ...] = ()
+    """Token ids that are never chosen."""
+    phrases: tuple[tuple[int, ...], ...] = ()
+    """Token ids in a row that must appear, at most 8 such phrases; they may overlap."""
+
+    def __post_init__(self) -> None:
+        choices = ("exact", "estimate", "full")
+        _require(self.width >= 1, f"width is {self.width}, but must be at least 1")
+        _require(
+            1 <= self.n_best <= self.width,
+            f"n_best is {self.n_best}, but must lie in [1, width {self.width}]",
+        )
+        _require(
+            -10 <= self.length_penalty <= 10,
+            f"length_penalty is {self.length_penalty}, but must lie in [-10, 10]",
+        )
+        _require(
+            self.early_stopping in choices,
+            f"early_stopping is {self.early_stopping!r}, but must be one of {', '.join(choices)}",
+        )
+        _require(len(self.phrases) <= 8, f"there are {len(self.phrases)} phrases, but at most 8 are possible")
+        for name in ("stop_sequences", "phrases"):
+            _require(() not in getattr(self, name), f"{name} holds an empty one; take it out")
+        least = min(self.ids, default=0)
+        _require(least >= 0, f"a token id is {least}, but must not be negative")
+        for phrase in self.phrases:
+            barred = sorted(set(phrase) & set(self.forbidden))
+            _require(not barred, f"phrase {phrase} needs what is forbidden: {barred}")
+            for stop in self.stops:
+                inside = any(phrase[i : i + len(stop)] == stop for i in range(len(phrase) - len(stop)))
+                _require(not inside, f"phrase {phrase} cannot be written to its end: {stop} stops before it")
+
+    @property
+    def stops(self) -> tuple[tuple[int, ...], ...]:
+        """All that ends a sequence: the stop sequences, and the end token as one of them."""
+        return self.stop_sequences + (() if self.end_token is None else ((self.end_token,),))
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Every token id that is named here."""
+        return (*self.forbidden, *(token for pattern in (*self.stops, *self.phrases) for token in pattern))

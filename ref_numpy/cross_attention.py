@@ -31,7 +31,7 @@ def cross_attention_forward(
     n_head: int,
     mask: Bool[Array, "*#mask"],
 ) -> tuple[Float[Array, "B T C"], CrossAttentionCache]:
-    """Queries from x, keys and values from the memory."""
+    """Queries from x, keys and values from the memory. The mask broadcasts to (B, H, T, S)."""
     q, q_cache = linear_forward(x, params["q.weight"], params.get("q.bias"))
     kv, kv_cache = linear_forward(memory, params["kv.weight"], params.get("kv.bias"))  # (B, S, 2C)
     q, k, v = (split_heads(part, n_head) for part in (q, *np.split(kv, 2, axis=-1)))

@@ -17,8 +17,8 @@ plain formulas reads its operands and writes its result once:
     tiled, backward     3 T D + T + 4 S D + (S / N) (4 T D + 2 T)
 
 T / R and S / N are rounded up. The tiles of q, k, v, y and of the scores have to fit into the fast memory of
-M elements, so R and N may be about M / 4 D, and of 4 T S there is left 8 T S D^2 / M (theorem 2 of the first
-paper). With T = S = 1024, D = 64 and tiles of 128 x 128 these are 1.2 million elements in place of 4.5
+M elements, so R and N may be about M / (4 D), and of 4 T S there is left 8 T S D^2 / M (theorem 2 of the
+first paper). With T = S = 1024, D = 64 and tiles of 128 x 128 these are 1.2 million elements in place of 4.5
 forward, and 2.6 in place of 7.9 backward; and no memory for T S elements is needed. The price is arithmetic:
 the backward pass computes the scores a second time. parity_tests/test_flash_attention.py counts what the
 code below moves, and finds these formulas. Where a mask allows nothing in a tile, nothing is moved: half of

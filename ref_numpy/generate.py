@@ -1,10 +1,10 @@
 """Text from a model, one token at a time: what follows a prompt, or the target of a source.
 
-Shapes: T length of the prompt, S of the source.
-Not here: beams, a key/value cache (every token recomputes the whole context).
+Shapes: T length of a prompt, B prompts, S length of a source.
+Not here: beams (see beam.py), stop conditions (the caller stops asking), a cache for targets.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,10 +13,22 @@ from numpy import ndarray as Array
 
 from ref_numpy.block import Params
 from ref_numpy.config import ModelConfig, SamplingConfig
+from ref_numpy.kv_cache import advance, empty_cache
+from ref_numpy.masks import PADDING
 from ref_numpy.rng import SAMPLE, Key, uniform
 from ref_numpy.sampling import sample_token
 from ref_numpy.seq2seq import decode_forward, encode_forward
 from ref_numpy.transformer import transformer_forward
+
+
+def context_start(length: int, context_length: int) -> int:
+    """Where the context of the next token begins in a text of `length` tokens.
+
+    At 0 while the text fits. Then it moves on by half a context at a time, so that the cache is filled anew
+    once in that many tokens, and not with each: a token sees between half a context and a whole one.
+    """
+    step = max(context_length // 2, 1)
+    return -(-max(length - context_length, 0) // step) * step
 
 
 def generate(
@@ -27,20 +39,64 @@ def generate(
     sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (it is frozen)
     seed: int = 0,
 ) -> Iterator[int]:
-    """Yields n_tokens that continue the prompt; each sees the last context_length tokens before it.
+    """Yields n_tokens that continue the prompt.
 
-    Token i takes its u from (seed, i). Raises ValueError for an empty prompt.
+    Token i takes its u from (seed, i). Raises ValueError for an empty prompt, or a model that is no decoder.
     """
-    if prompt.size == 0:
+    for tokens in generate_batch(params, [prompt], config, n_tokens, sampling, seed):
+        yield tokens[0]
+
+
+def generate_batch(
+    params: Params,
+    prompts: Sequence[Integer[Array, "_"]],
+    config: ModelConfig,
+    n_tokens: int,
+    sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (it is frozen)
+    seed: int = 0,
+    streams: Sequence[int] | None = None,
+) -> Iterator[list[int]]:
+    """Yields the next token of each prompt, n_tokens times: what each would give alone.
+
+    Token i of prompt b takes its u from (seed, i, streams[b]), by default from stream 0. Shorter texts have
+    padding before them. Raises ValueError for an empty prompt, or a model that is no decoder.
+    """
+    if config.architecture != "decoder":
+        raise ValueError(f"an {config.architecture} does not continue a text; only a decoder does")
+    if any(prompt.size == 0 for prompt in prompts):
         raise ValueError("the prompt is empty, but the model needs at least one token to go on from")
-    ids = prompt.tolist()
+    texts, streams = [prompt.tolist() for prompt in prompts], streams or [0] * len(prompts)
+    past = empty_cache(config, len(texts), params["token_embedding.weight"].dtype)
+    starts = None
     for i in range(n_tokens):
-        context = np.array(ids[-config.context_length :])[None]  # (1, T)
-        logits, _ = transformer_forward(params, context, config)
-        u = uniform(Key(seed, SAMPLE, step=i), 1)[0]
-        token = sample_token(logits[0, -1], ids, sampling, u)
-        ids.append(token)
-        yield token
+        before, starts = starts, [context_start(len(text), config.context_length) for text in texts]
+        if starts == before:
+            new, documents = np.array([text[-1:] for text in texts]), _append(documents)
+        else:  # at first, and when the oldest tokens of a text fall out of sight
+            new, documents = _padded([text[start:] for text, start in zip(texts, starts, strict=True)])
+            past = past._replace(length=0)
+        logits, _ = transformer_forward(params, new, config, documents=documents, past=past)  # (B, T, V)
+        past = advance(past, new.shape[1])
+        tokens = []
+        for text, stream, row in zip(texts, streams, logits[:, -1], strict=True):
+            u = uniform(Key(seed, SAMPLE, step=i, stream=stream), 1)[0]
+            tokens.append(sample_token(row, text, sampling, u))
+            text.append(tokens[-1])
+        yield tokens
+
+
+def _padded(contexts: list[list[int]]) -> tuple[Integer[Array, "B T"], Integer[Array, "B T"] | None]:
+    """Contexts in one array, padding before the shorter ones, and which places are padding, if any are."""
+    longest = max(map(len, contexts))
+    ids = np.array([[0] * (longest - len(context)) + context for context in contexts])
+    missing = np.array([longest - len(context) for context in contexts])
+    documents = np.where(np.arange(longest) < missing[:, None], PADDING, 0)
+    return ids, documents if missing.any() else None
+
+
+def _append(documents: Integer[Array, "B T"] | None) -> Integer[Array, "B S"] | None:
+    """One token more of each text."""
+    return None if documents is None else np.pad(documents, ((0, 0), (0, 1)))
 
 
 def answer(

@@ -11,14 +11,17 @@ from numpy import ndarray as Array
 PADDING = -1  # the document number of a place that holds no token
 
 
-def causal_mask(length: int) -> Bool[Array, "T T"]:
-    """mask[t, s] = (s <= t): a token sees itself and what came before."""
-    return np.tril(np.ones((length, length), dtype=bool))
+def causal_mask(length: int, before: int = 0) -> Bool[Array, "T S"]:
+    """mask[t, s] = (s <= t'): a token sees itself and what came before.
+
+    The queries are the last T = length of S = before + T tokens; t' = before + t is the place of query t.
+    """
+    return np.tril(np.ones((length, before + length), dtype=bool), k=before)
 
 
-def window_mask(length: int, window: int) -> Bool[Array, "T T"]:
-    """mask[t, s] = (t - window < s <= t): itself and the window - 1 before it (Beltagy et al. 2020)."""
-    age = np.arange(length)[:, None] - np.arange(length)  # how far a key lies behind its query
+def window_mask(length: int, window: int, before: int = 0) -> Bool[Array, "T S"]:
+    """mask[t, s] = (t' - window < s <= t'): itself and window - 1 before it (Beltagy et al. 2020, 3.1)."""
+    age = np.arange(before, before + length)[:, None] - np.arange(before + length)  # how far behind its query
     return (age >= 0) & (age < window)
 
 
@@ -27,12 +30,13 @@ def padding_mask(present: Bool[Array, "B S"]) -> Bool[Array, "B 1 1 S"]:
     return present[:, None, None, :]
 
 
-def document_mask(documents: Integer[Array, "B T"]) -> Bool[Array, "B 1 T T"]:
-    """mask[b, 0, t, s]: both places belong to one document, and it is not PADDING.
+def document_mask(documents: Integer[Array, "B S"], before: int = 0) -> Bool[Array, "B 1 T S"]:
+    """mask[b, 0, t, s] = (documents[b, t] = documents[b, s], and not PADDING).
 
     Documents packed into one sequence do not see each other, and a place that holds no token sees nothing.
+    The queries are the places from `before` on.
     """
-    same = documents[:, :, None] == documents[:, None, :]
+    same = documents[:, before:, None] == documents[:, None, :]
     return (same & (documents != PADDING)[:, None, :])[:, None]
 
 

@@ -5,7 +5,9 @@ Parameters come as a dict: qkv.weight (G, C), qkv.bias (G), proj.weight (C, C), 
 qk_norm q_norm.weight, k_norm.weight (D).
 The rows of qkv.weight are q of all heads, then k, then v; head h owns the rows h D to (h + 1) D of each.
 Grouped queries (Ainslie et al. 2023): head h reads key/value head h // (H / K), so neighbours share.
-Not here: keys from another sequence (see cross_attention.py), caching of keys and values.
+Query-key normalisation (Dehghani et al. 2023, section 2, there by LayerNorm, here by RMSNorm): each head's q
+and k are normalised over D, before they turn with their place.
+Not here: keys from another sequence (see cross_attention.py).
 """
 
 from typing import NamedTuple
@@ -17,6 +19,7 @@ from numpy import ndarray as Array
 from ref_numpy.alibi import alibi_slopes
 from ref_numpy.attention import AttentionCache, attention_backward, attention_forward
 from ref_numpy.config import ModelConfig
+from ref_numpy.kv_cache import LayerKV, extend
 from ref_numpy.layernorm import NormCache, rmsnorm_backward, rmsnorm_forward
 from ref_numpy.linear import LinearCache, linear_backward, linear_forward
 from ref_numpy.rope import RopeCache, rope_backward, rope_forward
@@ -59,10 +62,12 @@ def multi_head_attention_forward(
     config: ModelConfig,
     mask: Bool[Array, "*#mask"],
     places: Integer[Array, "*#B T"],
+    past: LayerKV | None = None,
 ) -> tuple[Float[Array, "B T C"], MultiHeadAttentionCache]:
     """One projection makes q, k and v of all heads; a second mixes what they found.
 
-    places says where in its text each token stands, for rotary positions.
+    The mask broadcasts to (B, H, T, S); places, for rotary positions, says where in its text a token is.
+    With a past, queries also look at keys of the tokens before these, S in all; there is no backward then.
     """
     H, K, D = config.n_head, config.kv_heads, config.head_width
     qkv, qkv_cache = linear_forward(x, params["qkv.weight"], params.get("qkv.bias"))  # (B, T, (H + 2 K) D)
@@ -74,9 +79,11 @@ def multi_head_attention_forward(
         k, k_norm = rmsnorm_forward(k, params["k_norm.weight"], config.norm_epsilon)
     if config.positions == "rope":
         q, rope = rope_forward(q, places, config)
-        k, rope = rope_forward(k, places, config)
+        k, rope = rope_forward(k, places, config)  # by the same angles: one cache serves both
     if config.positions == "alibi":
         slopes = alibi_slopes(H)
+    if past is not None:
+        k, v = extend(past, k, v)  # (B, K, S, D)
     heads, attention = attention_forward(q, repeat_heads(k, H), repeat_heads(v, H), mask, slopes)
     y, proj = linear_forward(join_heads(heads), params["proj.weight"], params.get("proj.bias"))
     return y, MultiHeadAttentionCache(qkv_cache, q_norm, k_norm, rope, attention, proj, config)

@@ -1,6 +1,7 @@
 """Rotary positions (Su et al. 2021, section 3.4.2): queries and keys turn with their place.
 
-A score then depends on how far apart two tokens are, and not on where they are.
+A score then depends on how far apart two tokens are, and not on where they are. The paper pairs features 2i
+and 2i + 1 (interleaved), Hugging Face's Llama i and i + D/2 (half): the same for a permuted head.
 Shapes: B batch, H heads, T time, D head width, an even number.
 Not here: absolute positions (see positions.py), scalings other than linear, heads turned in part.
 """
@@ -15,7 +16,7 @@ from ref_numpy.config import ModelConfig
 
 
 class RopeCache(NamedTuple):
-    cos: Array
+    cos: Array  # of the angles, (T, D/2), or (B, 1, T, D/2) where sequences have places of their own
     sin: Array
     layout: str
 

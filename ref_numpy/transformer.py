@@ -4,7 +4,7 @@ The two differ in one thing: in a decoder a token sees what came before it, in a
 
 Shapes: B batch, T time (at most the context length N), C width, V vocabulary, L layers.
 Parameters are one flat dict, see parameters.py.
-Not here: caching for generation; an encoder and a decoder together (see seq2seq.py).
+Not here: an encoder and a decoder together (see seq2seq.py).
 """
 
 from math import sqrt
@@ -27,6 +27,7 @@ from ref_numpy.block import (
 from ref_numpy.config import ModelConfig
 from ref_numpy.dropout import DropoutCache, DropoutKey, dropout_backward, dropout_forward
 from ref_numpy.embedding import EmbeddingCache, embedding_backward, embedding_forward
+from ref_numpy.kv_cache import KVCache, of_layer
 from ref_numpy.layernorm import NormCache
 from ref_numpy.linear import LinearCache, linear_backward, linear_forward
 from ref_numpy.masks import causal_mask, document_mask, places_in_documents, window_mask
@@ -84,16 +85,16 @@ def embed_backward(dx: Float[Array, "B T C"], cache: EmbedCache) -> Params:
 
 
 def attention_mask(
-    config: ModelConfig, layer: int, length: int, documents: Integer[Array, "B T"] | None
+    config: ModelConfig, layer: int, length: int, before: int, documents: Integer[Array, "B S"] | None
 ) -> Bool[Array, "*#mask"]:
-    """What the tokens of a layer see: all, or what came before, perhaps within a window or one document."""
+    """What the last `length` tokens see: everything, or what came before, within a window or a document."""
     if config.architecture == "encoder":
         mask = np.ones((length, length), dtype=bool)
     elif window := config.window_of(layer):
-        mask = window_mask(length, window)
+        mask = window_mask(length, window, before)
     else:
-        mask = causal_mask(length)
-    return mask if documents is None else mask & document_mask(documents)
+        mask = causal_mask(length, before)
+    return mask if documents is None else mask & document_mask(documents, before)
 
 
 class TransformerCache(NamedTuple):
@@ -109,24 +110,28 @@ def transformer_forward(
     ids: Integer[Array, "B T"],
     config: ModelConfig,
     key: DropoutKey | None = None,
-    documents: Integer[Array, "B T"] | None = None,
+    documents: Integer[Array, "B S"] | None = None,
+    past: KVCache | None = None,
 ) -> tuple[Float[Array, "B T V"], TransformerCache]:
     """Logits at every place: of the next token in a decoder, of the token there in an encoder.
 
     With a key, dropout acts (training); without, it does not. With documents, the number of the text that
     each token belongs to (or PADDING), texts in one sequence do not see each other, and each has its own
-    places. Raises ValueError where a sequence is longer than the context length or an id is outside
-    the vocabulary.
+    places. With a past (decoders only), the T tokens follow on those before them, S in all, whose keys and
+    values it holds; it then holds theirs too, and there is no backward. Raises ValueError where a sequence is
+    longer than the context length or an id is outside the vocabulary.
     """
-    T = ids.shape[1]
-    if T > config.context_length:
-        raise ValueError(f"a sequence of {T} is longer than the context length of {config.context_length}")
-    places = np.arange(T) if documents is None else places_in_documents(documents)
+    before = 0 if past is None else past.length
+    T, S = ids.shape[1], before + ids.shape[1]
+    if S > config.context_length:
+        raise ValueError(f"a sequence of {S} is longer than the context length of {config.context_length}")
+    places = np.arange(before, S) if documents is None else places_in_documents(documents)[:, before:]
     x, embed = embed_forward(params, ids, places, config, key)
     blocks = []
     for layer in range(config.n_layer):
-        mask = attention_mask(config, layer, T, documents)
-        x, block = block_forward(x, within(params, f"blocks.{layer}"), config, mask, places, layer, key)
+        mask = attention_mask(config, layer, T, before, documents)
+        own, layer_past = within(params, f"blocks.{layer}"), past and of_layer(past, layer)
+        x, block = block_forward(x, own, config, mask, places, layer, key, layer_past)
         blocks.append(block)
     norm = None
     if config.norm_placement == "pre":  # post-norm blocks end with a norm already

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from ref_numpy.parameters import parameter_shapes
 from run_tests.conftest import SMALL, Outcome, content
 from torch_impl.training import run as run_module
-from torch_impl.training.memory import needed_bytes, parameter_count
+from torch_impl.training.costs import parameter_count
+from torch_impl.training.memory import needed_bytes
 from torch_impl.training.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]

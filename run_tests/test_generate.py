@@ -87,12 +87,42 @@ def test_the_prompt_is_cut_to_the_context(write):
         (["--model", "run", "--device", "cuda:99"], "CUDA finds"),
         (["--model", "run", "--prompt", "\udcff"], "--prompt is not valid text"),
         (["--model", "run", "--temp", "1"], "did you mean --temperature?"),
+        (["--model", "run", "--beams", "-1"], "width is -1, but must be at least 1"),
+        (["--model", "run", "--beams", "2", "--n-best", "3"], "n_best is 3, but must lie in [1, width 2]"),
+        (["--model", "run", "--beams", "2", "--length-penalty", "nan"], "length_penalty is nan"),
+        (["--model", "run", "--beams", "2", "--max-new-tokens", "0"], "a beam needs at least 1"),
+        (["--model", "run", "--n-best", "2"], "need a search; add --beams 4"),
+        (["--model", "run", "--beams", "2", "--stop", ""], "--stop '' is nothing that"),
+        (["--model", "run", "--beams", "2", "--stop", "\udcff"], "--stop is not valid text"),
     ],
 )
 def test_a_mistake_is_one_line(write, arguments, message):
     code, out, err = write(*arguments)
     assert code == 2 and out == ""
     assert err.startswith("generate: error: ") and message in err and len(err.splitlines()) == 1
+
+
+def test_beams_write_the_n_best_with_their_scores(write):
+    flags = ("--model", "run", "--prompt", "The", "--max-new-tokens", 6, "--beams", 4)
+    code, best, _ = write(*flags)
+    assert code == 0 and best.startswith("The")
+    several = write(*flags, "--n-best", 3)[1]
+    assert several.startswith("[1] score -") and several.split("\n", 1)[1].startswith(best)
+    scores = [float(line.split()[-1]) for line in several.splitlines() if line.startswith("[")]
+    assert len(scores) == 3 and scores == sorted(scores, reverse=True)
+
+
+def test_a_beam_of_width_1_writes_what_temperature_0_does(write):
+    flags = ("--model", "run", "--prompt", "long " * 5, "--max-new-tokens", 12)
+    assert write(*flags, "--beams", 1)[1] == write(*flags, "--temperature", 0)[1]
+
+
+def test_a_stop_text_ends_a_beam_and_is_not_written(write):
+    flags = ("--model", "run", "--prompt", "The", "--max-new-tokens", 20, "--beams", 1)
+    text = write(*flags)[1].removesuffix("\n")
+    stop = text[5:7]
+    assert write(*flags, "--stop", stop)[1] == text[: text.index(stop, 3)] + "\n"
+    assert write(*flags, "--stop", "never", "seen")[1] == text + "\n"
 
 
 def test_a_damaged_checkpoint_is_named(write):

@@ -36,11 +36,29 @@ def test_every_evaluation_is_a_line(run):
 
 
 def test_the_first_lines_say_where_and_how(run):
-    first, second, third, fourth, *_ = run.out.splitlines()
+    first, attention, _, third, fourth, *_ = run.out.splitlines()
     assert first.startswith("preset cpu on cpu, float32: ")
+    assert attention == "attention: scaled_dot_product_attention, causal"
     assert "run folder run" in first
     assert third == "256 different tokens, 1.00 bytes of text in each"
     assert fourth.startswith("step 0: ") and fourth.endswith("ln V = 5.545")
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--positions", "alibi"], "scaled_dot_product_attention, masked, by blocks of queries"),
+        (
+            ["--n-layer", "2", "--attention-pattern", "local, full", "--window", "3"],
+            "scaled_dot_product_attention, causal in full layers; "
+            "scaled_dot_product_attention, masked, by blocks of queries in local layers, of 3 keys",
+        ),
+    ],
+)
+def test_the_path_of_attention_is_named(small_run, flags, line):
+    outcome = small_run("--out", "run", "--steps", "1", "--warmup-steps", "0", *flags)
+    assert outcome.code == 0
+    assert f"attention: {line}" in outcome.out.splitlines()
 
 
 def test_the_run_folder_is_complete(run):

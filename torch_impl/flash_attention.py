@@ -175,7 +175,8 @@ def _block(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, start: in
         allowed = allowed | ~sees_something
     if pattern.alibi_slopes is not None:
         slopes = pattern.alibi_slopes.to(torch.promote_types(q.dtype, torch.float32))
-        bias = (slopes[h] * -(t - s).abs()).to(q.dtype)  # (H, T, S)
+        # Of four axes: given three, the CPU falls back on the plain formulas.
+        bias = (slopes[h] * -(t - s).abs()).to(q.dtype)[None]  # (1, H, T, S)
         allowed = torch.where(allowed, bias, -torch.inf)
     y = _fused(q, k, v, attn_mask=allowed)
     return torch.where(sees_something, y, 0.0) if can_be_blind else y

@@ -8,21 +8,32 @@ writes as it goes, with the best checkpoint of a run.
 import codecs
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Integer
 from torch import Tensor
 
-from ref_numpy.config import ConfigError, SamplingConfig
+from ref_numpy.config import BeamConfig, ConfigError, SamplingConfig
+from ref_numpy.masks import PADDING
 from ref_numpy.rng import SAMPLE, Key
+from torch_impl.kv_cache import KVCache
 from torch_impl.rng import uniform
 from torch_impl.sampling import sample_token
 from torch_impl.seq2seq import Seq2Seq
+from torch_impl.training.beams import BeamFlags, beam_of, continuations
 from torch_impl.transformer import Transformer
+
+
+def context_start(length: int, context_length: int) -> int:
+    """Where the context of the next token begins in a text of `length` tokens: at 0 while the text fits, then
+    moving on by half a context at a time."""
+    step = max(context_length // 2, 1)
+    return -(-max(length - context_length, 0) // step) * step
 
 
 def generate(
@@ -32,21 +43,61 @@ def generate(
     sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (it is frozen)
     seed: int = 0,
 ) -> Iterator[int]:
-    """Yields n_tokens that continue the prompt; each sees the last context_length tokens before it.
+    """Yields n_tokens that continue the prompt.
 
-    Token i takes its random number from (seed, i). Raises ValueError for an empty prompt.
+    Token i takes its u from (seed, i). Raises ValueError for an empty prompt, or a model that is no decoder.
     """
-    if prompt.numel() == 0:
+    for tokens in generate_batch(model, [prompt], n_tokens, sampling, seed):
+        yield tokens[0]
+
+
+def generate_batch(
+    model: Transformer,
+    prompts: Sequence[Integer[Tensor, "_"]],
+    n_tokens: int,
+    sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (it is frozen)
+    seed: int = 0,
+    streams: Sequence[int] | None = None,
+) -> Iterator[list[int]]:
+    """Yields the next token of each prompt, n_tokens times: what each would give alone.
+
+    Token i of prompt b takes its u from (seed, i, streams[b]), by default from stream 0. Shorter texts have
+    padding before them. Raises ValueError for an empty prompt, or a model that is no decoder.
+    """
+    config, device = model.config, model.token_embedding.weight.device
+    if config.architecture != "decoder":
+        raise ValueError(f"an {config.architecture} does not continue a text; only a decoder does")
+    if any(prompt.numel() == 0 for prompt in prompts):
         raise ValueError("the prompt is empty, but the model needs at least one token to go on from")
-    ids, limit = prompt.tolist(), model.config.context_length
-    device = model.token_embedding.weight.device
+    texts, streams = [prompt.tolist() for prompt in prompts], streams or [0] * len(prompts)
+    past = KVCache(config, len(texts), model.compute_dtype, device)
+    starts = documents = None
     for i in range(n_tokens):
-        context = torch.tensor(ids[-limit:], device=device)[None]  # (1, T)
+        before, starts = starts, [context_start(len(text), config.context_length) for text in texts]
+        if starts == before:
+            new = torch.tensor([text[-1:] for text in texts], device=device)
+            documents = None if documents is None else F.pad(documents, (0, 1))
+        else:  # at first, and when the oldest tokens of a text fall out of sight
+            contexts = [text[start:] for text, start in zip(texts, starts, strict=True)]
+            new, documents = (None if part is None else part.to(device) for part in _padded(contexts))
+            past.length = 0
         with torch.inference_mode():
-            logits = model(context)[0, -1]
-        token = sample_token(logits, ids, sampling, uniform(Key(seed, SAMPLE, step=i), 1).item())
-        ids.append(token)
-        yield token
+            logits = model(new, documents=documents, past=past, last_only=True)[:, 0]  # (B, V)
+        tokens = []
+        for text, stream, row in zip(texts, streams, logits.cpu(), strict=True):
+            u = uniform(Key(seed, SAMPLE, step=i, stream=stream), 1).item()
+            tokens.append(sample_token(row, text, sampling, u))
+            text.append(tokens[-1])
+        yield tokens
+
+
+def _padded(contexts: list[list[int]]) -> tuple[Integer[Tensor, "B T"], Integer[Tensor, "B T"] | None]:
+    """Contexts in one array, padding before the shorter ones, and which places are padding, if any are."""
+    longest = max(map(len, contexts))
+    ids = torch.tensor([[0] * (longest - len(context)) + context for context in contexts])
+    missing = torch.tensor([longest - len(context) for context in contexts])
+    documents = torch.where(torch.arange(longest) < missing[:, None], PADDING, 0)
+    return ids, documents if missing.any() else None
 
 
 def answer(
@@ -101,13 +152,15 @@ class GenerateFlags:
     device: str = "auto"
     """auto (CUDA, else MPS, else the CPU), cpu, cuda, cuda:1, mps."""
     sampling: SamplingFlags = SamplingFlags(temperature=0.8)
+    search: BeamFlags = BeamFlags()  # noqa: RUF009 (it is frozen)
 
 
 class Request(NamedTuple):
-    """Flags that fit together, what they say of sampling, and the checkpoint that they name."""
+    """Flags that fit together, what they say of sampling or of a beam, and the checkpoint that they name."""
 
     flags: GenerateFlags
     sampling: SamplingConfig
+    beam: BeamConfig | None
     checkpoint: Path
 
 
@@ -129,7 +182,8 @@ def parse(arguments: list[str]) -> Request:
         raise InputError(f"--seed is {flags.seed}, but must lie in [0, 2**64)")
     if not flags.model:
         raise InputError("--model is missing; name a run folder, such as one under runs/")
-    return Request(flags, sampling, find_checkpoint(Path(flags.model)))
+    beam = beam_of(flags.search, flags.max_new_tokens)
+    return Request(flags, sampling, beam, find_checkpoint(Path(flags.model)))
 
 
 def write(request: Request) -> None:
@@ -151,6 +205,10 @@ def write(request: Request) -> None:
         raise InputError(
             "--prompt is missing; an encoder-decoder answers a source, such as one it learned from"
         )
+    if answers and request.beam is not None:
+        raise InputError(
+            f"{flags.model} is an encoder-decoder, and beams are for decoders; leave --beams out"
+        )
     try:
         prompt = torch.from_numpy(tokenizer.encode(flags.prompt or tokenizer.opening))
     except UnicodeEncodeError as error:
@@ -160,6 +218,11 @@ def write(request: Request) -> None:
     if answers and prompt.numel() > (limit := loaded.config.model.context_length):
         raise InputError(f"--prompt has {prompt.numel()} tokens, but the model reads at most {limit}")
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character still shows the rest
+    if request.beam is not None:
+        found = continuations(loaded, prompt, flags.max_new_tokens, request.beam, flags.search.stop)
+        for number, (text, score) in enumerate(found, 1):
+            print(f"[{number}] score {score:.4f}\n" * (flags.search.n_best > 1) + flags.prompt + text)
+        return
     write_tokens = answer if answers else generate
     tokens = write_tokens(model, prompt, flags.max_new_tokens, request.sampling, flags.seed)
     before = [] if answers else prompt[-1:].tolist()

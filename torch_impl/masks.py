@@ -7,14 +7,16 @@ from torch import Tensor
 from ref_numpy.masks import PADDING
 
 
-def causal_mask(length: int, device: torch.device | str = "cpu") -> Bool[Tensor, "T T"]:
-    """mask[t, s] = (s <= t)."""
-    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
+def causal_mask(length: int, before: int = 0, device: torch.device | str = "cpu") -> Bool[Tensor, "T S"]:
+    """mask[t, s] = (s <= t), for the last `length` of before + length tokens as queries."""
+    return torch.ones(length, before + length, dtype=torch.bool, device=device).tril(before)
 
 
-def window_mask(length: int, window: int, device: torch.device | str = "cpu") -> Bool[Tensor, "T T"]:
-    """mask[t, s] = (t - window < s <= t)."""
-    return causal_mask(length, device).triu(1 - window)
+def window_mask(
+    length: int, window: int, before: int = 0, device: torch.device | str = "cpu"
+) -> Bool[Tensor, "T S"]:
+    """mask[t, s] = (t - window < s <= t), likewise."""
+    return causal_mask(length, before, device).triu(before + 1 - window)
 
 
 def padding_mask(present: Bool[Tensor, "B S"]) -> Bool[Tensor, "B 1 1 S"]:
@@ -22,9 +24,9 @@ def padding_mask(present: Bool[Tensor, "B S"]) -> Bool[Tensor, "B 1 1 S"]:
     return present[:, None, None, :]
 
 
-def document_mask(documents: Integer[Tensor, "B T"]) -> Bool[Tensor, "B 1 T T"]:
-    """mask[b, 0, t, s]: both places belong to one document, and it is not PADDING."""
-    same = documents[:, :, None] == documents[:, None, :]
+def document_mask(documents: Integer[Tensor, "B S"], before: int = 0) -> Bool[Tensor, "B 1 T S"]:
+    """mask[b, 0, t, s]: both places belong to one document, and it is not PADDING; t from `before` on."""
+    same = documents[:, before:, None] == documents[:, None, :]
     return (same & (documents != PADDING)[:, None, :])[:, None]
 
 

@@ -4,6 +4,7 @@ The parameters keep the precision they were given (float32, or float64 for a com
 and with them all products, are in compute_dtype. It is set here and nowhere else: there is no autocast.
 """
 
+from functools import partial
 from math import sqrt
 
 import torch
@@ -19,9 +20,10 @@ from torch_impl.block import Block, make_norm
 from torch_impl.dropout import dropout
 from torch_impl.embedding import Embedding
 from torch_impl.flash_attention import AttentionPattern
+from torch_impl.kv_cache import KVCache, attend_after
 from torch_impl.linear import Linear, linear
-from torch_impl.masks import places_in_documents
-from torch_impl.multi_head_attention import attend_by
+from torch_impl.masks import causal_mask, document_mask, places_in_documents, window_mask
+from torch_impl.multi_head_attention import Attend, attend_by
 from torch_impl.positions import LearnedPositions, SinusoidalPositions
 from torch_impl.rope import RotaryPositions, Rotation
 
@@ -54,12 +56,19 @@ class Embedded(nn.Module):
         self.load_state_dict({name: torch.from_numpy(value) for name, value in params.items()})
 
     def embed(
-        self, ids: Integer[Tensor, "B T"], places: Integer[Tensor, "*#B T"], key: DropoutKey | None
+        self,
+        ids: Integer[Tensor, "B T"],
+        places: Integer[Tensor, "*#B T"],
+        key: DropoutKey | None,
+        before: int = 0,
     ) -> Float[Tensor, "B T C"]:
-        """Token vectors and absolute positions. Raises ValueError for more tokens than the context holds."""
-        T, limit = ids.shape[1], self.config.context_length
-        if T > limit:
-            raise ValueError(f"a sequence of {T} is longer than the context length of {limit}")
+        """Token vectors and absolute positions, of tokens that follow on as many before them.
+
+        Raises ValueError for more tokens than the context holds.
+        """
+        S, limit = before + ids.shape[1], self.config.context_length
+        if S > limit:
+            raise ValueError(f"a sequence of {S} is longer than the context length of {limit}")
         x = self.token_embedding(ids) * self.embedding_scale
         if self.position_embedding is not None:
             x = x + self.position_embedding(places)
@@ -103,21 +112,54 @@ class Transformer(Embedded):
         self,
         ids: Integer[Tensor, "B T"],
         key: DropoutKey | None = None,
-        documents: Integer[Tensor, "B T"] | None = None,
-    ) -> Float[Tensor, "B T V"]:
+        documents: Integer[Tensor, "B S"] | None = None,
+        past: KVCache | None = None,
+        last_only: bool = False,
+    ) -> Float[Tensor, "B P V"]:
         """Logits at every place: of the next token in a decoder, of the token there in an encoder.
 
         With a key, dropout acts (training); without, it does not. With documents, the number of the text that
-        each token belongs to (or PADDING), texts in one sequence do not see each other. Raises ValueError
-        where a sequence is longer than the context length.
+        each token belongs to (or PADDING), texts in one sequence do not see each other. With a past (decoders
+        only), the T tokens follow on those before them, S in all; it then holds theirs too. With last_only,
+        those of the last place alone (P = 1, else T). Raises ValueError where a sequence is longer than the
+        context length.
         """
-        T, device = ids.shape[1], ids.device
-        places = torch.arange(T, device=device) if documents is None else places_in_documents(documents)
-        x, rotation = self.embed(ids, places, key), self.rotation(places)
+        T, before = ids.shape[1], 0 if past is None else past.length
+        if documents is None:
+            places = torch.arange(before, before + T, device=ids.device)
+        else:
+            places = places_in_documents(documents)[:, before:]
+        x, rotation = self.embed(ids, places, key, before), self.rotation(places)
         for layer, block in enumerate(self.blocks):
-            attend = attend_by(self.pattern(self.config.window_of(layer), documents))
+            window = self.config.window_of(layer)
+            if past is None:
+                attend = attend_by(self.pattern(window, documents))
+            else:
+                attend = self.attend_after(past, layer, window, T, documents)
             x = block(x, attend, rotation, key)
-        return self.logits(self.norm(x))
+        if past is not None:
+            past.advance(T)
+        return self.logits(self.norm(x[:, -1:] if last_only else x))
+
+    def attend_after(
+        self,
+        past: KVCache,
+        layer: int,
+        window: int,
+        length: int,
+        documents: Integer[Tensor, "B S"] | None,
+    ) -> Attend:
+        """How a layer's new tokens attend to themselves and to the past."""
+        mask, device = None, past.k.device
+        if window:
+            mask = window_mask(length, window, past.length, device)
+        elif length > 1:  # one token sees everything
+            mask = causal_mask(length, past.length, device)
+        if documents is not None:
+            together = document_mask(documents, past.length)
+            mask = together if mask is None else mask & together
+        slopes = alibi_slopes(self.config.n_head) if self.config.positions == "alibi" else None
+        return partial(attend_after, past=past, layer=layer, mask=mask, slopes=slopes)
 
 
 def initialised(

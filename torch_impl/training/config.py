@@ -135,8 +135,10 @@ class RunConfig:
 
     @classmethod
     def from_json(cls, content: bytes) -> "RunConfig":
-        """Raises ConfigError where a value is foreign or of the wrong kind. What is missing takes its
-        default: it is younger than the file."""
+        """Raises ConfigError where a value is foreign or of the wrong kind.
+
+        What is missing takes its default: it is younger than the file.
+        """
         config = parse_json(content)
         return cls(
             preset=_text(config, "preset"),

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Integer
 from torch import Tensor
 
+from torch_impl.flash_attention import choose_path
 from torch_impl.seq2seq import make_model
 from torch_impl.train import StepMetrics, TrainState, start
 from torch_impl.training.checkpoint import (
@@ -209,8 +210,20 @@ def _tell(run: Run, place: Place, resumed: bool) -> None:
     print(
         f"preset {run.config.preset} on {place}: {kind} of {parameters:,} parameters; run folder {run.folder}"
     )
+    print(f"attention: {_attention_paths(run.state.model, place)}")
     print(run.objective.describe())
     if resumed and run.progress.step == run.config.training.steps:
         print(f"finished already, at step {run.progress.step}; a larger --steps trains on")
     elif resumed:
         print(f"going on after step {run.progress.step} of {run.config.training.steps}")
+
+
+def _attention_paths(model: Embedded, place: Place) -> str:
+    """The names of the paths that attention takes, in all layers alike or in the full and the local ones."""
+    config, kinds = model.config, {}
+    for window in sorted({config.window_of(layer) for layer in range(config.n_layer)}):
+        path = choose_path(model.pattern(window), place.device, place.dtype, config.head_width)
+        kinds[f"in local layers, of {window} keys" if window else "in full layers"] = path
+    if len(kinds) == 1:
+        return str(*kinds.values())
+    return "; ".join(f"{path} {kind}" for kind, path in kinds.items())

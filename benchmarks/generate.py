@@ -1,0 +1,141 @@
+"""Generation beside its peers, in one run: python -m benchmarks.generate [--nanogpt FOLDER] [--json FILE].
+
+A GPT-2-124M-shaped model with random weights, a prompt of 32 tokens, 100 new ones, batch 1, float32, greedy.
+All take turns, several rounds, and the best round of each counts; reading the prompt is timed along.
+transformers, where it is installed, runs `generate` with its cache, at its defaults and with the matmul
+precision tuned; nanoGPT, where a folder is given, has no cache.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+import torch_impl  # noqa: F401 (says how OpenMP waits, before torch is there)
+from ref_numpy.config import ModelConfig, SamplingConfig
+
+PROMPT, NEW, ROUNDS = 32, 100, 3
+GPT2 = ModelConfig(vocab_size=50257, context_length=1024, n_layer=12, n_head=12, d_model=768)
+GREEDY = SamplingConfig(temperature=0.0)
+
+
+def ours(model, prompt: np.ndarray) -> Callable[[], list[int]]:
+    """The fast side."""
+    import torch
+
+    from torch_impl.generate import generate
+
+    return lambda: list(generate(model, torch.from_numpy(prompt), NEW, GREEDY))
+
+
+def reference(model, prompt: np.ndarray) -> Callable[[], list[int]]:
+    """The NumPy side, with the same weights."""
+    from ref_numpy.generate import generate
+
+    params = {name: value.numpy() for name, value in model.state_dict().items()}
+    return lambda: list(generate(params, prompt, GPT2, NEW, GREEDY))
+
+
+def transformers_peer(model, prompt: np.ndarray, precision: str) -> Callable[[], list[int]] | None:
+    """GPT2LMHeadModel.generate with its key/value cache, and the same weights."""
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel
+    except ImportError:
+        return None
+    import torch
+
+    from torch_impl.training.hf_tensors import to_hf_tensors
+
+    theirs = GPT2LMHeadModel(GPT2Config(bos_token_id=None, eos_token_id=None)).eval()
+    theirs.load_state_dict(to_hf_tensors(dict(model.state_dict()), GPT2), strict=False)
+    ids = torch.from_numpy(prompt)[None]
+
+    def run() -> list[int]:
+        torch.set_float32_matmul_precision(precision)
+        try:
+            with torch.inference_mode():
+                out = theirs.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    do_sample=False,
+                    max_new_tokens=NEW,
+                    pad_token_id=0,
+                )
+        finally:
+            torch.set_float32_matmul_precision("highest")
+        return out[0, PROMPT:].tolist()
+
+    return run
+
+
+def nanogpt_peer(folder: Path, prompt: np.ndarray) -> Callable[[], list[int]]:
+    """nanoGPT's generate, which computes the whole context for each token; top_k = 1 takes the likeliest."""
+    import torch
+
+    sys.path.insert(0, str(folder))
+    from model import GPT, GPTConfig
+
+    theirs = GPT(GPTConfig(dropout=0.0)).eval()
+    ids = torch.from_numpy(prompt)[None]
+
+    def run() -> list[int]:
+        with torch.inference_mode():
+            return theirs.generate(ids, NEW, top_k=1)[0, PROMPT:].tolist()
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
+    parser.add_argument("--json", type=Path, help="where the rows are written")
+    arguments = parser.parse_args()
+
+    import torch
+
+    from torch_impl.transformer import initialised
+
+    model = initialised(GPT2, 0).requires_grad_(False)
+    prompt = np.random.default_rng(0).integers(GPT2.vocab_size, size=PROMPT)
+    runs = {
+        "torch_impl": ours(model, prompt),
+        "ref_numpy": reference(model, prompt),
+        "transformers": transformers_peer(model, prompt, "highest"),
+        "transformers, matmul precision medium": transformers_peer(model, prompt, "medium"),
+        "nanoGPT": nanogpt_peer(arguments.nanogpt, prompt) if arguments.nanogpt else None,
+    }
+    runs = {name: run for name, run in runs.items() if run is not None}
+    core_type = os.environ.get("OPENBLAS_CORETYPE", "not set")
+    print(f"{torch.get_num_threads()} threads; OPENBLAS_CORETYPE {core_type}")
+    best = dict.fromkeys(runs, 0.0)
+    texts = {}
+    for _ in range(ROUNDS):
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            texts[name] = run()
+            best[name] = max(best[name], NEW / (time.perf_counter() - begin))
+    same = sum(texts[name] == texts["torch_impl"] for name in runs if name != "nanoGPT")
+    print(f"{same} of {len([name for name in runs if name != 'nanoGPT'])} wrote the same {NEW} tokens")
+    rows = []
+    for mine in ("torch_impl", "ref_numpy"):
+        for name, speed in best.items():
+            if name not in ("torch_impl", "ref_numpy"):
+                rows.append(
+                    {"name": f"generate, {mine} beside {name}", "ours": best[mine], "peer": speed,
+                     "ratio": best[mine] / speed, "unit": "tokens/s"}
+                )  # fmt: skip
+    for row in rows:
+        print(f"{row['name']:70} {row['ours']:8.1f} {row['peer']:8.1f} {row['unit']}  {row['ratio']:.2f}x")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

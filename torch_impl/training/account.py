@@ -1,0 +1,251 @@
+"""What a model costs, as a table: `python -m torch_impl.training.account [PRESET] [--flags]`. See --help.
+
+Parameters, FLOPs and memory, by costs.py; nothing is built, and torch is not imported.
+"""
+
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from ref_numpy.config import ConfigError, ModelConfig, TrainConfig
+from torch_impl.training.config import DEFAULT_VOCAB_SIZE, RunConfig, read_config
+from torch_impl.training.costs import (
+    attention_pairs,
+    checkpoint_bytes,
+    forward_flops,
+    kaplan_flops,
+    kv_cache_bytes,
+    non_embedding_count,
+    palm_flops,
+    parameter_count,
+    parameters_by_part,
+    training_bytes,
+)
+from torch_impl.training.files import InputError, find_checkpoint, write_file
+from torch_impl.training.flags import parse_flags
+from torch_impl.training.presets import PRESETS
+
+_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
+
+
+@dataclass(frozen=True)
+class ShapeFlags(ModelConfig):
+    def __post_init__(self) -> None: ...  # the flags are checked together, once they are all known
+
+
+@dataclass(frozen=True)
+class BatchFlags:
+    batch_size: int = TrainConfig.batch_size
+    """Sequences per optimizer step, each of context_length tokens."""
+    micro_batches: int = TrainConfig.micro_batches
+    """Parts that a batch is computed in, one after the other; must divide batch_size."""
+    freeze_embeddings: bool = TrainConfig.freeze_embeddings
+    """The token embedding is not trained, and needs no moments."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the computation; weights, gradients and moments are float32."""
+
+
+@dataclass(frozen=True)
+class SourceFlags:
+    model: str = ""
+    """Run folder, checkpoint, or folder in Hugging Face's layout, whose model it is; no PRESET beside it."""
+    json: str = ""
+    """File to write the numbers to; FLOPs per token, and bytes."""
+
+
+@dataclass(frozen=True)
+class Flags:
+    source: SourceFlags
+    batch: BatchFlags
+    shape: ShapeFlags
+
+
+class Request(NamedTuple):
+    name: str  # of the model
+    model: ModelConfig
+    training: TrainConfig
+    precision: str
+    json: Path | None
+
+
+def parse(arguments: list[str]) -> Request:
+    """Raises InputError or ConfigError on a mistake; exits after --help."""
+    preset = arguments[0] if arguments and not arguments[0].startswith("-") else None
+    if preset is not None and preset not in PRESETS:
+        raise InputError(f"unknown preset {preset!r}; the presets are {', '.join(PRESETS)}")
+    rest, config = arguments[0 if preset is None else 1 :], PRESETS[preset or "cpu"]
+    flags, name = _parse_flags(rest, config), config.preset
+    if folder := flags.source.model:
+        if preset is not None:
+            raise InputError(f"--model {folder} is a model; leave out {preset!r}")
+        config, name = read_config(find_checkpoint(Path(folder))), folder
+        if config.quantisation is not None:
+            raise InputError(f"{folder} is quantised; name the run that it was made from")
+        flags = _parse_flags(rest, config, of_preset=False)
+    training = replace(
+        config.training, **{f.name: getattr(flags.batch, f.name) for f in fields(BatchFlags)[:-1]}
+    )
+    json_file = Path(flags.source.json) if flags.source.json else None
+    if json_file is not None and json_file.is_dir():
+        raise InputError(f"--json {json_file} is a folder; name a file")
+    return Request(name, ModelConfig(**asdict(flags.shape)), training, flags.batch.precision, json_file)
+
+
+def _parse_flags(arguments: list[str], config: RunConfig, of_preset: bool = True) -> Flags:
+    """The flags, with those of a config where none are given."""
+    precision = "float32" if config.run.precision == "auto" else config.run.precision
+    training, model = config.training, config.model
+    if of_preset and config.tokenizer.tokenizer == "bpe":  # else its tokenizer is not learned yet
+        model = replace(model, vocab_size=config.tokenizer.vocab_size or DEFAULT_VOCAB_SIZE)
+    return parse_flags(
+        Flags(
+            SourceFlags(),
+            BatchFlags(training.batch_size, training.micro_batches, training.freeze_embeddings, precision),
+            ShapeFlags(**asdict(model)),
+        ),
+        arguments,
+        "python -m torch_impl.training.account",
+        f"Count a model's parameters, FLOPs and memory. Presets: {', '.join(PRESETS)}. The defaults below "
+        f"are those of {config.preset}; PRESET --help shows others.",
+    )
+
+
+def account(model: ModelConfig, training: TrainConfig, precision: str) -> dict[str, dict[str, Any]]:
+    """All the numbers, by group and name: parameters, FLOPs per token, bytes."""
+    size, parts = _SIZES[precision], parameters_by_part(model)
+    forward, cache = forward_flops(model), kv_cache_bytes(model, size)
+    model_file, optimizer_file = checkpoint_bytes(model, training)
+    pairs = attention_pairs(model)
+    return {
+        "parameters": {
+            **parts,
+            "total": parameter_count(model),
+            "non-embedding": non_embedding_count(model),
+        },
+        "flops_per_token": {
+            "forward": forward,
+            "training": 3 * forward,
+            "training, unmasked attention": 3 * forward_flops(model, masked=False),
+            "training, 6 N + 12 L H D T": palm_flops(model),
+            "training, 6 N non-embedding": kaplan_flops(model),
+            "share of scores seen": pairs.seen / pairs.all,
+        },
+        "training_bytes": training_bytes(model, training, size)._asdict(),
+        "kv_cache_bytes": cache._asdict(),
+        "checkpoint_bytes": {
+            "model.safetensors": model_file,
+            "optimizer.safetensors": optimizer_file,
+            "total": model_file + optimizer_file,
+        },
+    }
+
+
+def table(request: Request) -> str:
+    """The numbers for a reader, with what they mean."""
+    model, training, precision = request.model, request.training, request.precision
+    numbers = account(model, training, precision)
+    parts, flops = numbers["parameters"], numbers["flops_per_token"]
+    held, cache, files = (numbers[f"{what}_bytes"] for what in ("training", "kv_cache", "checkpoint"))
+    rows = training.batch_size // training.micro_batches
+    tokens_per_step = training.batch_size * model.context_length
+
+    def share(part: str) -> str:
+        tied = part == "head" and model.tied_embeddings
+        return "is the embedding" if tied else f"{parts[part] / parts['total']:.1%}"
+
+    lines: list[tuple[str, str, str]] = [("parameters", "", "")]
+    lines += [(f"  {part}", f"{number:,}", share(part)) for part, number in parts.items()]
+    lines += [
+        ("FLOPs per token", "", f"at {model.context_length:,} tokens of context; matrix products only"),
+        ("  forward", _si(flops["forward"]), "2 per weight multiplied, 4 C per score that a mask leaves"),
+        ("  training", _si(flops["training"]), "three times the forward pass"),
+        (
+            "  the same, unmasked",
+            _si(flops["training, unmasked attention"]),
+            f"computing all scores; the masks leave {flops['share of scores seen']:.1%}",
+        ),
+        (
+            "  6 N + 12 L H D T",
+            _si(flops["training, 6 N + 12 L H D T"]),
+            "the usual estimate (PaLM, appendix B), N all parameters",
+        ),
+        ("  6 N", _si(flops["training, 6 N non-embedding"]), "Kaplan et al. 2020, N non-embedding"),
+        ("  a step", _si(flops["training"] * tokens_per_step), f"training, {tokens_per_step:,} tokens"),
+        ("memory of training", "", f"{precision}, {rows:,} sequences at a time"),
+        ("  weights", _binary(held["weights"]), "float32"),
+        ("  gradients", _binary(held["gradients"]), "float32"),
+        ("  optimizer", _binary(held["moments"]), "two moments, float32"),
+        ("  activations", _binary(held["activations"]), "that the backward pass needs, attention fused"),
+        ("  peak, at least", _binary(held["peak"]), _peak_of(training)),
+        ("keys and values", "", "if generation keeps them"),
+        ("  per token", _binary(cache["token"]), precision),
+        ("  whole context", _binary(cache["whole"]), "per sequence; local layers keep their window"),
+        ("checkpoint", _binary(files["total"]), "without lists of names"),
+        ("  model.safetensors", _binary(files["model.safetensors"]), "float32"),
+        ("  optimizer.safetensors", _binary(files["optimizer.safetensors"]), "float32"),
+    ]
+    heading = (
+        f"{request.name}: {model.architecture}, L {model.n_layer}, C {model.d_model}, H {model.n_head}, "
+        f"K {model.kv_heads}, F {model.ffn_width}, V {model.vocab_size}, T {model.context_length}"
+    )
+    widths = [max(len(line[column]) for line in lines) for column in (0, 1)]
+    body = (f"{name:{widths[0]}}  {number:>{widths[1]}}  {note}".rstrip() for name, number, note in lines)
+    return "\n".join([heading, *body])
+
+
+def _peak_of(training: TrainConfig) -> str:
+    if training.micro_batches > 1:
+        return "all of these together"
+    return "all but the smaller of gradients and activations"
+
+
+def _si(number: int | float) -> str:
+    """A number of operations, by powers of a thousand."""
+    return _scaled(number, 1000, ("", "k", "M", "G", "T", "P", "E"))
+
+
+def _binary(number: int) -> str:
+    """A number of bytes, by powers of 1024."""
+    return _scaled(number, 1024, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"))
+
+
+def _scaled(number: int | float, base: int, units: tuple[str, ...]) -> str:
+    power = 0
+    while number >= base and power < len(units) - 1:
+        number, power = number / base, power + 1
+    return f"{number:,.1f} {units[power]}" if power else f"{number:,.0f} {units[0]}".rstrip()
+
+
+def main(arguments: list[str]) -> int:
+    """The exit code: 0; 2 for a request that cannot be met, 1 for a failure, each with one line on stderr."""
+    try:
+        request = parse(arguments)
+        told = table(request)
+        if request.json is not None:
+            config = {"name": request.name, "model": asdict(request.model), "precision": request.precision}
+            numbers = account(request.model, request.training, request.precision)
+            content = json.dumps({**config, **numbers}, indent=1)
+            write_file(request.json, content.encode("utf-8"))
+        print(told, flush=True)
+    except (InputError, ConfigError) as error:
+        message, code = f"{error}; see --help", 2
+    except OverflowError:
+        message, code = "a size is too large to be counted with", 2
+    except KeyboardInterrupt:
+        message, code = "interrupted", 130
+    except BrokenPipeError:  # the reader has seen enough; nor may the interpreter's last flush complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        message, code = f"{error.filename}: {error.strerror}" if error.filename else str(error), 1
+    else:
+        return 0
+    print(f"account: error: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

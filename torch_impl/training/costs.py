@@ -1,0 +1,235 @@
+"""What a model costs: parameters, arithmetic and memory, counted from its config alone, without torch.
+
+B sequences of T tokens, C model width, H heads, K key/value heads, D head width, F feed-forward width,
+V vocabulary, L layers. An encoder-decoder reads sources as long as its targets, T; what is said of a token is
+said of one of the target together with one of the source.
+Not here: what is no matrix product in FLOPs, passing buffers in memory, and what compilation saves of them.
+"""
+
+from dataclasses import replace
+from math import prod
+from typing import NamedTuple
+
+from ref_numpy.config import ModelConfig, TrainConfig
+from ref_numpy.parameters import parameter_shapes
+
+PARTS = ("embedding", "positions", "attention", "cross-attention", "ffn", "norms", "head")
+QUERIES_AT_ONCE = 256  # of torch_impl.flash_attention, which imports torch
+
+
+def _part_of(name: str) -> str:
+    """The part of the model that a parameter belongs to."""
+    whole = {"token_embedding": "embedding", "position_embedding": "positions", "head": "head"}
+    if (first := name.split(".")[0]) in whole:
+        return whole[first]
+    if "norm" in name:
+        return "norms"
+    if "cross_attention" in name:
+        return "cross-attention"
+    return "attention" if "attention" in name else "ffn"
+
+
+def parameters_by_part(model: ModelConfig) -> dict[str, int]:
+    """Number of parameters of each of PARTS. Looks at one layer and at two, however many there are."""
+
+    def count(layers: int) -> dict[str, int]:
+        numbers = dict.fromkeys(PARTS, 0)
+        for name, shape in parameter_shapes(replace(model, n_layer=layers)).items():
+            numbers[_part_of(name)] += prod(shape)
+        return numbers
+
+    one, two = count(1), count(2)
+    return {part: one[part] + (model.n_layer - 1) * (two[part] - one[part]) for part in PARTS}
+
+
+def parameter_count(model: ModelConfig) -> int:
+    """Number of parameters; one that is shared counts once."""
+    return sum(parameters_by_part(model).values())
+
+
+def non_embedding_count(model: ModelConfig) -> int:
+    """N of Kaplan et al. 2020, section 2.1: without the tables of tokens and places, and without the head."""
+    parts = parameters_by_part(model)
+    return sum(parts[part] for part in ("attention", "cross-attention", "ffn", "norms"))
+
+
+def multiplied_weights(model: ModelConfig) -> int:
+    """Weights of the matrices that a token is multiplied with: all but biases, norms and looked-up tables."""
+    C, F, L = model.d_model, model.ffn_width, model.n_layer
+    attention = C * (C + 2 * model.kv_heads * model.head_width) + C * C
+    ffn = (3 if model.activation == "swiglu" else 2) * C * F
+    layers = L * (attention + ffn)
+    if model.architecture == "encoder-decoder":
+        layers = 2 * layers + L * 4 * C * C  # cross-attention
+    return layers + model.vocab_size * C
+
+
+def local_layers(model: ModelConfig) -> int:
+    """How many layers look through the window."""
+    period = model.attention_pattern.count(",") + 1
+    rounds, rest = divmod(model.n_layer, period)
+    local = [model.window_of(layer) > 0 for layer in range(period)]
+    return rounds * sum(local) + sum(local[:rest])
+
+
+class Pairs(NamedTuple):
+    """Queries times keys in one sequence, over all layers."""
+
+    seen: int  # those that the masks leave: what a kernel has to compute
+    all: int  # T x T in each layer: what one computes that knows no masks
+
+
+def attention_pairs(model: ModelConfig) -> Pairs:
+    """How many scores a sequence of context_length tokens has."""
+    T, L = model.context_length, model.n_layer
+    causal = T * (T + 1) // 2
+    if model.architecture == "encoder":
+        return Pairs(L * T * T, L * T * T)
+    if model.architecture == "encoder-decoder":
+        return Pairs(L * (T * T + causal + T * T), 3 * L * T * T)  # encoder, decoder, cross-attention
+    w, local = min(model.window, T), local_layers(model)
+    windowed = w * (w + 1) // 2 + (T - w) * w  # the first w queries see fewer
+    return Pairs(local * windowed + (L - local) * causal, L * T * T)
+
+
+def forward_flops(model: ModelConfig, masked: bool = True) -> float:
+    """Floating point operations of a forward pass per token; the backward pass has twice as many.
+
+    2 W + 4 C P / T: a multiplication and an addition for each of the W weights, and for each of the C
+    features of a query and key that meet, P pairs in T tokens, both in q k^T and in p v. The backward pass
+    makes two products of each, for the gradients of its two factors. (Kaplan et al. 2020, table 1; PaLM,
+    Chowdhery et al. 2022, appendix B.) Unless masked, P counts the pairs that masks forbid too.
+    """
+    pairs = attention_pairs(model)
+    P = pairs.seen if masked else pairs.all
+    return 2 * multiplied_weights(model) + 4 * model.d_model * P / model.context_length
+
+
+def palm_flops(model: ModelConfig) -> int:
+    """The usual estimate for a training step per token: 6 N + 12 L H D T (PaLM, appendix B).
+
+    N is the number of all parameters, of which biases, norms and tables do not multiply; attention is counted
+    as if every query saw every key. An encoder-decoder has 3 L attentions.
+    """
+    attentions = model.n_layer * (3 if model.architecture == "encoder-decoder" else 1)
+    return 6 * parameter_count(model) + 12 * attentions * model.d_model * model.context_length
+
+
+def kaplan_flops(model: ModelConfig) -> int:
+    """6 N per token of training, N without embeddings and no attention (Kaplan et al. 2020, section 2.1)."""
+    return 6 * non_embedding_count(model)
+
+
+def activation_bytes(model: ModelConfig, sequences: int, size: int = 4) -> int:
+    """What autograd keeps of a forward pass for the backward one, with `size` bytes per number.
+
+    Counted tensor by tensor, as PyTorch's CPU kernels keep them: the inputs of products and norms, q, k, v
+    and the output of attention, both sides of the nonlinearity, the log-probabilities, dropout's masks, the
+    masks of attention and, with fewer bytes than the weights have, the weights converted. No scores:
+    attention is fused. Left out is what neither the batch nor the width makes large: places and their angles.
+    CUDA's kernels keep less of RMSNorm and of masks.
+    """
+    tokens = sequences * model.context_length
+    kept = tokens * (4 * model.vocab_size + 8)  # log-probabilities in float32, targets
+    kept += tokens * _stack_bytes(model, size) + _attending_bytes(model, sequences, size)
+    if model.architecture == "encoder-decoder":
+        kept += tokens * _stack_bytes(model, size, has_memory=True)
+    if size < 4:
+        kept += size * (multiplied_weights(model) + parameters_by_part(model)["norms"])
+    return kept
+
+
+def _stack_bytes(model: ModelConfig, size: int, has_memory: bool = False) -> int:
+    """Per token, of a stack of blocks from its embedding to what the head or another stack reads."""
+    C, H, K, D, F = model.d_model, model.n_head, model.kv_heads, model.head_width, model.ffn_width
+    dropped = C if model.dropout > 0 else 0  # a byte each
+    # The input and its mean and deviation; RMSNorm's input before and after it is divided, in float32.
+    norm = size * (C + 2) if model.norm == "layernorm" else 4 * (2 * C + 1)
+    sublayer = norm + size * C + dropped  # and the sublayer's own input
+    attention = size * (2 * C + 2 * K * D)  # q, k, v and what was found
+    if model.qk_norm:
+        attention += 4 * (H + K) * ((D if size == 4 else 2 * D) + 1)
+    if model.qk_norm or model.positions == "rope":
+        attention += size * (H + K) * D  # q and k once more
+    wide = {"relu": 1, "swiglu": 4}.get(model.activation, 2)
+    block = 2 * sublayer + attention + size * wide * F
+    if has_memory:
+        block += sublayer + size * 4 * C  # of cross-attention: q, k, v and what was found
+    last = (norm if model.norm_placement == "pre" else 0) + size * C
+    return 8 + dropped + model.n_layer * block + last  # 8: the token's id
+
+
+def _attending_bytes(model: ModelConfig, sequences: int, size: int) -> int:
+    """Of all layers, what attention keeps beside its inputs and its output: by masks.
+
+    Without a mask and with one of no more than QUERIES_AT_ONCE rows, the log-sum-exps, the mask as numbers,
+    and the output once more where it is copied: by joining heads that do not lie side by side, as after a
+    norm or a turn of the queries, or to put zeros where padding may leave a query nothing to see. With a
+    larger mask nothing, since attention goes by blocks, which are computed again.
+    """
+    T, C, H, L = model.context_length, model.d_model, model.n_head, model.n_layer
+    alibi, in_one_piece = model.positions == "alibi", T <= QUERIES_AT_ONCE
+    output = sequences * size * T * C
+    joined = output if H > 1 and (model.qk_norm or model.positions == "rope") else 0
+    sums = sequences * T * 4 * H
+    table = size * T * T * (H if alibi else 1)
+    masked = L if alibi else local_layers(model)
+    kept = (L - masked) * (sums + joined) + masked * in_one_piece * (sums + joined + table)
+    if model.architecture != "encoder-decoder":
+        return kept
+    padded = sums + output + sequences  # one byte says whether a source has any token
+    padding = sequences * size * T  # one row of a mask
+    encoder = in_one_piece * (padded + sequences * table) if alibi else padded + padding
+    return kept + L * (encoder + padded + padding)  # the decoder, the encoder, cross-attention
+
+
+class TrainingBytes(NamedTuple):
+    """Memory of a training step. Weights, gradients and moments are float32."""
+
+    weights: int
+    gradients: int
+    moments: int  # AdamW's or Adam's two
+    activations: int  # of one micro-batch
+    peak: int  # at least
+
+
+def training_bytes(model: ModelConfig, training: TrainConfig, size: int = 4) -> TrainingBytes:
+    """What a training step holds, computing with `size` bytes per number.
+
+    At the peak there are activations beside gradients only where an earlier micro-batch left some: the first
+    one's come while its activations go.
+    """
+    count = parameter_count(model)
+    frozen = parameters_by_part(model)["embedding"] if training.freeze_embeddings else 0
+    weights, gradients, moments = 4 * count, 4 * (count - frozen), 8 * (count - frozen)
+    activations = activation_bytes(model, training.batch_size // training.micro_batches, size)
+    at_once = activations + gradients if training.micro_batches > 1 else max(activations, gradients)
+    return TrainingBytes(weights, gradients, moments, activations, weights + moments + at_once)
+
+
+class CacheBytes(NamedTuple):
+    """Keys and values that generation can keep, per sequence."""
+
+    token: int  # for each token, up to the window in local layers
+    whole: int  # of context_length tokens; with the source's, which are there from the start
+
+
+def kv_cache_bytes(model: ModelConfig, size: int = 4) -> CacheBytes:
+    """2 K D numbers per layer and token, and 2 C per layer and token of an encoder-decoder's source.
+
+    An encoder writes nothing, and has none.
+    """
+    if model.architecture == "encoder":
+        return CacheBytes(0, 0)
+    T, L, layer = model.context_length, model.n_layer, size * 2 * model.kv_heads * model.head_width
+    local = local_layers(model)
+    whole = layer * ((L - local) * T + local * min(model.window, T))
+    if model.architecture == "encoder-decoder":
+        whole += size * L * 2 * model.d_model * T
+    return CacheBytes(L * layer, whole)
+
+
+def checkpoint_bytes(model: ModelConfig, training: TrainConfig) -> tuple[int, int]:
+    """Tensors in model.safetensors and in optimizer.safetensors; lists of names and other files are small."""
+    held = training_bytes(model, training)
+    return held.weights, held.moments
