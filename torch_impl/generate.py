@@ -206,7 +206,9 @@ def write(request: Request) -> None:
             "--prompt is missing; an encoder-decoder answers a source, such as one it learned from"
         )
     if answers and request.beam is not None:
-        raise InputError(f"{flags.model} is no decoder, which beams are for; leave out --beams")
+        raise InputError(
+            f"{flags.model} is an encoder-decoder, and beams are for decoders; leave --beams out"
+        )
     try:
         prompt = torch.from_numpy(tokenizer.encode(flags.prompt or tokenizer.opening))
     except UnicodeEncodeError as error:
