@@ -71,6 +71,8 @@ def _scale(arguments: Mapping[str, Any], cotangent: np.ndarray, want: Result) ->
 def _require(component: str, question: str, got: Result, want: Result, bounds: Mapping[str, Any]) -> None:
     """Raises AssertionError with the worst element where an error exceeds its bound. NaN never passes."""
     __tracebackhide__ = True
+    found, wanted = set(got.named()), set(want.named())  # a gradient that one side forgot is no agreement
+    assert found == wanted, f"{component}: only one side has {', '.join(sorted(found ^ wanted))}"
     for name, exact in want.named().items():
         value = got.named()[name]
         assert value.shape == exact.shape, f"{component}: {name} has shape {value.shape}, not {exact.shape}"
