@@ -99,7 +99,7 @@ def test_flops_are_those_that_pytorch_counts(config, sequences):
 @given(config=model_configs(), T=st.integers(1, 20))
 def test_scores_that_are_seen_are_those_that_the_masks_leave(config, T):
     config = replace(config, context_length=T)
-    masks = [attention_mask(config, layer, T, None) for layer in range(config.n_layer)]
+    masks = [attention_mask(config, layer, T, 0, None) for layer in range(config.n_layer)]
     assert costs.attention_pairs(config) == (sum(mask.sum() for mask in masks), sum(m.size for m in masks))
 
 
