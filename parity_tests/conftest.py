@@ -15,8 +15,10 @@ _shared = {
     "print_blob": True,
     "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large],
 }
-settings.register_profile("quick", max_examples=8, **_shared)
-settings.register_profile("normal", max_examples=30, **_shared)
+# Everybody's quick and normal runs draw the same cases, so that what is green here is green there; thorough
+# ones draw others each time.
+settings.register_profile("quick", max_examples=8, derandomize=True, **_shared)
+settings.register_profile("normal", max_examples=30, derandomize=True, **_shared)
 settings.register_profile("thorough", max_examples=1000, verbosity=Verbosity.normal, **_shared)
 settings.load_profile("normal")
 

@@ -91,7 +91,13 @@ def test_each_file_of_the_reference_says_what_it_will_not_do(path):
 
 def test_the_reference_passes_its_own_tests_where_there_is_no_torch():
     """In a process whose torch cannot be imported."""
-    options = ["parity_tests/test_differences.py", "--hypothesis-profile=quick", "-p", "no:cacheprovider"]
+    options = [
+        "parity_tests/test_differences.py",
+        "--hypothesis-profile=quick",
+        "-n0",
+        "-p",
+        "no:cacheprovider",
+    ]
     code = f"import sys; sys.modules['torch'] = None; import pytest; sys.exit(pytest.main({options}))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=HOUSE, capture_output=True, text=True, encoding="utf-8"

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -30,6 +30,7 @@ def cases(draw):
     }
 
 
+@settings(max_examples=settings().max_examples // 2)  # a model of three layers on each side takes its time
 @given(arguments=cases(), seed=seeds)
 def test_parity(agree, arguments, seed):
     agree("seq2seq", seed, judge_rounding=arguments["config"].activation != "relu", **arguments)
