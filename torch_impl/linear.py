@@ -10,7 +10,23 @@ def linear(
     x: Float[Tensor, "*rows I"], weight: Float[Tensor, "O I"], bias: Float[Tensor, "O"] | None
 ) -> Float[Tensor, "*rows O"]:
     """y = x W^T + b, with W stored as (outputs, inputs)."""
+    if x.numel() == x.shape[-1] and weight.device.type == "cpu" and weight.shape[0] % _PARTS == 0:
+        y = _one_row(x, weight)
+        return y if bias is None else y + bias
     return F.linear(x, weight, bias)
+
+
+_PARTS = 2
+
+
+def _one_row(x: Float[Tensor, "*rows I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, "*rows O"]:
+    """x W^T for a single row, such as the next token of one text, as a batch of parts of W.
+
+    Of a matrix and a vector PyTorch's CPU library makes a product that reads W with one thread; of a batch
+    of them, one with all. For GPT-2's matrices on two cores that is 1.8 times as fast.
+    """
+    parts = weight.unflatten(0, (_PARTS, -1))
+    return torch.matmul(x.view(1, 1, -1).expand(_PARTS, 1, -1), parts.mT).view(*x.shape[:-1], -1)
 
 
 class Linear(nn.Module):
