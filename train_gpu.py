@@ -6,6 +6,7 @@ import sys
 from ref_numpy.config import ConfigError
 from torch_impl.training.command_line import Request, parse
 from torch_impl.training.files import InputError
+from torch_impl.training.stopping import Diverged
 
 
 def main(arguments: list[str]) -> int:
@@ -17,7 +18,7 @@ def main(arguments: list[str]) -> int:
     except (InputError, ConfigError) as error:
         return _fail(f"{error}; see --help", 2)
     try:
-        from torch_impl.training.run import Diverged, train  # imports torch, which --help can do without
+        from torch_impl.training.run import train  # imports torch, which --help can do without
 
         return train(request)
     except (InputError, ConfigError) as error:

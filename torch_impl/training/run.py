@@ -18,12 +18,8 @@ from torch_impl.training.command_line import Request
 from torch_impl.training.files import refuse_links, write_file
 from torch_impl.training.lock import locked
 from torch_impl.training.prepare import Run, prepare
-from torch_impl.training.stopping import StopRequest, stop_requests
+from torch_impl.training.stopping import Diverged, StopRequest, stop_requests
 from torch_impl.training.telemetry import draw_losses, in_words
-
-
-class Diverged(ArithmeticError):
-    """The loss or the gradient is no finite number any more. The message is one line."""
 
 
 def train(request: Request) -> int:

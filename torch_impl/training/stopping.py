@@ -1,10 +1,14 @@
-"""Ctrl-C and its like: finish what is begun, then stop."""
+"""Why a run ends before its last step: Ctrl-C and its like, and a loss that is no number any more."""
 
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+
+class Diverged(ArithmeticError):
+    """The loss or the gradient is no finite number any more. The message is one line."""
 
 
 class StopRequest:
