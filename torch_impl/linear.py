@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+_PARTS = 2  # of a matrix that meets a single row
+
 
 def linear(
     x: Float[Tensor, "*rows I"], weight: Float[Tensor, "O I"], bias: Float[Tensor, "O"] | None
@@ -14,9 +16,6 @@ def linear(
         y = _one_row(x, weight)
         return y if bias is None else y + bias
     return F.linear(x, weight, bias)
-
-
-_PARTS = 2
 
 
 def _one_row(x: Float[Tensor, "*rows I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, "*rows O"]:
