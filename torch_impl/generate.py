@@ -146,7 +146,7 @@ class GenerateFlags:
     """Decides the draws; the same seed writes the same text."""
     device: str = "auto"
     """auto (CUDA, else MPS, else the CPU), cpu, cuda, cuda:1, mps."""
-    sampling: SamplingFlags = SamplingFlags(temperature=0.8)
+    sampling: SamplingFlags = SamplingFlags(temperature=0.8)  # noqa: RUF009 (it is frozen)
     search: BeamFlags = BeamFlags()  # noqa: RUF009 (it is frozen)
 
 
