@@ -14,7 +14,7 @@ and has no bytes, becomes U+FFFD. What counts in the loss are the tokens of the 
 end of its turns. Keys that stand beside those above are left alone.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -147,7 +147,7 @@ def turn_tokens(message: Message, encode: Encode, special: Mapping[str, int]) ->
     return Tokens(ids.astype(np.int64), counts)
 
 
-def joined(parts: list[Tokens]) -> Tokens:
+def joined(parts: Sequence[Tokens]) -> Tokens:
     """Parts one after the other."""
     return Tokens(
         np.concatenate([part.ids for part in parts]), np.concatenate([part.counts for part in parts])

@@ -83,7 +83,7 @@ def make_answering(
         found, left_out = encode_conversations(conversations, tokenizer, length)
         told.append(f"{len(conversations):,} conversations {name}")
         if left_out:
-            told[-1] += f" ({left_out:,} exchanges left out, longer than the context of {length})"
+            told[-1] += f" (exchanges left out, longer than the context of {length}: {left_out:,})"
         if not found:
             raise InputError(
                 f"of the {len(conversations):,} conversations {name} none has an exchange that fits into the "
