@@ -20,7 +20,8 @@ from torch_impl.training.conversation_file import read_conversations
 from torch_impl.transformer import initialised
 
 WORDS = ("one", "two", "three", "four", "five")
-CHAT = "chat --device cpu --context-length 40 --sample-tokens 5 --steps 8 --batch-size 4 --eval-every 4 --checkpoint-every 3 --log-every 3"
+CHAT = """chat --device cpu --context-length 40 --sample-tokens 5 --steps 8 --batch-size 4 --eval-every 4
+    --checkpoint-every 3 --log-every 3"""
 
 
 def record(a: str, b: str) -> dict:
@@ -212,6 +213,6 @@ def test_a_contradiction_is_one_line(cli, arguments, message):
 
 
 def test_a_base_whose_tokens_are_characters_cannot_be_tuned(tune, small_run):
-    assert small_run("--tokenizer", "characters", "--out", "base").code == 0
+    assert small_run("--tokenizer", "characters", "--context-length", 40, "--out", "base").code == 0
     error = tune("--init-from", "base", "--out", "run").error
     assert "conversations need a tokenizer that can write any text" in error

@@ -81,6 +81,16 @@ def tell(text: str) -> None:
     print(f"({visible(text)})", file=sys.stderr, flush=True)
 
 
+def path_of(file: str) -> Path:
+    """Raises InputError for what no path can be."""
+    try:
+        path = Path(file).expanduser()
+        path.exists()
+    except (RuntimeError, ValueError) as error:  # no such user's home; a NUL
+        raise InputError(f"{file} is no path: {error}") from None
+    return path
+
+
 class Chat:
     """What was said so far, who answers, and what the user can do."""
 
@@ -113,7 +123,7 @@ class Chat:
         except InputError as error:
             tell(str(error))
         except OSError as error:
-            tell(f"{error.filename or argument}: {error.strerror}")
+            tell(f"{argument}: {error.strerror}")
         return True
 
     def conversation(self, *more: Message) -> Conversation:
@@ -194,13 +204,13 @@ class Chat:
         if not self.messages:
             return tell("nothing was said yet, so nothing is saved")
         record = json.dumps(to_record(self.conversation()), ensure_ascii=False)
-        write_new_file(Path(file).expanduser(), record.encode("utf-8") + b"\n")
+        write_new_file(path_of(file), record.encode("utf-8") + b"\n")
         return tell(f"saved in {file}")
 
     def load(self, file: str) -> None:
         from torch_impl.training.conversation_file import read_conversations
 
-        path = Path(file).expanduser()
+        path = path_of(file)
         if not path.is_file():
             raise InputError(f"{file} is no file")
         found = read_conversations(path)

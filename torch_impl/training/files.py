@@ -44,6 +44,8 @@ def write_new_file(path: Path, content: bytes) -> None:
 
     Raises InputError where the name is taken, and OSError where the file cannot be written.
     """
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name a file in it")
     new = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
     try:
         new.write_bytes(content)
