@@ -6,7 +6,8 @@ trains a model of a quarter of a million parameters on the Python language refer
 it writes.
 
 A model reads all arrays of a batch but the last, which is what it is to write: a decoder's batch is from
-data.py, an encoder's from masking.py, an encoder-decoder's from pairs.py.
+data.py, or from packing.py where it learns conversations, an encoder's from masking.py, an encoder-decoder's
+from pairs.py.
 
 Shapes: M micro-batches, B sequences in each, T context length.
 Not here: files, checkpoints, devices (see train_gpu.py, whose loop is this one's twin).
@@ -40,6 +41,11 @@ MODELS = {
     "encoder": (transformer_forward, transformer_backward),
     "encoder-decoder": (seq2seq_forward, seq2seq_backward),
 }
+READS = {  # the arguments of forward that the arrays of a batch are, in order; documents may be left out
+    "decoder": ("ids", "documents"),
+    "encoder": ("ids", "documents"),
+    "encoder-decoder": ("source", "present", "target"),
+}
 
 
 class StepMetrics(NamedTuple):
@@ -57,14 +63,15 @@ def loss_and_gradients(
     the mean; the mean of their own means would weigh a token by how few others count beside it.
     """
     forward, backward = MODELS[model_config.architecture]
+    names = READS[model_config.architecture]
     *_, targets = batch
     count = int((targets != IGNORE).sum())
     total_loss = 0.0
     total = {name: np.zeros_like(param) for name, param in params.items()}
     for m in range(targets.shape[0]):
-        *inputs, _ = (array[m] for array in batch)
+        inputs = dict(zip(names, (array[m] for array in batch[:-1]), strict=False))
         key = DropoutKey(config.seed, step, first_row=m * targets.shape[1])
-        logits, cache = forward(params, *inputs, model_config, key)
+        logits, cache = forward(params, **inputs, config=model_config, key=key)
         loss, loss_cache = cross_entropy_forward(logits, targets[m], config.label_smoothing, count)
         gradients = backward(cross_entropy_backward(1.0, loss_cache), cache)
         total_loss += float(loss)

@@ -45,7 +45,7 @@ def loss_of(model: Embedded, sequences: int, length: int) -> Tensor:
     key = DropoutKey(1, 2) if model.config.dropout else None
     if isinstance(model, Seq2Seq):
         return cross_entropy(model(source, torch.ones(source.shape, dtype=torch.bool), ids, key), targets)
-    return cross_entropy(model(ids, key), targets)
+    return cross_entropy(model(ids, key=key), targets)
 
 
 @some

@@ -5,7 +5,6 @@
 writes as it goes, with the best checkpoint of a run.
 """
 
-import codecs
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,6 +25,7 @@ from torch_impl.rng import uniform
 from torch_impl.sampling import sample_token
 from torch_impl.seq2seq import Seq2Seq
 from torch_impl.training.beams import BeamFlags, beam_of, continuations
+from torch_impl.training.writing import SamplingFlags, TextStream
 from torch_impl.transformer import Transformer
 
 
@@ -132,11 +132,6 @@ def answer(
 
 
 @dataclass(frozen=True)
-class SamplingFlags(SamplingConfig):
-    def __post_init__(self) -> None: ...  # checked when all flags are known
-
-
-@dataclass(frozen=True)
 class GenerateFlags:
     """The command line of this module."""
 
@@ -151,7 +146,7 @@ class GenerateFlags:
     """Decides the draws; the same seed writes the same text."""
     device: str = "auto"
     """auto (CUDA, else MPS, else the CPU), cpu, cuda, cuda:1, mps."""
-    sampling: SamplingFlags = SamplingFlags(temperature=0.8)
+    sampling: SamplingFlags = SamplingFlags(temperature=0.8)  # noqa: RUF009 (it is frozen)
     search: BeamFlags = BeamFlags()  # noqa: RUF009 (it is frozen)
 
 
@@ -225,14 +220,11 @@ def write(request: Request) -> None:
         return
     write_tokens = answer if answers else generate
     tokens = write_tokens(model, prompt, flags.max_new_tokens, request.sampling, flags.seed)
-    before = [] if answers else prompt[-1:].tolist()
     print("" if answers else flags.prompt, end="", flush=True)
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    stream = TextStream(tokenizer, [] if answers else prompt[-1:].tolist())
     for token in tokens:
-        pair = tokenizer.decode_bytes([*before, token])  # together: between two words there is a space
-        print(decoder.decode(pair[len(tokenizer.decode_bytes(before)) :]), end="", flush=True)
-        before = [token]
-    print(decoder.decode(b"", final=True))
+        print(stream.feed(token), end="", flush=True)
+    print(stream.end())
 
 
 def main(arguments: list[str]) -> int:

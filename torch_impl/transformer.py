@@ -111,8 +111,8 @@ class Transformer(Embedded):
     def forward(
         self,
         ids: Integer[Tensor, "B T"],
-        key: DropoutKey | None = None,
         documents: Integer[Tensor, "B S"] | None = None,
+        key: DropoutKey | None = None,
         past: KVCache | None = None,
         last_only: bool = False,
     ) -> Float[Tensor, "B P V"]:

@@ -95,7 +95,7 @@ def cross_block(x, memory, params, config, mask, memory_mask, places, site, key)
 
 
 def transformer(params, ids, config, key, documents):
-    return _whole(Transformer, params, config, ids, key, documents)
+    return _whole(Transformer, params, config, ids, documents, key)
 
 
 def seq2seq(params, source, present, target, config, key):

@@ -148,6 +148,10 @@ def _resume(arguments: list[str], preset: str | None, folder: Path) -> Request:
         _tokenizer(flags),
         _start(flags),
     )
+    if config.run.content != start.run.content:
+        raise InputError(
+            f"--content {config.run.content}: the run in {folder} learns from {start.run.content}"
+        )
     for part in ("model", "training", "tokenizer", "start"):
         old, new = getattr(start, part), getattr(config, part)
         for field in fields(old):
@@ -246,6 +250,17 @@ def _check_architecture(config: RunConfig) -> None:
             f"preset {config.preset} is of pairs, which a model of architecture {kind} does not read; leave "
             "--architecture out, or use another preset"
         )
+    if config.run.content == "conversations":
+        if kind != "decoder":
+            raise InputError(
+                f"--content conversations is for a decoder, and the model is an {kind}; leave --architecture "
+                "out, or name another --init-from"
+            )
+        if config.tokenizer.tokenizer in ("characters", "words"):
+            raise InputError(
+                f"--tokenizer {config.tokenizer.tokenizer} cannot write every text, as conversations need; "
+                "use bpe or bytes"
+            )
     if kind == "encoder-decoder" and config.tokenizer.special_tokens:
         raise InputError(
             f"--special-tokens {config.tokenizer.special_tokens[0]}: pairs have none beside the "

@@ -20,7 +20,11 @@ class RunSettings:
     """UTF-8 text to train on; without it, the Python language reference that ships with the interpreter. For
     an encoder-decoder, lines of source TAB target; without it, dates as people and as ISO 8601 write them."""
     valid_file: str = ""
-    """UTF-8 text, or pairs, to evaluate on; without it, the last tenth of the training text is held out."""
+    """The same to evaluate on; without it, the last tenth of the training text, pairs or conversations is
+    held out."""
+    content: Literal["text", "conversations"] = "text"
+    """What the files of a decoder hold: text, or conversations as JSON lines of {"messages": [{"role",
+    "content"}, ...]} or of instruction, input and output. Of these it learns what the assistant says."""
     device: str = "auto"
     """auto (CUDA, else MPS, else the CPU), cpu, cuda, cuda:1, mps."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -4,8 +4,8 @@ import hashlib
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt
@@ -28,7 +28,8 @@ from torch_impl.training.tokenizer import (
 )
 
 
-class Corpus(NamedTuple):
+@dataclass(frozen=True)
+class Corpus:
     """Text to train on and held-out text, neither of them in memory; and what names them."""
 
     train: Text

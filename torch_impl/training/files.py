@@ -39,6 +39,26 @@ def write_file(path: Path, content: bytes) -> None:
     flush_to_disk(path.parent)
 
 
+def write_new_file(path: Path, content: bytes) -> None:
+    """Put content at a path where nothing is yet, in one piece.
+
+    Raises InputError where the name is taken, and OSError where the file cannot be written.
+    """
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name a file in it")
+    new = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
+    try:
+        new.write_bytes(content)
+        flush_to_disk(new)
+        path.open("xb").close()  # the name is ours from here on; no system renames without overwriting
+        new.replace(path)
+    except FileExistsError:
+        raise InputError(f"{path} exists, and is not overwritten; name another file") from None
+    finally:
+        new.unlink(missing_ok=True)
+    flush_to_disk(path.parent)
+
+
 def _beside(folder: Path) -> tuple[Path, Path]:
     """Where the next content of a folder is written, and where the last one waits to be removed."""
     return folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")

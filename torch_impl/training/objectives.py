@@ -1,6 +1,6 @@
-"""What a run teaches its model: to go on with a text, to fill its gaps, or to turn sources into targets.
+"""What a run teaches its model: to go on with a text, fill its gaps, turn sources into targets, or answer.
 
-One class for each architecture: where its batches come from, how well the model does, and an example.
+One class for each: where its batches come from, how well the model does, and an example.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,9 @@ from torch_impl.generate import answer, generate
 from torch_impl.masking import evaluate_masked, mask_tokens, sample_masked_batch
 from torch_impl.pairs import Pairs, evaluate_pairs, make_pairs, sample_pairs
 from torch_impl.train import Sample, evaluate
+from torch_impl.training.answering import make_answering
 from torch_impl.training.config import RunConfig
+from torch_impl.training.conversation_file import Conversations
 from torch_impl.training.corpus import Corpus, encode_corpus
 from torch_impl.training.device import tokens_on
 from torch_impl.training.pair_file import encode_pairs
@@ -61,6 +63,8 @@ def make_objective(
         return Translation(
             config.model, tokenizer, *(make_pairs(*side, config.model, device) for side in sides)
         )
+    if isinstance(corpus, Conversations):
+        return make_answering(corpus, tokenizer, config, device)
     train_ids, valid_ids = encode_corpus(corpus, tokenizer, config, cache)
     kind = GapFilling if config.model.architecture == "encoder" else Continuation
     train, valid = tokens_on(device, train_ids), tokens_on(device, valid_ids)

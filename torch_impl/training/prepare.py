@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Integer
+import torch
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from torch_impl.flash_attention import choose_path
@@ -21,6 +22,7 @@ from torch_impl.training.checkpoint import (
 )
 from torch_impl.training.command_line import Request
 from torch_impl.training.config import RunConfig, read_config
+from torch_impl.training.conversation_file import load_conversations, with_chat_tokens
 from torch_impl.training.corpus import Corpus, load_corpus, make_tokenizer
 from torch_impl.training.device import Place, choose_place
 from torch_impl.training.files import InputError, settle_folder
@@ -71,8 +73,7 @@ def prepare(request: Request) -> Run:
     """
     config, place = request.config, choose_place(request.config.run)
     saved = _load(request.resume, place) if request.resume else None
-    load = load_pairs if config.model.architecture == "encoder-decoder" else load_corpus
-    corpus = load(config.run.train_file, config.run.valid_file)
+    corpus = _load_corpus(config)
     if saved is None:
         tokenizer = make_tokenizer(config.tokenizer, corpus, request.cache)
         if request.init_from and tokenizer.vocab_size != config.model.text_tokens:
@@ -80,6 +81,8 @@ def prepare(request: Request) -> Run:
                 f"{config.tokenizer.tokenizer} has {tokenizer.vocab_size} tokens, but the model in "
                 f"{request.init_from} {config.model.text_tokens}: they do not belong together"
             )
+        if config.run.content == "conversations":
+            tokenizer = with_chat_tokens(tokenizer)
         vocab_size = tokenizer.vocab_size + config.model.added_tokens
         config = replace(config, model=replace(config.model, vocab_size=vocab_size))
         refuse_what_cannot_fit(config)
@@ -120,6 +123,13 @@ def prepare(request: Request) -> Run:
     return run
 
 
+def _load_corpus(config: RunConfig) -> Corpus:
+    files = config.run.train_file, config.run.valid_file
+    if config.model.architecture == "encoder-decoder":
+        return load_pairs(*files)
+    return load_conversations(*files) if config.run.content == "conversations" else load_corpus(*files)
+
+
 def _first_model(init_from: Path | None, config: RunConfig, place: Place) -> Embedded:
     """The model before its first step: with the weights of its seed, or of another folder."""
     model = make_model(config.model, place.dtype)
@@ -130,8 +140,20 @@ def _first_model(init_from: Path | None, config: RunConfig, place: Place) -> Emb
     if config.model.positions == "learned":  # a shorter context needs only the first of them
         name = "position_embedding.weight"
         params[name] = params[name][: config.model.context_length]
+    for name in {"token_embedding.weight", "head.weight"} & params.keys():
+        params[name] = with_new_rows(params[name], config.model.vocab_size)
     model.load_state_dict(params)
     return model.to(place.device)
+
+
+def with_new_rows(table: Float[Tensor, "V C"], rows: int) -> Float[Tensor, "R C"]:
+    """A table of token vectors with so many rows; a new one is the mean of the old ones.
+
+    At the output a mean is about as likely as tokens are on the whole, so what the model has learned of the
+    others stays; random rows can be far likelier than all of them (Hewitt 2021, "Initializing New Word
+    Embeddings for Pretrained Language Models").
+    """
+    return torch.cat([table, table.mean(dim=0, keepdim=True).expand(rows - len(table), -1)])
 
 
 def _load(folder: Path, place: Place) -> _Saved:
@@ -210,7 +232,7 @@ def _tell(run: Run, place: Place, resumed: bool) -> None:
     print(
         f"preset {run.config.preset} on {place}: {kind} of {parameters:,} parameters; run folder {run.folder}"
     )
-    print(f"attention: {_attention_paths(run.state.model, place)}")
+    print(f"attention: {_attention_paths(run, place)}")
     print(run.objective.describe())
     if resumed and run.progress.step == run.config.training.steps:
         print(f"finished already, at step {run.progress.step}; a larger --steps trains on")
@@ -218,11 +240,13 @@ def _tell(run: Run, place: Place, resumed: bool) -> None:
         print(f"going on after step {run.progress.step} of {run.config.training.steps}")
 
 
-def _attention_paths(model: Embedded, place: Place) -> str:
+def _attention_paths(run: Run, place: Place) -> str:
     """The names of the paths that attention takes, in all layers alike or in the full and the local ones."""
-    config, kinds = model.config, {}
+    model, config, kinds = run.state.model, run.config.model, {}
+    packed = torch.zeros(1, 1, dtype=torch.long) if run.config.run.content == "conversations" else None
     for window in sorted({config.window_of(layer) for layer in range(config.n_layer)}):
-        path = choose_path(model.pattern(window), place.device, place.dtype, config.head_width)
+        pattern = model.pattern(window, documents=packed)
+        path = choose_path(pattern, place.device, place.dtype, config.head_width)
         kinds[f"in local layers, of {window} keys" if window else "in full layers"] = path
     if len(kinds) == 1:
         return str(*kinds.values())

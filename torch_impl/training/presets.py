@@ -78,5 +78,15 @@ PRESETS: dict[str, RunConfig] = {
             RunSettings(eval_every=250, checkpoint_every=250),
             TokenizerSettings("bpe", 512),
         ),
+        # Conversations, for a model that can write already: --init-from says which. Its own is for a trial.
+        RunConfig(
+            "chat",
+            ModelConfig(context_length=256, n_layer=4, n_head=4, d_model=128, dropout=0.1),
+            TrainConfig(steps=300, batch_size=8, learning_rate=5e-4, min_learning_rate=5e-5, warmup_steps=20),
+            RunSettings(
+                content="conversations", eval_every=50, checkpoint_every=50, log_every=5, sample_tokens=100
+            ),
+            TokenizerSettings("bpe", 1024),
+        ),
     )
 }

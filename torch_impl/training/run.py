@@ -41,14 +41,22 @@ def train(request: Request) -> int:
             print(f"stopped after step {run.progress.step}; to go on: {how_to_resume(run.folder)}")
             return stop.exit_code
         _write_sample(run)
-        how = f"; talk to it: python -m torch_impl.generate --model {_quoted(run.folder)} --prompt TEXT"
-        print("finished" + how * (run.config.model.architecture != "encoder"))
+        print("finished" + _how_to_talk(run))
         return 0
 
 
 def how_to_resume(folder: Path) -> str:
     """The command that goes on with a run."""
     return f"python train_gpu.py --resume {_quoted(folder)}"
+
+
+def _how_to_talk(run: Run) -> str:
+    if run.config.model.architecture == "encoder":
+        return ""
+    command = f"python -m torch_impl.generate --model {_quoted(run.folder)} --prompt TEXT"
+    if run.config.run.content == "conversations":
+        command = f"python -m torch_impl.chat --model {_quoted(run.folder)}"
+    return f"; talk to it: {command}"
 
 
 def _quoted(folder: Path) -> str:

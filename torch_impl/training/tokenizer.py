@@ -73,14 +73,14 @@ class ByteTokenizer:
 
     def to_json(self) -> str:
         """The content of tokenizer.json: a byte-level BPE that has no merges, id b for byte b."""
-        return to_json(_BYTES)
+        return to_json(BYTES)
 
     def save(self, path: Path) -> None:
         """Write tokenizer.json, in one piece."""
         write_file(Path(path), self.to_json().encode("utf-8"))
 
 
-_BYTES = Vocabulary([bytes([byte]) for byte in range(256)], [], {}, None)
+BYTES = Vocabulary([bytes([byte]) for byte in range(256)], [], {}, None)
 _UNKNOWN = "<unk>"
 
 
@@ -223,4 +223,4 @@ def parse_tokenizer(content: bytes) -> Tokenizer:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TokenizerError(f"it is no tokenizer.json: {type(error).__name__} {error}") from None
-    return ByteTokenizer() if vocabulary == _BYTES else BPETokenizer(vocabulary)
+    return ByteTokenizer() if vocabulary == BYTES else BPETokenizer(vocabulary)
