@@ -55,6 +55,23 @@ def test_a_batch_of_prompts_gives_what_each_gives_alone(config, seed, sampling):
     assert list(got) == together
 
 
+@given(config=decoders, seed=seeds, sampling=sampling_configs(), prompt=st.sampled_from([1, 4, 13]))
+@settings(max_examples=15)
+def test_steps_that_all_do_the_same_write_the_same(config, seed, sampling, prompt):
+    """What CUDA replays as one graph: shapes and places do not depend on how much is written."""
+    params, random = model_params(config, seed), np.random.default_rng(seed)
+    model = model_of(config, params)
+    prompts = [torch.from_numpy(random.integers(config.vocab_size, size=prompt)) for _ in range(2)]
+    seen: dict[bool, list[torch.Tensor]] = {False: [], True: []}
+    texts = {}
+    for same, logits in seen.items():
+        observe = lambda step, logits=logits: logits.append(step.clone())  # noqa: E731
+        tokens = fast.generate_batch(model, prompts, 11, sampling, seed, [0, 3], observe, same_work=same)
+        texts[same] = list(tokens)
+    assert texts[True] == texts[False] and len(texts[True]) == 11
+    torch.testing.assert_close(torch.stack(seen[True]), torch.stack(seen[False]), atol=1e-10, rtol=0)
+
+
 @given(
     config=model_configs(architectures=("encoder-decoder",)),
     seed=seeds,

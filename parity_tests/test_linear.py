@@ -2,13 +2,16 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parity_tests import tolerances
 from parity_tests.backend import run_reference
 from parity_tests.parity import rounded
 from parity_tests.strategies import array, arrays, optional_arrays, seeds, sizes
+from ref_numpy.linear import linear_forward
+from torch_impl.linear import linear
 
 
 @st.composite
@@ -54,3 +57,23 @@ def test_each_element_is_within_the_bound_of_its_contraction(target, seed, lengt
         for result, (size, terms) in magnitude.items():
             error = np.abs(got.named()[result] - want.named()[result])
             assert (error <= tolerances.contraction(size, terms, precision)).all(), (name, result)
+
+
+@given(seed=seeds, rows=st.sampled_from([(), (1,), (1, 1), (3,), (2, 5)]), has_bias=st.booleans())
+@settings(max_examples=10)
+def test_a_product_without_gradient_is_within_the_bound_too(seed, rows, has_bias):
+    """A large one in float32 on the CPU is another library's."""
+    random = np.random.default_rng(seed)
+    x, weight = array(random, (*rows, 320)).astype(np.float32), array(random, (431, 320)).astype(np.float32)
+    bias = array(random, (431,)).astype(np.float32) if has_bias else None
+    tensors = [None if part is None else torch.from_numpy(part) for part in (x, weight, bias)]
+    with torch.no_grad():
+        got = linear(*tensors)
+    with torch.inference_mode():
+        assert torch.equal(linear(*tensors), got)
+    want, _ = linear_forward(
+        *(None if part is None else part.astype(np.float64) for part in (x, weight, bias))
+    )
+    magnitude = np.abs(x.astype(np.float64)) @ np.abs(weight.T) + (0 if bias is None else np.abs(bias))
+    bound = tolerances.contraction(magnitude, 321, tolerances.PRECISIONS["float32"])
+    assert got.shape == want.shape and (np.abs(got.numpy() - want) <= bound).all()

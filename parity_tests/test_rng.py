@@ -38,6 +38,12 @@ def test_no_two_purposes_share_their_bits():
     assert len(draws) == 4
 
 
+@given(key=keys, streams=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=5))
+def test_the_first_numbers_of_several_streams_are_those_of_each(key, streams):
+    want = [plain.uniform(key._replace(stream=stream), 1)[0] for stream in streams]
+    assert fast.first_uniform(key, torch.tensor(streams)).tolist() == want
+
+
 @pytest.mark.parametrize(("counter", "key", "result"), KNOWN_ANSWERS)
 def test_known_answers(counter, key, result):
     in_numpy = plain.philox(np.array(words(counter), np.uint64)[:, None], tuple(words(key)))

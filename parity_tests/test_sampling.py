@@ -233,6 +233,13 @@ def test_frequencies_follow_the_softmax():
         np.testing.assert_allclose(counts / 20_000, p, atol=1e-4)
 
 
+@pytest.mark.parametrize(("sample", "array"), BOTH)
+@pytest.mark.parametrize("token", [-1, 3])
+def test_a_forbidden_token_that_does_not_exist_is_refused(sample, array, token):
+    with pytest.raises(ValueError, match=f"forbidden token {token} is not in the vocabulary of 3"):
+        sample(array([0.0, 1.0, 2.0]), [], SamplingConfig(forbidden=(token,)), 0.5)
+
+
 def test_a_slice_of_the_distribution_begins_with_its_own_boundary():
     """Two equal tokens, u = 1/2: the first owns [0, 1/2), so the second is drawn."""
     assert plain.draw(np.zeros(2), 0.5) == 1

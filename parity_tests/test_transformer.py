@@ -205,3 +205,16 @@ def test_an_encoder_is_torchs_encoder(norm_placement, activation):
     want = (y.detach().numpy() @ params["token_embedding.weight"].T)[documents != PADDING]
     got, _ = transformer_forward(params, ids, config, documents=documents)
     np.testing.assert_allclose(got[documents != PADDING], want, atol=1e-12)
+
+
+@given(arguments=cases())
+def test_weights_that_are_cast_once_give_the_logits_of_weights_that_are_cast_each_time(arguments):
+    model = Transformer(arguments["config"], torch.bfloat16).requires_grad_(False)
+    model.load_state_dict({name: torch.from_numpy(value) for name, value in arguments["params"].items()})
+    ids = torch.from_numpy(arguments["ids"])
+    want = model(ids)
+    model.settle_precision()
+    assert torch.equal(model(ids), want) and want.dtype == torch.bfloat16
+    stored = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    cast = {name for name, dtype in stored.items() if dtype == torch.bfloat16}
+    assert cast == {name for name in stored if "embedding" not in name} and cast

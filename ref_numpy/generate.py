@@ -106,11 +106,12 @@ def answer(
     n_tokens: int,
     sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (it is frozen)
     seed: int = 0,
+    stream: int = 0,
 ) -> Iterator[int]:
     """Yields the target that an encoder-decoder writes for a source, up to its end, which is left out.
 
-    It has at most n_tokens, and at most as many as the context is long. Token i takes its u from (seed, i).
-    Raises ValueError for a source that is empty or longer than the context length.
+    It has at most n_tokens, and at most as many as the context is long. Token i takes its u from (seed, i,
+    stream). Raises ValueError for a source that is empty or longer than the context length.
     """
     if not 0 < source.size <= config.context_length:
         raise ValueError(f"the source has {source.size} tokens, not 1 to {config.context_length}")
@@ -121,7 +122,7 @@ def answer(
     ids = [config.begin_token]
     for i in range(min(n_tokens, config.context_length)):
         logits, _ = decode_forward(params, np.array(ids)[None], memory, present, config)
-        u = uniform(Key(seed, SAMPLE, step=i), 1)[0]
+        u = uniform(Key(seed, SAMPLE, step=i, stream=stream), 1)[0]
         token = sample_token(logits[0, -1], ids[1:], sampling, u)
         if token == config.end_token:
             return

@@ -27,7 +27,10 @@ def penalise_repetition(
 
 
 def forbid(logits: Float64[Array, "V"], forbidden: Sequence[int]) -> Float64[Array, "V"]:
-    """Rules tokens out. Raises ValueError where none is left."""
+    """Rules tokens out. Raises ValueError where none is left, or one is no token."""
+    for token in forbidden:
+        if not 0 <= token < logits.size:
+            raise ValueError(f"forbidden token {token} is not in the vocabulary of {logits.size}")
     allowed = logits.copy()
     allowed[np.array(forbidden, dtype=np.int64)] = -np.inf
     if np.isneginf(allowed).all():
@@ -66,7 +69,7 @@ def filtered_logits(
     logits: Float[Array, "V"], seen: Sequence[int], config: SamplingConfig
 ) -> Float64[Array, "V"]:
     """The logits of what may be drawn, in this order. At temperature 0 that is the likeliest token alone, the
-    first of equals. Raises ValueError where every token is forbidden."""
+    first of equals. Raises ValueError where every token is forbidden, or one that does not exist."""
     x = logits.astype(np.float64)
     if config.repetition_penalty != 1:
         x = penalise_repetition(x, seen, config.repetition_penalty)

@@ -1,7 +1,9 @@
 """Writing with a trained model from the command line."""
 
+import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +13,11 @@ import pytest
 import torch
 
 from ref_numpy.config import SamplingConfig
-from torch_impl import generate as generate_module
+from torch_impl.generate import generate
+from torch_impl.training import generate_command
+from torch_impl.training.checkpoint import load_model
+from torch_impl.training.tokenizer import parse_tokenizer
+from torch_impl.training.writing import Writer
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,7 +29,7 @@ def write(small_run, capsys):
 
     def call(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()
-        code = generate_module.main([str(argument) for argument in arguments])
+        code = generate_command.main([str(argument) for argument in arguments])
         return code, *capsys.readouterr()
 
     return call
@@ -61,7 +67,8 @@ def test_a_checkpoint_whose_writer_was_killed_between_its_renames_is_found(write
 def test_characters_of_several_bytes_come_whole(write, monkeypatch):
     """A dash is three tokens; the terminal must never get a third of it. A lone byte is no character."""
     dash = list("–".encode())
-    monkeypatch.setattr(generate_module, "generate", lambda *_: iter([*dash, 0xE2, 0x41, 0xC3]))
+    tokens = iter([[token] for token in [*dash, 0xE2, 0x41, 0xC3]])
+    monkeypatch.setattr(generate_command, "generate_batch", lambda *_: tokens)
     written = []
     monkeypatch.setattr("builtins.print", lambda *values, **_: written.extend(values))
     assert write("--model", "run", "--prompt", "x")[0] == 0
@@ -91,9 +98,23 @@ def test_the_prompt_is_cut_to_the_context(write):
         (["--model", "run", "--beams", "2", "--n-best", "3"], "n_best is 3, but must lie in [1, width 2]"),
         (["--model", "run", "--beams", "2", "--length-penalty", "nan"], "length_penalty is nan"),
         (["--model", "run", "--beams", "2", "--max-new-tokens", "0"], "a beam needs at least 1"),
-        (["--model", "run", "--n-best", "2"], "need a search; add --beams 4"),
-        (["--model", "run", "--beams", "2", "--stop", ""], "--stop '' is nothing that"),
-        (["--model", "run", "--beams", "2", "--stop", "\udcff"], "--stop is not valid text"),
+        (["--model", "run", "--n-best", "2"], "--n-best is for a search; add --beams 4"),
+        (["--model", "run", "--phrases", "a"], "--phrases is for a search; add --beams 4"),
+        (["--model", "run", "--beams", "2", "--top-k", "2"], "--top-k is for drawing"),
+        (["--model", "run", "--beams", "2", "--samples", "2"], "--samples is for drawing"),
+        (["--model", "run", "--beams", "2", "--show-probabilities"], "--show-probabilities is for drawing"),
+        (["--model", "run", "--beams", "2", "--phrases", ""], "--phrases '' is nothing that"),
+        (
+            ["--model", "run", "--beams", "2", "--max-new-tokens", "3", "--phrases", "abcd"],
+            "the phrases take 4 tokens, but max_new_tokens is 3",
+        ),
+        (["--model", "run", "--stop", ""], "--stop '' is empty, and would end a text before it begins"),
+        (["--model", "run", "--stop", "\udcff"], "--stop is not valid text"),
+        (["--model", "run", "--samples", "0"], "--samples is 0, but must be at least 1"),
+        (["--model", "run", "--batch-size", "0"], "--batch-size is 0, but must be at least 1"),
+        (["--model", "run", "--forbidden", "999"], "--forbidden 999 is no token; ids run from 0 to 255"),
+        (["--model", "run", "--prompt", "a", "--prompts", "b"], "--prompt and --prompts are both given"),
+        (["--model", "run", "--prompts", "nowhere.txt"], "cannot read nowhere.txt"),
     ],
 )
 def test_a_mistake_is_one_line(write, arguments, message):
@@ -151,10 +172,103 @@ def test_a_reader_that_goes_away_ends_it_quietly(write, tmp_path):
 
 
 def test_the_library_function_is_what_the_command_line_prints(write):
-    from torch_impl.training.checkpoint import load_model
-
     loaded = load_model(Path("run/best"), torch.float32, torch.device("cpu"))
     prompt = torch.from_numpy(loaded.tokenizer.encode("The"))
-    ids = list(generate_module.generate(loaded.model, prompt, 30, SamplingConfig(0.8), 3))
+    ids = list(generate(loaded.model, prompt, 30, SamplingConfig(0.8), 3))
     text = write("--model", "run", "--prompt", "The", "--max-new-tokens", 30, "--seed", 3)[1]
     assert text == "The" + loaded.tokenizer.decode(ids) + "\n"
+
+
+def lines_of(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_samples_differ_from_each_other_and_not_from_what_each_is_alone(write):
+    flags = ("--model", "run", "--prompt", "The", "--max-new-tokens", 12, "--json", "--samples", 5)
+    together = lines_of(write(*flags)[1])
+    assert [line["sample"] for line in together] == [0, 1, 2, 3, 4]
+    assert len({line["text"] for line in together}) > 1
+    assert lines_of(write(*flags, "--batch-size", 2)[1]) == together
+    alone = lines_of(write(*flags[:-2])[1])
+    assert alone == together[:1] and set(alone[0]) == {"prompt", "sample", "text", "tokens", "ended_by"}
+
+
+def test_samples_are_numbered_for_people(write):
+    flags = ("--model", "run", "--prompt", "The", "--max-new-tokens", 5)
+    text = write(*flags, "--samples", 2)[1]
+    assert text.startswith("[1]\nThe") and "\n[2]\nThe" in text
+
+
+def test_prompts_of_a_file_are_written_in_batches_and_each_as_it_is_alone(write):
+    prompts = ["The quick", "a", "brown fox and more of it"]
+    Path("prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
+    flags = ("--model", "run", "--max-new-tokens", 10, "--json")
+    together = lines_of(write(*flags, "--prompts", "prompts.txt", "--batch-size", 2)[1])
+    assert [line["prompt"] for line in together] == prompts
+    for line in together:
+        assert lines_of(write(*flags, "--prompt", line["prompt"])[1]) == [line]
+    shown = write(*flags[:-1], "--prompts", "prompts.txt", "--samples", 2)[1]
+    assert shown.startswith("[1.1]\nThe quick") and "\n[3.2]\nbrown fox" in shown
+    Path("prompts.txt").write_text("one\n\ntwo\n", encoding="utf-8")
+    code, _, err = write(*flags, "--prompts", "prompts.txt")
+    assert code == 2 and "prompts.txt, line 2 is empty" in err
+
+
+def test_a_prompt_may_come_through_a_pipe(write, monkeypatch):
+    flags = ("--model", "run", "--max-new-tokens", 8)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("Thé quick\n".encode())))
+    assert write(*flags, "--prompt", "-")[1] == write(*flags, "--prompt", "Thé quick")[1]
+    for content, message in (
+        (b"", "reads stdin, which is empty"),
+        (b"a\xff", "stdin is not UTF-8 text: byte 1"),
+    ):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+        code, _, err = write(*flags, "--prompt", "-")
+        assert code == 2 and message in err
+
+
+def test_a_stop_text_ends_a_drawn_text_wherever_its_tokens_lie(write):
+    """Bytes are tokens here, so a stop text of several is complete only with its last."""
+    flags = ("--model", "run", "--prompt", "The", "--max-new-tokens", 30)
+    text = write(*flags)[1].removesuffix("\n")
+    stop = text[10:14]
+    before = text[: text.index(stop, 3)]
+    assert write(*flags, "--stop", "never seen", stop)[1] == before + "\n"
+    [line] = lines_of(write(*flags, "--stop", stop, "--json")[1])
+    assert line["ended_by"] == "stop" and line["text"] == before[3:]
+    assert bytes(line["tokens"]).decode(errors="replace") == before[3:] + stop
+    assert write(*flags, "--stop", text[-2:] + "and no more")[1] == text + "\n", "half a stop text is text"
+    assert lines_of(write(*flags, "--json")[1])[0]["ended_by"] == "length"
+
+
+def test_an_end_of_text_ends_what_is_written(write):
+    tokenizer = parse_tokenizer(Path("run/best/tokenizer.json").read_bytes())
+    writer = Writer(tokenizer, [], ["zz"], [7])
+    for token in b"az":
+        writer.feed(token, 0.5)
+    assert writer.written.text == "a", "the z may be the beginning of a stop text"
+    writer.feed(7, 0.25)
+    assert (writer.written.text, writer.written.ended_by) == ("az", "end of text")
+    assert writer.written.tokens == [*b"az", 7] and writer.written.probabilities == [0.5, 0.5, 0.25]
+
+
+def test_probabilities_are_those_of_the_model_and_colour_the_text(write):
+    flags = ("--model", "run", "--prompt", "The", "--max-new-tokens", 5, "--temperature", 0.5)
+    [line] = lines_of(write(*flags, "--show-probabilities", "--json")[1])
+    loaded = load_model(Path("run/best"), torch.float32, torch.device("cpu"))
+    ids = torch.tensor([[*b"The", *line["tokens"]]])
+    with torch.no_grad():
+        p = loaded.model(ids).double().softmax(-1)[0, 2:-1]
+    want = p[torch.arange(5), torch.tensor(line["tokens"])]
+    torch.testing.assert_close(torch.tensor(line["probabilities"]), want.float(), atol=1e-5, rtol=0)
+    code, coloured, err = write(*flags, "--show-probabilities")
+    assert code == 0 and err.startswith("probability") and "\x1b[38;5;" in coloured
+    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == write(*flags)[1]
+
+
+def test_phrases_appear_in_what_beams_write(write):
+    flags = ("--model", "run", "--prompt", "The", "--max-new-tokens", 12, "--beams", 3)
+    assert "qz" not in write(*flags)[1]
+    assert "qz" in write(*flags, "--phrases", "qz")[1]
+    [line] = lines_of(write(*flags, "--json")[1])
+    assert line["score"] < 0 and line["ended_by"] == "length"

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from ref_numpy.config import SamplingConfig
 from run_tests.conftest import SMALL, content, metrics
-from torch_impl import generate as generate_module
-from torch_impl.training import quantise_command
+from torch_impl.generate import answer
+from torch_impl.training import generate_command, quantise_command
 from torch_impl.training import run as run_module
 from torch_impl.training.checkpoint import load_model
 
@@ -41,7 +42,7 @@ def run(cli, text, pairs):
 def write(capsys):
     def call(*arguments):
         capsys.readouterr()
-        code = generate_module.main([str(argument) for argument in arguments])
+        code = generate_command.main([str(argument) for argument in arguments])
         return code, *capsys.readouterr()
 
     return call
@@ -107,8 +108,8 @@ def test_an_answer_is_what_the_library_answers_and_the_seed_decides(run, write):
     code, out, _ = write(*flags, "--seed", 3)
     loaded = load_model(Path("run/best"), torch.float32, torch.device("cpu"))
     source = torch.from_numpy(loaded.tokenizer.encode("two-six"))
-    sampling = generate_module.SamplingConfig(temperature=2.0)
-    ids = list(generate_module.answer(loaded.model, source, 500, sampling, 3))
+    sampling = SamplingConfig(temperature=2.0)
+    ids = list(answer(loaded.model, source, 500, sampling, 3))
     assert (code, out) == (0, loaded.tokenizer.decode(ids) + "\n")
     assert write(*flags, "--seed", 4)[1] != out
 

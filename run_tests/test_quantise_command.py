@@ -10,9 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from run_tests.conftest import content, metrics
-from torch_impl import generate as generate_module
 from torch_impl.quantise import dequantise, quantise
-from torch_impl.training import quantise_command
+from torch_impl.training import generate_command, quantise_command
 from torch_impl.training.checkpoint import load_model
 
 
@@ -62,7 +61,7 @@ def test_a_run_is_quantised_measured_and_writes(quantised, capsys, bits, group_s
     table = original.token_embedding.weight.detach()
     assert torch.equal(small.token_embedding.weight, dequantise(quantise(table, 8, group_size)))
 
-    assert generate_module.main(["--model", "small", "--prompt", "The quick", "--max-new-tokens", "9"]) == 0
+    assert generate_command.main(["--model", "small", "--prompt", "The quick", "--max-new-tokens", "9"]) == 0
     assert capsys.readouterr().out.startswith("The quick")
 
 
@@ -152,7 +151,7 @@ def small(quantised):
 
 def complaint(capsys) -> str:
     capsys.readouterr()
-    assert generate_module.main(["--model", "small"]) == 2
+    assert generate_command.main(["--model", "small"]) == 2
     out, error = capsys.readouterr()
     assert out == "" and len(error.splitlines()) == 1
     return error

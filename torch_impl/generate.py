@@ -2,31 +2,29 @@
 
     python -m torch_impl.generate --model RUN_FOLDER --prompt "The history of" --temperature 0.8
 
-writes as it goes, with the best checkpoint of a run.
+writes as it goes, with the best checkpoint of a run. (training/generate_command.py is that command.)
 """
 
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Integer
+from jaxtyping import Float, Integer
 from torch import Tensor
 
-from ref_numpy.config import BeamConfig, ConfigError, SamplingConfig
+from ref_numpy.config import SamplingConfig
 from ref_numpy.masks import PADDING
 from ref_numpy.rng import SAMPLE, Key
 from torch_impl.kv_cache import KVCache
-from torch_impl.rng import uniform
-from torch_impl.sampling import sample_token
+from torch_impl.rng import first_uniform, uniform
+from torch_impl.sampling import choose, forbidden_tokens, sample_token, seen_tokens
 from torch_impl.seq2seq import Seq2Seq
-from torch_impl.training.beams import BeamFlags, beam_of, continuations
-from torch_impl.training.writing import SamplingFlags, TextStream
 from torch_impl.transformer import Transformer
+
+Observer = Callable[[Float[Tensor, "B V"]], None]  # is shown the logits of each choice
 
 
 def context_start(length: int, context_length: int) -> int:
@@ -58,37 +56,123 @@ def generate_batch(
     sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (it is frozen)
     seed: int = 0,
     streams: Sequence[int] | None = None,
+    observe: Observer | None = None,
+    same_work: bool | None = None,
 ) -> Iterator[list[int]]:
     """Yields the next token of each prompt, n_tokens times: what each would give alone.
 
     Token i of prompt b takes its u from (seed, i, streams[b]), by default from stream 0. Shorter texts have
-    padding before them. Raises ValueError for an empty prompt, or a model that is no decoder.
+    padding before them. With same_work (by default on CUDA) all steps after the first do the same, so that on
+    CUDA they are one replayed graph, and tokens are read while the next ones are computed; not so with ALiBi,
+    or texts of unequal length. Raises ValueError for an empty prompt, or a model that is no decoder.
     """
-    config, device = model.config, model.token_embedding.weight.device
+    config = model.config
     if config.architecture != "decoder":
         raise ValueError(f"an {config.architecture} does not continue a text; only a decoder does")
     if any(prompt.numel() == 0 for prompt in prompts):
         raise ValueError("the prompt is empty, but the model needs at least one token to go on from")
-    texts, streams = [prompt.tolist() for prompt in prompts], streams or [0] * len(prompts)
-    past = KVCache(config, len(texts), model.compute_dtype, device)
-    starts = documents = None
+    texts = [prompt.tolist() for prompt in prompts]
+    writing = _Writing(model, texts, sampling, seed, streams or [0] * len(texts))
+    if same_work is None:
+        same_work = writing.last.device.type == "cuda"
+    same_work = same_work and config.positions != "alibi" and len(set(map(len, texts))) == 1
+    lengths, starts = list(map(len, texts)), None
+    documents = unread = replay = None
+
+    def read(tokens: Integer[Tensor, "B 1"]) -> list[int]:
+        for text, token in zip(texts, found := tokens[:, 0].tolist(), strict=True):
+            text.append(token)
+        return found
+
     for i in range(n_tokens):
-        before, starts = starts, [context_start(len(text), config.context_length) for text in texts]
-        if starts == before:
-            new = torch.tensor([text[-1:] for text in texts], device=device)
+        before, starts = starts, [context_start(length + i, config.context_length) for length in lengths]
+        if starts != before:  # at first, and when the oldest tokens of a text fall out of sight
+            if unread is not None:
+                yield read(unread)
+            unread = None
+            contexts, documents = _padded([text[start:] for text, start in zip(texts, starts, strict=True)])
+            writing.past.clear()
+            writing.step(contexts, documents)
+            if same_work:
+                writing.past.hold_shapes()
+        elif same_work:
+            replay = replay or writing.replayed()
+            replay()
+        else:
             documents = None if documents is None else F.pad(documents, (0, 1))
-        else:  # at first, and when the oldest tokens of a text fall out of sight
-            contexts = [text[start:] for text, start in zip(texts, starts, strict=True)]
-            new, documents = (None if part is None else part.to(device) for part in _padded(contexts))
-            past.length = 0
-        with torch.inference_mode():
-            logits = model(new, documents=documents, past=past, last_only=True)[:, 0]  # (B, V)
-        tokens = []
-        for text, stream, row in zip(texts, streams, logits.cpu(), strict=True):
-            u = uniform(Key(seed, SAMPLE, step=i, stream=stream), 1).item()
-            tokens.append(sample_token(row, text, sampling, u))
-            text.append(tokens[-1])
-        yield tokens
+            writing.step(writing.last, documents)
+        if observe is not None:
+            observe(writing.logits)
+        if unread is not None:
+            yield read(unread)
+        unread = writing.last.clone()
+        if not same_work:
+            yield read(unread)
+            unread = None
+    if unread is not None:
+        yield read(unread)
+
+
+class _Writing:
+    """Texts under way: all that their next tokens depend on, as tensors that a step changes in place."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        texts: list[list[int]],
+        sampling: SamplingConfig,
+        seed: int,
+        streams: Sequence[int],
+    ) -> None:
+        device, size = model.token_embedding.weight.device, model.config.vocab_size
+        self.draws_on = torch.device("cpu") if device.type == "mps" else device  # MPS has no float64
+        self.model, self.sampling = model, sampling
+        self.past = KVCache(model.config, len(texts), model.compute_dtype, device)
+        self.last = torch.zeros(len(texts), 1, dtype=torch.long, device=device)
+        self.key = Key(seed, SAMPLE, step=torch.zeros((), dtype=torch.long, device=self.draws_on))
+        self.streams = torch.tensor(streams, device=self.draws_on)
+        self.forbidden = forbidden_tokens(sampling, size, self.draws_on)
+        penalises = sampling.repetition_penalty != 1
+        self.seen = seen_tokens(texts, size).to(self.draws_on) if penalises else None
+
+    @torch.inference_mode()
+    def step(self, new: Integer[Tensor, "B T"], documents: Integer[Tensor, "B S"] | None = None) -> None:
+        """Reads new tokens and chooses those after them: they stand in `last`, their logits in `logits`."""
+        device = self.last.device
+        documents = None if documents is None else documents.to(device)
+        self.logits = self.model(new.to(device), documents=documents, past=self.past, last_only=True)[:, 0]
+        u = first_uniform(self.key, self.streams)
+        tokens = choose(self.logits.to(self.draws_on), self.seen, self.forbidden, self.sampling, u)
+        if self.seen is not None:
+            self.seen.scatter_(1, tokens[:, None], True)
+        self.last.copy_(tokens[:, None])
+        self.key.step.add_(1)
+
+    def replayed(self) -> Callable[[], None]:
+        """step(last), always the same work: on CUDA a graph of it, made now, elsewhere the step itself."""
+        again = partial(self.step, self.last)
+        if self.last.device.type != "cuda":
+            return again
+        changed = [self.last, self.key.step, self.past.place] + ([] if self.seen is None else [self.seen])
+        kept, length = [tensor.clone() for tensor in changed], self.past.length
+        aside = torch.cuda.Stream()  # first runs choose kernels and take memory, which a capture may not
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(2):
+                again()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            again()
+        for tensor, value in zip(changed, kept, strict=True):
+            tensor.copy_(value)
+        self.past.length = length
+
+        def replay() -> None:
+            graph.replay()
+            self.past.length += 1
+
+        return replay
 
 
 def _padded(contexts: list[list[int]]) -> tuple[Integer[Tensor, "B T"], Integer[Tensor, "B T"] | None]:
@@ -106,11 +190,13 @@ def answer(
     n_tokens: int,
     sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 (it is frozen)
     seed: int = 0,
+    stream: int = 0,
+    observe: Observer | None = None,
 ) -> Iterator[int]:
     """Yields the target that an encoder-decoder writes for a source, up to its end, which is left out.
 
-    It has at most n_tokens, and at most as many as the context is long. Token i takes its random number from
-    (seed, i). Raises ValueError for a source that is empty or longer than the context length.
+    It has at most n_tokens, and at most as many as the context is long. Token i takes its u from (seed, i,
+    stream). Raises ValueError for a source that is empty or longer than the context length.
     """
     config, device = model.config, model.token_embedding.weight.device
     if not 0 < source.numel() <= config.context_length:
@@ -123,129 +209,18 @@ def answer(
     ids = [config.begin_token]
     for i in range(min(n_tokens, config.context_length)):
         with torch.inference_mode():
-            logits = model.decode(torch.tensor(ids, device=device)[None], memory, present)[0, -1]
-        token = sample_token(logits, ids[1:], sampling, uniform(Key(seed, SAMPLE, step=i), 1).item())
+            logits = model.decode(torch.tensor(ids, device=device)[None], memory, present)[0, -1].cpu()
+        if observe is not None:
+            observe(logits[None])
+        u = uniform(Key(seed, SAMPLE, step=i, stream=stream), 1).item()
+        token = sample_token(logits, ids[1:], sampling, u)
         if token == config.end_token:
             return
         ids.append(token)
         yield token
 
 
-@dataclass(frozen=True)
-class GenerateFlags:
-    """The command line of this module."""
-
-    model: str = ""
-    """Run folder (its best/ is taken, else last/), a checkpoint in one, or a folder in Hugging Face's
-    layout."""
-    prompt: str = ""
-    """Text to go on from; without it, the model begins a paragraph. An encoder-decoder answers it instead."""
-    max_new_tokens: int = 500
-    """Length of what is written, in tokens."""
-    seed: int = 0
-    """Decides the draws; the same seed writes the same text."""
-    device: str = "auto"
-    """auto (CUDA, else MPS, else the CPU), cpu, cuda, cuda:1, mps."""
-    sampling: SamplingFlags = SamplingFlags(temperature=0.8)  # noqa: RUF009 (it is frozen)
-    search: BeamFlags = BeamFlags()  # noqa: RUF009 (it is frozen)
-
-
-class Request(NamedTuple):
-    """Flags that fit together, what they say of sampling or of a beam, and the checkpoint that they name."""
-
-    flags: GenerateFlags
-    sampling: SamplingConfig
-    beam: BeamConfig | None
-    checkpoint: Path
-
-
-def parse(arguments: list[str]) -> Request:
-    """Raises InputError on a mistake; exits after --help."""
-    from torch_impl.training.files import InputError, find_checkpoint
-    from torch_impl.training.flags import parse_flags
-
-    flags = parse_flags(
-        GenerateFlags(), arguments, "python -m torch_impl.generate", "Write text with a model."
-    )
-    try:
-        sampling = SamplingConfig(**asdict(flags.sampling))
-    except ConfigError as error:
-        raise InputError(str(error)) from error
-    if flags.max_new_tokens < 0:
-        raise InputError(f"--max-new-tokens is {flags.max_new_tokens}, but must not be negative")
-    if not 0 <= flags.seed < 2**64:
-        raise InputError(f"--seed is {flags.seed}, but must lie in [0, 2**64)")
-    if not flags.model:
-        raise InputError("--model is missing; name a run folder, such as one under runs/")
-    beam = beam_of(flags.search, flags.max_new_tokens)
-    return Request(flags, sampling, beam, find_checkpoint(Path(flags.model)))
-
-
-def write(request: Request) -> None:
-    """Print the prompt and what the model makes of it, each character as soon as its bytes are complete."""
-    from torch_impl.training.checkpoint import load_model
-    from torch_impl.training.config import read_config
-    from torch_impl.training.device import choose_place
-    from torch_impl.training.files import InputError
-
-    flags = request.flags
-    settings = read_config(request.checkpoint).run
-    place = choose_place(replace(settings, device=flags.device, compile="off"))
-    loaded = load_model(request.checkpoint, place.dtype, place.device)
-    model, tokenizer, architecture = loaded.model, loaded.tokenizer, loaded.config.model.architecture
-    if architecture == "encoder":
-        raise InputError(f"{flags.model} is an encoder, which fills gaps and does not write; train a decoder")
-    answers = architecture == "encoder-decoder"
-    if answers and not flags.prompt:
-        raise InputError(
-            "--prompt is missing; an encoder-decoder answers a source, such as one it learned from"
-        )
-    if answers and request.beam is not None:
-        raise InputError(
-            f"{flags.model} is an encoder-decoder, and beams are for decoders; leave --beams out"
-        )
-    try:
-        prompt = torch.from_numpy(tokenizer.encode(flags.prompt or tokenizer.opening))
-    except UnicodeEncodeError as error:
-        raise InputError(f"--prompt is not valid text: {error.reason} at character {error.start}") from error
-    if not prompt.numel():
-        raise InputError(f"--prompt {flags.prompt!r} has no word in it")
-    if answers and prompt.numel() > (limit := loaded.config.model.context_length):
-        raise InputError(f"--prompt has {prompt.numel()} tokens, but the model reads at most {limit}")
-    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character still shows the rest
-    if request.beam is not None:
-        found = continuations(loaded, prompt, flags.max_new_tokens, request.beam, flags.search.stop)
-        for number, (text, score) in enumerate(found, 1):
-            print(f"[{number}] score {score:.4f}\n" * (flags.search.n_best > 1) + flags.prompt + text)
-        return
-    write_tokens = answer if answers else generate
-    tokens = write_tokens(model, prompt, flags.max_new_tokens, request.sampling, flags.seed)
-    print("" if answers else flags.prompt, end="", flush=True)
-    stream = TextStream(tokenizer, [] if answers else prompt[-1:].tolist())
-    for token in tokens:
-        print(stream.feed(token), end="", flush=True)
-    print(stream.end())
-
-
-def main(arguments: list[str]) -> int:
-    """The exit code: 0; 2 for a request that cannot be met, 1 for a failure, each with one line on stderr."""
-    from torch_impl.training.files import InputError
-
-    try:
-        write(parse(arguments))
-    except InputError as error:
-        print(f"generate: error: {error}; see --help", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print()
-        return 130
-    except BrokenPipeError:  # the reader has seen enough; nor may the interpreter's last flush complain
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, MemoryError) as error:
-        print(f"generate: error: {error or 'out of memory'}", file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
+    from torch_impl.training.generate_command import main
+
     sys.exit(main(sys.argv[1:]))

@@ -1,12 +1,13 @@
 """The key/value cache: keys and values of the tokens so far. The twin of ref_numpy/kv_cache.py."""
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from ref_numpy.config import ModelConfig
 from torch_impl.attention import attention
 from torch_impl.flash_attention import AttentionPattern, flash_attention
+from torch_impl.masks import causal_mask, window_mask
 
 
 class KVCache:
@@ -19,11 +20,44 @@ class KVCache:
         self.k = torch.empty(shape, dtype=dtype, device=device)
         self.v = torch.empty(shape, dtype=dtype, device=device)
         self.length = 0  # tokens so far
+        self.place = torch.zeros(1, dtype=torch.long, device=device)  # the same, where shapes are held
+        self.holds_shapes = False
+
+    def clear(self) -> None:
+        """Nothing is known any more."""
+        self.length, self.holds_shapes = 0, False
+
+    def hold_shapes(self) -> None:
+        """From now on tokens come one at a time, and each makes the same work, which CUDA can replay.
+
+        Its place is read from a tensor, and attention is given all of the room, with a mask."""
+        self.place.fill_(self.length)
+        self.holds_shapes = True
+
+    def places(self, tokens: int) -> Integer[Tensor, "T"]:
+        """Of the next tokens."""
+        if self.holds_shapes:
+            return self.place
+        return torch.arange(self.length, self.length + tokens, device=self.k.device)
+
+    def visible(self, tokens: int, window: int) -> Bool[Tensor, "T S"] | None:
+        """What the next tokens may look at, of those so far and themselves; None for everything."""
+        if self.holds_shapes:
+            s = torch.arange(self.k.shape[3], device=self.k.device)
+            seen = s <= self.place
+            return (seen & (s > self.place - window) if window else seen)[None]
+        if window:
+            return window_mask(tokens, window, self.length, self.k.device)
+        return causal_mask(tokens, self.length, self.k.device) if tokens > 1 else None
 
     def extend(
         self, layer: int, k: Float[Tensor, "B K T D"], v: Float[Tensor, "B K T D"]
     ) -> tuple[Float[Tensor, "B K S D"], Float[Tensor, "B K S D"]]:
         """Writes the keys and values of T new tokens behind those before them, and returns all S of them."""
+        if self.holds_shapes:
+            self.k[layer].index_copy_(2, self.place, k)
+            self.v[layer].index_copy_(2, self.place, v)
+            return self.k[layer], self.v[layer]
         S = self.length + k.shape[2]
         self.k[layer, :, :, self.length : S], self.v[layer, :, :, self.length : S] = k, v
         return self.k[layer, :, :, :S], self.v[layer, :, :, :S]
@@ -31,6 +65,8 @@ class KVCache:
     def advance(self, tokens: int) -> None:
         """To be called after a forward pass, when all layers have written their part."""
         self.length += tokens
+        if self.holds_shapes:
+            self.place += tokens
 
     def reorder(self, rows: Tensor) -> None:
         """Sequence i becomes a copy of sequence rows[i], as in a beam search; their number may change."""

@@ -2,7 +2,7 @@
 
 The twin of ref_numpy/rng.py, which says how a draw is addressed; the bits are the same. The 32-bit words are
 held in int64 tensors, whose products wrap around at 64 bits, so that every device has the arithmetic needed.
-A key's step (and the first block) may be a tensor: a compiled step then serves every step.
+A key's step and stream (and the first block) may be tensors: a compiled step then serves every step.
 """
 
 import torch
@@ -39,7 +39,7 @@ def random_bits(key: Key, blocks: Int64[Tensor, "*N"]) -> Words:
     """The four 32-bit words of each numbered block of a stream; block numbers stay below 2^32."""
     counter = (
         blocks,
-        torch.full_like(blocks, key.stream),
+        torch.zeros_like(blocks) + key.stream,
         torch.zeros_like(blocks) + key.step,
         torch.full_like(blocks, key.purpose),
     )
@@ -51,6 +51,12 @@ def uniform(key: Key, n: int, device: torch.device | str = "cpu") -> Float64[Ten
     a, b, c, d = random_bits(key, torch.arange(-(-n // 2), device=device))
     high, low = torch.stack([a, c], 1).reshape(-1), torch.stack([b, d], 1).reshape(-1)
     return (((high >> 5) << 26) + (low >> 6))[:n].to(torch.float64) * 2.0**-53
+
+
+def first_uniform(key: Key, streams: Int64[Tensor, "B"]) -> Float64[Tensor, "B"]:
+    """The first number of each of several streams: uniform(key of that stream, 1)."""
+    a, b, _, _ = random_bits(key._replace(stream=streams), torch.zeros_like(streams))
+    return (((a >> 5) << 26) + (b >> 6)).to(torch.float64) * 2.0**-53
 
 
 def normal(key: Key, n: int, device: torch.device | str = "cpu") -> Float64[Tensor, "n"]:

@@ -21,8 +21,9 @@ from torch_impl.dropout import dropout
 from torch_impl.embedding import Embedding
 from torch_impl.flash_attention import AttentionPattern
 from torch_impl.kv_cache import KVCache, attend_after
+from torch_impl.layernorm import LayerNorm, RMSNorm
 from torch_impl.linear import Linear, linear
-from torch_impl.masks import causal_mask, document_mask, places_in_documents, window_mask
+from torch_impl.masks import document_mask, places_in_documents
 from torch_impl.multi_head_attention import Attend, attend_by
 from torch_impl.positions import LearnedPositions, SinusoidalPositions
 from torch_impl.rope import RotaryPositions, Rotation
@@ -92,6 +93,20 @@ class Embedded(nn.Module):
         dtype = torch.float64 if device.type == "cpu" else torch.float32
         return torch.tensor(alibi_slopes(self.config.n_head), dtype=dtype, device=device)
 
+    def settle_precision(self) -> None:
+        """Casts the weights to the compute dtype once, as every pass would; the model is trained no more.
+
+        Its logits stay what they are. The token embedding keeps its precision; a tied head gets a copy.
+        """
+        if self.compute_dtype == self.token_embedding.weight.dtype:
+            return
+        for module in self.modules():
+            if isinstance(module, (Linear, LayerNorm, RMSNorm)):
+                module.to(self.compute_dtype)
+        if self.config.tied_embeddings:
+            self.head = Linear(self.config.d_model, self.config.vocab_size, bias=False)
+            self.head.weight = nn.Parameter(self.token_embedding.weight.to(self.compute_dtype), False)
+
     def logits(self, x: Float[Tensor, "B T C"]) -> Float[Tensor, "B T V"]:
         """The output projection, shared with the token embedding or not."""
         if self.head is None:
@@ -126,7 +141,7 @@ class Transformer(Embedded):
         """
         T, before = ids.shape[1], 0 if past is None else past.length
         if documents is None:
-            places = torch.arange(before, before + T, device=ids.device)
+            places = torch.arange(T, device=ids.device) if past is None else past.places(T)
         else:
             places = places_in_documents(documents)[:, before:]
         x, rotation = self.embed(ids, places, key, before), self.rotation(places)
@@ -150,11 +165,7 @@ class Transformer(Embedded):
         documents: Integer[Tensor, "B S"] | None,
     ) -> Attend:
         """How a layer's new tokens attend to themselves and to the past."""
-        mask, device = None, past.k.device
-        if window:
-            mask = window_mask(length, window, past.length, device)
-        elif length > 1:  # one token sees everything
-            mask = causal_mask(length, past.length, device)
+        mask = past.visible(length, window)
         if documents is not None:
             together = document_mask(documents, past.length)
             mask = together if mask is None else mask & together

@@ -1,6 +1,7 @@
 """Beam search on the command line: python -m torch_impl.generate --model RUN_FOLDER --beams 4."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Literal
 
 from jaxtyping import Float, Integer
 from torch import Tensor
@@ -10,9 +11,9 @@ from torch_impl.beam import beam_search
 from torch_impl.kv_cache import KVCache
 from torch_impl.training.checkpoint import LoadedModel
 from torch_impl.training.files import InputError
+from torch_impl.training.flags import dashed
 from torch_impl.training.tokenizer import Tokenizer
-
-_END_OF_TEXT = "<|endoftext|>"
+from torch_impl.training.writing import Written, end_tokens
 
 
 @dataclass(frozen=True)
@@ -25,39 +26,50 @@ class BeamFlags:
     """With beams: texts that are written, the best first."""
     length_penalty: float = 1.0
     """With beams: the score of a text is its log-probability over its length to this power."""
-    stop: tuple[str, ...] = ()
-    """With beams: texts that end what is written, each looked for as the tokens that encode it."""
+    early_stopping: Literal["exact", "estimate", "full"] = "exact"
+    """With beams: when to stop: the best are certain; they probably are; as many as beams are finished."""
+    phrases: tuple[str, ...] = ()
+    """With beams: texts that must appear in what is written, at most 8, looked for as the tokens that encode
+    them."""
 
 
-def beam_of(flags: BeamFlags, n_tokens: int) -> BeamConfig | None:
-    """Without stop sequences, whose tokens only a tokenizer knows; None for no search. Raises InputError."""
+def beam_of(flags: BeamFlags, n_tokens: int, forbidden: tuple[int, ...]) -> BeamConfig | None:
+    """Without stop sequences and phrases, whose tokens only a tokenizer knows; None for no search.
+
+    Raises InputError or ConfigError.
+    """
     if flags.beams == 0:
-        if flags != BeamFlags():
-            raise InputError("--n-best, --length-penalty and --stop need a search; add --beams 4")
+        for field in fields(flags):
+            if getattr(flags, field.name) != field.default:
+                raise InputError(f"--{dashed(field.name)} is for a search; add --beams 4")
         return None
     if n_tokens < 1:
         raise InputError(f"--max-new-tokens is {n_tokens}, but a beam needs at least 1")
-    try:
-        return BeamConfig(flags.beams, flags.n_best, flags.length_penalty)
-    except ConfigError as error:
-        raise InputError(str(error)) from error
+    return BeamConfig(
+        flags.beams, flags.n_best, flags.length_penalty, flags.early_stopping, forbidden=forbidden
+    )
 
 
-def stop_sequence(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """The tokens of a text. Raises InputError where they do not stand for it."""
+def tokens_of(flag: str, text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens of a flag's text. Raises InputError where they do not stand for it."""
     try:
         ids = tokenizer.encode(text).tolist()
     except UnicodeEncodeError as error:
-        raise InputError(f"--stop is not valid text: {error.reason} at character {error.start}") from error
+        raise InputError(f"{flag} is not valid text: {error.reason} at character {error.start}") from error
     if not ids or tokenizer.decode(ids) != text:
-        raise InputError(f"--stop {text!r} is nothing that this model's tokenizer writes")
+        raise InputError(f"{flag} {text!r} is nothing that this model's tokenizer writes")
     return tuple(ids)
 
 
 def continuations(
-    loaded: LoadedModel, prompt: Integer[Tensor, "T"], n_tokens: int, beam: BeamConfig, stops: tuple[str, ...]
-) -> list[tuple[str, float]]:
-    """The n best texts that follow the prompt, without what ended them, and their scores.
+    loaded: LoadedModel,
+    prompt: Integer[Tensor, "T"],
+    n_tokens: int,
+    beam: BeamConfig,
+    stops: tuple[str, ...],
+    phrases: tuple[str, ...],
+) -> list[Written]:
+    """The n best texts that follow the prompt, without what ended them.
 
     The end of text ends them, where the tokenizer has such a token. Raises InputError.
     """
@@ -72,18 +84,21 @@ def continuations(
         past.reorder(parents)
         return model(tokens[:, past.length :].to(device), past=past, last_only=True)[:, 0]
 
-    beam = replace(
-        beam,
-        end_token=getattr(tokenizer, "special_tokens", {}).get(_END_OF_TEXT),
-        stop_sequences=tuple(stop_sequence(stop, tokenizer) for stop in stops),
-    )
     try:
+        beam = replace(
+            beam,
+            end_token=next(iter(end_tokens(tokenizer)), None),
+            stop_sequences=tuple(tokens_of("--stop", stop, tokenizer) for stop in stops),
+            phrases=tuple(tokens_of("--phrases", phrase, tokenizer) for phrase in phrases),
+        )
         found = beam_search(next_logits, prompt.to(device), n_tokens, beam)
-    except ValueError as error:
+    except (ConfigError, ValueError) as error:
         raise InputError(str(error)) from error
     before, texts = tokenizer.decode_bytes([int(prompt[-1])]), []
     for tokens, score in found:
-        ending = max((len(stop) for stop in beam.stops if tuple(tokens[-len(stop) :]) == stop), default=0)
-        both = tokenizer.decode_bytes([int(prompt[-1]), *tokens[: len(tokens) - ending]])
-        texts.append((both[len(before) :].decode("utf-8", errors="replace"), score))
+        stop = max((stop for stop in beam.stops if tuple(tokens[-len(stop) :]) == stop), key=len, default=())
+        both = tokenizer.decode_bytes([int(prompt[-1]), *tokens[: len(tokens) - len(stop)]])
+        text = both[len(before) :].decode("utf-8", errors="replace")
+        reason = "length" if not stop else "end of text" if stop == (beam.end_token,) else "stop"
+        texts.append(Written([(text, None)], tokens, ended_by=reason, score=score))
     return texts

@@ -1,0 +1,256 @@
+"""The command line of torch_impl.generate: texts drawn or searched for, of one prompt or of many."""
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor
+from tqdm import tqdm
+
+from ref_numpy.config import BeamConfig, ConfigError, SamplingConfig
+from torch_impl.generate import answer, generate_batch
+from torch_impl.training.beams import BeamFlags, beam_of, continuations
+from torch_impl.training.checkpoint import LoadedModel, load_model
+from torch_impl.training.config import read_config
+from torch_impl.training.device import choose_place
+from torch_impl.training.files import InputError, find_checkpoint
+from torch_impl.training.flags import dashed, parse_flags
+from torch_impl.training.text import Text
+from torch_impl.training.writing import Printer, SamplingFlags, Writer, end_tokens
+
+_SAMPLING = SamplingFlags(temperature=0.8)
+
+
+@dataclass(frozen=True)
+class GenerateFlags:
+    """The command line of torch_impl.generate."""
+
+    model: str = ""
+    """Run folder (its best/ is taken, else last/), a checkpoint in one, or a folder in Hugging Face's
+    layout."""
+    prompt: str = ""
+    """Text to go on from, - for what stands in stdin; without it, the model begins a paragraph. An
+    encoder-decoder answers it instead. A prompt longer than the context counts with its end."""
+    prompts: str = ""
+    """File with a prompt on each line, instead of --prompt."""
+    batch_size: int = 8
+    """With --prompts or --samples: texts that are written at once."""
+    max_new_tokens: int = 500
+    """Length of what is written, in tokens."""
+    samples: int = 1
+    """Texts that are drawn for each prompt, each with random numbers of its own."""
+    stop: tuple[str, ...] = ()
+    """Texts that end what is written, and are not written themselves. Beams look for the tokens that encode
+    them."""
+    seed: int = 0
+    """Decides the draws; the same seed writes the same text."""
+    show_probabilities: bool = False
+    """Colour each token by the probability that the model gave it, red for 0 to green for 1; with --json,
+    list them."""
+    json: bool = False
+    """Write each text as a line of JSON: prompt, sample, text, tokens, ended_by, score of a beam."""
+    device: str = "auto"
+    """auto (CUDA, else MPS, else the CPU), cpu, cuda, cuda:1, mps."""
+    sampling: SamplingFlags = _SAMPLING
+    search: BeamFlags = BeamFlags()  # noqa: RUF009 (it is frozen)
+
+
+class Request(NamedTuple):
+    """Flags that fit together, what they say of sampling or of a beam, and the checkpoint that they name."""
+
+    flags: GenerateFlags
+    sampling: SamplingConfig
+    beam: BeamConfig | None
+    checkpoint: Path
+    prompts: list[str]
+
+
+def parse(arguments: list[str]) -> Request:
+    """Raises InputError or ConfigError on a mistake; exits after --help."""
+    flags = parse_flags(
+        GenerateFlags(), arguments, "python -m torch_impl.generate", "Write text with a model."
+    )
+    for name, least in (("max_new_tokens", 0), ("samples", 1), ("batch_size", 1)):
+        if (value := getattr(flags, name)) < least:
+            raise InputError(f"--{dashed(name)} is {value}, but must be at least {least}")
+    if not 0 <= flags.seed < 2**64:
+        raise InputError(f"--seed is {flags.seed}, but must lie in [0, 2**64)")
+    if not flags.model:
+        raise InputError("--model is missing; name a run folder, such as one under runs/")
+    if "" in flags.stop:
+        raise InputError("--stop '' is empty, and would end a text before it begins; leave it out")
+    for stop in flags.stop:
+        _check_encodes("--stop", stop)
+    sampling = SamplingConfig(**asdict(flags.sampling))
+    beam = beam_of(flags.search, flags.max_new_tokens, flags.sampling.forbidden)
+    if beam is not None:
+        for field in fields(SamplingConfig):
+            is_default = getattr(flags.sampling, field.name) == getattr(_SAMPLING, field.name)
+            if field.name != "forbidden" and not is_default:
+                raise InputError(
+                    f"--{dashed(field.name)} is for drawing, and --beams draws nothing; leave one out"
+                )
+        if flags.samples > 1 or flags.show_probabilities:
+            what = "--samples" if flags.samples > 1 else "--show-probabilities"
+            raise InputError(f"{what} is for drawing, and --beams draws nothing; see --n-best")
+    return Request(flags, sampling, beam, find_checkpoint(Path(flags.model)), _prompts(flags))
+
+
+def _prompts(flags: GenerateFlags) -> list[str]:
+    """The prompts as they are given; [""] where the model shall begin by itself."""
+    if flags.prompts:
+        if flags.prompt:
+            raise InputError("--prompt and --prompts are both given; leave one out")
+        try:
+            lines = "".join(Text(Path(flags.prompts)).parts()).splitlines()
+        except OSError as error:
+            raise InputError(f"cannot read {flags.prompts}: {error.strerror}") from error
+        for number, line in enumerate(lines, 1):
+            if not line:
+                raise InputError(f"{flags.prompts}, line {number} is empty; each line is a prompt")
+        if not lines:
+            raise InputError(f"{flags.prompts} is empty; each line is a prompt")
+        return lines
+    if flags.prompt == "-":
+        try:
+            prompt = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise InputError(f"stdin is not UTF-8 text: byte {error.start}") from None
+        if not prompt:
+            raise InputError("--prompt - reads stdin, which is empty")
+        return [prompt]
+    _check_encodes("--prompt", flags.prompt)
+    return [flags.prompt]
+
+
+def _check_encodes(flag: str, text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"{flag} is not valid text: {error.reason} at character {error.start}") from error
+
+
+def write(request: Request) -> None:
+    """Write what the request asks for to stdout."""
+    flags = request.flags
+    place = choose_place(replace(read_config(request.checkpoint).run, device=flags.device, compile="off"))
+    loaded = load_model(request.checkpoint, place.dtype, place.device)
+    loaded.model.settle_precision()
+    prompts = _encoded(request, loaded)
+    printer = Printer(
+        flags.json, flags.show_probabilities, len(prompts), max(flags.samples, flags.search.n_best)
+    )
+    if request.beam is not None:
+        for number, ids in enumerate(prompts):
+            found = continuations(
+                loaded, ids, flags.max_new_tokens, request.beam, flags.stop, flags.search.phrases
+            )
+            for sample, written in enumerate(found):
+                printer.show(request.prompts[number], number, sample, written)
+    elif len(prompts) * flags.samples == 1:
+        printer.stream(request.prompts[0], _drawn(request, loaded, [(prompts[0], 0)]))
+    else:
+        rows = [(number, sample) for number in range(len(prompts)) for sample in range(flags.samples)]
+        groups = [rows[i : i + flags.batch_size] for i in range(0, len(rows), flags.batch_size)]
+        for group in tqdm(groups, unit="batch", disable=None, leave=False):
+            *_, writers = _drawn(request, loaded, [(prompts[number], sample) for number, sample in group])
+            for (number, sample), writer in zip(group, writers, strict=True):
+                printer.show(request.prompts[number], number, sample, writer.written)
+
+
+def _encoded(request: Request, loaded: LoadedModel) -> list[Integer[Tensor, "_"]]:
+    """The prompts' tokens. Raises InputError for what the model cannot read, or is not made for."""
+    flags, config, tokenizer = request.flags, loaded.config.model, loaded.tokenizer
+    if config.architecture == "encoder":
+        raise InputError(f"{flags.model} is an encoder, which fills gaps and does not write; train a decoder")
+    answers = config.architecture == "encoder-decoder"
+    if answers and request.beam is not None:
+        raise InputError(
+            f"{flags.model} is an encoder-decoder, and beams are for decoders; leave --beams out"
+        )
+    for id in flags.sampling.forbidden:
+        if not 0 <= id < config.vocab_size:
+            raise InputError(f"--forbidden {id} is no token; ids run from 0 to {config.vocab_size - 1}")
+    found = []
+    for number, prompt in enumerate(request.prompts, 1):
+        name = f"{flags.prompts}, line {number}:" if flags.prompts else "--prompt"
+        if answers and not prompt:
+            raise InputError(
+                "--prompt is missing; an encoder-decoder answers a source, such as one it learned from"
+            )
+        ids = torch.from_numpy(tokenizer.encode(prompt or tokenizer.opening))
+        if not ids.numel():
+            raise InputError(f"{name} {prompt!r} has no word in it")
+        if answers and ids.numel() > config.context_length:
+            raise InputError(
+                f"{name} has {ids.numel()} tokens, but the model reads at most {config.context_length}"
+            )
+        found.append(ids)
+    return found
+
+
+def _drawn(
+    request: Request, loaded: LoadedModel, rows: list[tuple[Integer[Tensor, "_"], int]]
+) -> Iterator[list[Writer]]:
+    """Yields a writer for each row, a prompt and the number of a sample, after each token until all end."""
+    flags, (config, tokenizer, model) = request.flags, loaded
+    answers = config.model.architecture == "encoder-decoder"
+    ends = () if answers else end_tokens(tokenizer)
+    writers = [Writer(tokenizer, [] if answers else ids.tolist(), flags.stop, ends) for ids, _ in rows]
+    likelihoods: list[Float[Tensor, "B V"]] = []
+    watch = (lambda logits: likelihoods.append(logits.clone())) if flags.show_probabilities else None
+    count, seed = flags.max_new_tokens, flags.seed
+    if answers:  # one by one: each ends where the model ends it
+        for writer, (ids, sample) in zip(writers, rows, strict=True):
+            for token in answer(model, ids, count, request.sampling, seed, sample, watch):
+                writer.feed(token, _probability(likelihoods, 0, token))
+                del likelihoods[:1]
+                yield writers
+                if writer.written.ended_by:
+                    break
+            is_long = len(writer.written.tokens) == min(count, config.model.context_length)
+            writer.end("length" if is_long else "end of text")
+    else:
+        streams = [sample for _, sample in rows]
+        tokens = generate_batch(
+            model, [ids for ids, _ in rows], count, request.sampling, seed, streams, watch
+        )
+        for step in tokens:
+            for row, (writer, token) in enumerate(zip(writers, step, strict=True)):
+                if not writer.written.ended_by:
+                    writer.feed(token, _probability(likelihoods, row, token))
+            del likelihoods[:1]
+            yield writers
+            if all(writer.written.ended_by for writer in writers):
+                break
+        for writer in writers:
+            writer.end("length")
+    yield writers
+
+
+def _probability(logits: list[Float[Tensor, "B V"]], row: int, token: int) -> float | None:
+    """Of a token, as the model saw it, before any temperature or filter."""
+    return float(logits[0][row].double().softmax(0)[token]) if logits else None
+
+
+def main(arguments: list[str]) -> int:
+    """The exit code: 0; 2 for a request that cannot be met, 1 for a failure, each with one line on stderr."""
+    try:
+        write(parse(arguments))
+    except (InputError, ConfigError) as error:
+        print(f"generate: error: {error}; see --help", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print()
+        return 130
+    except BrokenPipeError:  # the reader has seen enough; nor may the interpreter's last flush complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, MemoryError) as error:
+        print(f"generate: error: {error or 'out of memory'}", file=sys.stderr)
+        return 1
+    return 0
