@@ -142,9 +142,8 @@ def write(request: Request) -> None:
     loaded = load_model(request.checkpoint, place.dtype, place.device)
     loaded.model.settle_precision()
     prompts = _encoded(request, loaded)
-    printer = Printer(
-        flags.json, flags.show_probabilities, len(prompts), max(flags.samples, flags.search.n_best)
-    )
+    samples, answers = max(flags.samples, flags.search.n_best), _answers(loaded)
+    printer = Printer(flags.json, flags.show_probabilities, len(prompts), samples, answers)
     if request.beam is not None:
         for number, ids in enumerate(prompts):
             found = continuations(
@@ -157,10 +156,16 @@ def write(request: Request) -> None:
     else:
         rows = [(number, sample) for number in range(len(prompts)) for sample in range(flags.samples)]
         groups = [rows[i : i + flags.batch_size] for i in range(0, len(rows), flags.batch_size)]
-        for group in tqdm(groups, unit="batch", disable=None, leave=False):
+        seen = sys.stdout.isatty()  # what is written then shows how far it is
+        for group in tqdm(groups, unit="batch", disable=seen or None, leave=False):
             *_, writers = _drawn(request, loaded, [(prompts[number], sample) for number, sample in group])
             for (number, sample), writer in zip(group, writers, strict=True):
                 printer.show(request.prompts[number], number, sample, writer.written)
+
+
+def _answers(loaded: LoadedModel) -> bool:
+    """Whether the model answers a prompt instead of going on from it."""
+    return loaded.config.model.architecture == "encoder-decoder"
 
 
 def _encoded(request: Request, loaded: LoadedModel) -> list[Integer[Tensor, "_"]]:
@@ -168,7 +173,7 @@ def _encoded(request: Request, loaded: LoadedModel) -> list[Integer[Tensor, "_"]
     flags, config, tokenizer = request.flags, loaded.config.model, loaded.tokenizer
     if config.architecture == "encoder":
         raise InputError(f"{flags.model} is an encoder, which fills gaps and does not write; train a decoder")
-    answers = config.architecture == "encoder-decoder"
+    answers = _answers(loaded)
     if answers and request.beam is not None:
         raise InputError(
             f"{flags.model} is an encoder-decoder, and beams are for decoders; leave --beams out"
@@ -199,7 +204,7 @@ def _drawn(
 ) -> Iterator[list[Writer]]:
     """Yields a writer for each row, a prompt and the number of a sample, after each token until all end."""
     flags, (config, tokenizer, model) = request.flags, loaded
-    answers = config.model.architecture == "encoder-decoder"
+    answers = _answers(loaded)
     ends = () if answers else end_tokens(tokenizer)
     writers = [Writer(tokenizer, [] if answers else ids.tolist(), flags.stop, ends) for ids, _ in rows]
     likelihoods: list[Float[Tensor, "B V"]] = []

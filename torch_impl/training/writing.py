@@ -120,12 +120,15 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class Printer:
-    """Shows texts on stdout: as they are, coloured by probability, or as lines of JSON."""
+    """Shows texts on stdout: as they are, coloured by probability, or as lines of JSON.
 
-    def __init__(self, as_json: bool, coloured: bool, prompts: int, samples: int) -> None:
+    A text that goes on from its prompt is shown with it; an answer is not.
+    """
+
+    def __init__(self, as_json: bool, coloured: bool, prompts: int, samples: int, answers: bool) -> None:
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character still shows the rest
         self._as_json, self._coloured = as_json, coloured
-        self._prompts, self._samples = prompts, samples
+        self._prompts, self._samples, self._answers = prompts, samples, answers
         self._safe = visible if sys.stdout.isatty() else str
         if coloured and not as_json:
             scale = "".join(_colour(f" {tenth / 10:.1f}", tenth / 10) for tenth in range(0, 11, 2))
@@ -137,7 +140,7 @@ class Printer:
             *_, [writer] = growing
             self.show(prompt, 0, 0, writer.written)
             return
-        print(self._safe(prompt), end="", flush=True)
+        print("" if self._answers else self._safe(prompt), end="", flush=True)
         shown = 0
         for (writer,) in growing:
             pieces = writer.written.pieces
@@ -158,7 +161,9 @@ class Printer:
         if which:
             score = "" if written.score is None else f" score {written.score:.4f}"
             print(f"[{'.'.join(which)}]{score}")
-        print(self._safe(prompt), *map(self._piece, written.pieces), sep="", flush=True)
+        print(
+            "" if self._answers else self._safe(prompt), *map(self._piece, written.pieces), sep="", flush=True
+        )
 
     def _piece(self, piece: tuple[str, float | None]) -> str:
         text, probability = piece
