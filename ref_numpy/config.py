@@ -215,8 +215,13 @@ class TrainConfig:
     """Steps of linear warm-up from 0 to the peak."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Shape of the decay after the warm-up."""
-    optimizer: Literal["adamw", "adam"] = "adamw"
-    """AdamW decays weights apart from the gradient; Adam does not decay them at all."""
+    optimizer: Literal["adamw", "adam", "muon"] = "adamw"
+    """AdamW decays weights apart from the gradient; Adam does not decay them at all; Muon makes the steps of
+    the matrices in blocks orthogonal, and leaves the rest to AdamW."""
+    muon_learning_rate: float = 0.02
+    """Peak learning rate of Muon's matrices, which follows the same schedule."""
+    muon_momentum: float = 0.95
+    """Decay of the mean of their gradients."""
     beta1: float = 0.9
     """Decay of the mean of the gradients."""
     beta2: float = 0.99
@@ -254,7 +259,11 @@ class TrainConfig:
             0 <= self.warmup_steps <= self.steps,
             f"warmup_steps is {self.warmup_steps}, but must lie in [0, steps {self.steps}]",
         )
-        for name in ("beta1", "beta2", "label_smoothing"):
+        _require(
+            self.muon_learning_rate > 0,
+            f"muon_learning_rate is {self.muon_learning_rate}, but must be above 0",
+        )
+        for name in ("beta1", "beta2", "muon_momentum", "label_smoothing"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"{name} is {value}, but must lie in [0, 1)")
         for name in ("weight_decay", "clip"):

@@ -1,4 +1,5 @@
-"""Adam, AdamW, clipping of the gradient by its global norm, and the learning rate's schedule.
+"""Adam, AdamW, a step of the optimizer that is chosen (or Muon, see muon.py), clipping of the gradient by its
+global norm, and the learning rate's schedule.
 
 All functions return new arrays and leave what they are given alone.
 Not here: AMSGrad, per-layer learning rates, an L2 penalty inside Adam (that is what AdamW corrects).
@@ -12,6 +13,7 @@ from jaxtyping import Float
 from numpy import ndarray as Array
 
 from ref_numpy.config import TrainConfig
+from ref_numpy.muon import acts_on, muon
 
 Params = dict[str, Array]
 
@@ -84,17 +86,23 @@ def decays(param: Array) -> bool:
 def optimizer_step(
     params: Params, gradients: Params, moments: Moments, step: int, learning_rate: float, config: TrainConfig
 ) -> tuple[Params, Moments]:
-    """One step with the config's optimizer; step counts from 0. What has no gradient stays as it is."""
+    """One step with the config's optimizer; step counts from 0. What has no gradient stays as it is.
+
+    With Muon, what it does not act on is AdamW's; it has no v, and its rate follows the same schedule.
+    """
     new_params, new_m, new_v = dict(params), dict(moments.m), dict(moments.v)
     settings = (step + 1, learning_rate, config.beta1, config.beta2, config.epsilon)
     for name, gradient in gradients.items():
         param = params[name]
         state = (param, gradient, moments.m[name], moments.v[name])
-        if config.optimizer == "adamw":
+        if config.optimizer == "adam":
+            new = adam(*state, *settings)
+        elif config.optimizer == "muon" and acts_on(name, param.shape):
+            rate = learning_rate * config.muon_learning_rate / config.learning_rate
+            new = (*muon(*state[:3], rate, config.muon_momentum, config.weight_decay), state[3])
+        else:
             weight_decay = config.weight_decay if decays(param) else 0.0
             new = adamw(*state, *settings, weight_decay)
-        else:
-            new = adam(*state, *settings)
         new_params[name], new_m[name], new_v[name] = new
     return new_params, Moments(new_m, new_v)
 

@@ -1,4 +1,4 @@
-"""AdamW and Adam by PyTorch's fused kernels, clipping, and the schedule. The twin of ref_numpy/optim.py.
+"""AdamW and Adam by PyTorch's fused kernels, Muon, clipping, the schedule. The twin of ref_numpy/optim.py.
 
 Nothing here reads a value back from the device: norms, clipping factors and learning rates stay tensors.
 """
@@ -10,14 +10,18 @@ from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from ref_numpy.config import TrainConfig
+from ref_numpy.muon import acts_on
+from torch_impl.muon import Muon
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """The config's optimizer over the parameters that require a gradient; decay on matrices and embeddings.
 
-    The learning rate is a tensor, to be set before each step (set_learning_rate).
+    With Muon, it has the matrices of the blocks. Learning rates are tensors, to be set before each step
+    (set_learning_rate).
     """
-    params = [param for param in model.parameters() if param.requires_grad]
+    named = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    params = list(named.values())
     device = params[0].device
     precision = torch.float64 if device.type == "cpu" else torch.float32  # what the fused kernels take
     shared = {
@@ -28,17 +32,30 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     }
     if config.optimizer == "adam":
         return torch.optim.Adam(params, **shared)
+    muons = set()
+    if config.optimizer == "muon":
+        muons = {param for name, param in named.items() if acts_on(name, tuple(param.shape))}
+    rest = [param for param in params if param not in muons]
     groups = [
-        {"params": [param for param in params if param.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [param for param in params if param.ndim < 2], "weight_decay": 0.0},
+        {"params": [param for param in rest if param.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [param for param in rest if param.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, **shared)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **shared)
+    by_muon = {
+        "params": [param for param in params if param in muons],
+        "weight_decay": config.weight_decay,
+        "momentum": config.muon_momentum,
+        "lr": shared["lr"].clone(),
+        "times_rate": config.muon_learning_rate / config.learning_rate,
+    }
+    return Muon([*groups, by_muon], **shared)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: Float[Tensor, ""]) -> None:
     """Writes a rate into the optimizer's own tensor, on its device."""
     for group in optimizer.param_groups:
-        group["lr"].copy_(rate)
+        group["lr"].copy_(rate * group.get("times_rate", 1.0))
 
 
 def clip_by_global_norm(model: nn.Module, limit: float) -> Float[Tensor, ""]:

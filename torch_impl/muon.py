@@ -1,0 +1,63 @@
+"""Muon for the matrices inside the blocks, AdamW for all else. The twin of ref_numpy/muon.py."""
+
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+_A, _B, _C = 3.4445, -4.7750, 2.0315
+_ITERATIONS = 5
+
+
+def orthogonalise(matrices: Float[Tensor, "*K M N"]) -> Float[Tensor, "*K M N"]:
+    """U S' V^T for each matrix U S V^T, with the singular values of S' between about 0.7 and 1.2."""
+    is_tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if is_tall else matrices
+    x = x / (x.square().sum((-2, -1), keepdim=True).sqrt() + 1e-7)
+    for _ in range(_ITERATIONS):
+        gram = x @ x.mT
+        x = _A * x + (_B * gram + _C * (gram @ gram)) @ x
+    return x.mT if is_tall else x
+
+
+class Muon(torch.optim.AdamW):
+    """A group whose "momentum" is not None is Muon's, the others are AdamW's.
+
+    Its state has AdamW's names: exp_avg is the momentum, step counts, and there is no exp_avg_sq.
+    """
+
+    def __init__(self, groups: list[dict], **settings: object) -> None:
+        super().__init__([{"momentum": None, **group} for group in groups], **settings)
+        self._step_supports_amp_scaling = False  # a step with float16's overflow has to be left out whole
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """Muon's matrices first. AdamW passes over what has no gradient, so theirs are then taken away."""
+        for group in self.param_groups:
+            if group["momentum"] is not None:
+                served = [param for param in group["params"] if param.grad is not None]
+                self._muon(served, group)
+                for param in served:
+                    param.grad = None
+        super().step(closure)
+
+    def _muon(self, params: list[Tensor], group: dict) -> None:
+        rate, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
+        alike = defaultdict(list)  # matrices of one shape are one batch of products
+        for param in params:
+            state = self.state[param]
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+                state["exp_avg"] = torch.zeros_like(param)
+            state["step"] += 1
+            alike[param.shape].append(param)
+        for (rows, columns), same in alike.items():
+            averages = [self.state[param]["exp_avg"] for param in same]
+            gradients = [param.grad for param in same]
+            torch._foreach_lerp_(averages, gradients, 1 - momentum)
+            ahead = torch._foreach_lerp(averages, gradients, 1 - momentum)
+            updates = orthogonalise(torch.stack(ahead)) * (rate * max(1.0, rows / columns) ** 0.5)
+            torch._foreach_mul_(same, 1 - rate * decay)
+            torch._foreach_sub_(same, list(updates.to(same[0].dtype).unbind()))
