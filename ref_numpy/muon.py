@@ -27,8 +27,8 @@ def acts_on(name: str, shape: tuple[int, ...]) -> bool:
 def orthogonalise(matrix: Float[Array, "M N"]) -> Float[Array, "M N"]:
     """U S' V^T for the matrix U S V^T, with the singular values of S' between about 0.7 and 1.2.
 
-    X = matrix / ||matrix||_F, then five times X = a X + (b G + c G^2) X with G = X X^T: an odd polynomial of X
-    acts on its singular values alone (Jordan et al. 2024, "Newton-Schulz"). A tall matrix is turned first, so
+    X = matrix / ||matrix||_F, then five times X = a X + (b G + c G^2) X with G = X X^T: an odd polynomial
+    acts on X's singular values alone (Jordan et al. 2024, "Newton-Schulz"). A tall matrix is turned first, so
     that G is small. A matrix of zeros stays one.
     """
     is_tall = matrix.shape[0] > matrix.shape[1]
