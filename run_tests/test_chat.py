@@ -14,7 +14,7 @@ import torch
 
 import train_gpu
 from ref_numpy.config import ModelConfig, SamplingConfig
-from ref_numpy.conversation import END_OF_TURN, SPECIAL_TOKENS, Message, turn_tokens
+from ref_numpy.conversation import END_OF_TURN, SPECIAL_TOKENS, Message, to_record, turn_tokens
 from torch_impl import chat as chat_module
 from torch_impl.generate import generate_batch
 from torch_impl.training.checkpoint import load_model
@@ -35,10 +35,12 @@ NUMBERS = ("one", "two", "three", "four")
 def tuned(tmp_path_factory) -> str:
     """A run that has learned to say which number follows, in a few seconds; and what is no answer."""
     folder = tmp_path_factory.mktemp("tuned")
-    records = [{"instruction": f"after {a}?", "output": b} for a, b in pairwise(NUMBERS)]
+    turns = [(f"after {a}?", b) for a, b in pairwise(NUMBERS)]
+    records = [to_record([Message("user", a), Message("assistant", b)]) for a, b in turns]
+    records.append({"messages": [turn for record in records for turn in record["messages"]]})
     file = folder / "numbers.jsonl"
     file.write_text("".join(json.dumps(one) + "\n" for one in records), encoding="utf-8")
-    flags = f"""chat --device cpu --tokenizer bytes --context-length 96 --n-layer 1 --n-head 2 --d-model 32
+    flags = f"""chat --device cpu --tokenizer bytes --context-length 128 --n-layer 1 --n-head 2 --d-model 32
         --steps 80 --batch-size 1 --learning-rate 1e-2 --warmup-steps 10 --dropout 0 --eval-every 80
         --checkpoint-every 80 --sample-tokens 0 --train-file {file} --valid-file {file}
         --out {folder / "run"}"""
@@ -95,7 +97,8 @@ def prompt_of(*turns: tuple[str, str]) -> list[int]:
 
 def test_a_tuned_model_answers_what_it_has_learned(tuned, talk):
     lines = "".join(f"after {number}?\n" for number in NUMBERS[:3])
-    assert talk(lines, "--model", tuned, "--temperature", 0) == (0, "two\nthree\nfour\n", "")
+    flags = ("--model", tuned, "--temperature", 0, "--max-new-tokens", 8)
+    assert talk(lines, *flags) == (0, "two\nthree\nfour\n", "")
 
 
 def test_the_seed_decides_and_a_retry_draws_anew(tuned, talk):
@@ -216,13 +219,15 @@ def test_a_command_that_cannot_be_carried_out_says_why_and_changes_nothing(scrip
 
 
 def test_nothing_can_be_saved_where_nothing_can_be_written(scripted):
-    err = scripted("hello\n/save nowhere/talk.jsonl\n/save .\n/save a\0b\n/save ~nobody/x\n", [b"hi"])[2]
+    err = scripted("hello\n/save nowhere/talk.jsonl\n/save .\n/save a\0b\n/save ~no-such-user/x\n", [b"hi"])[
+        2
+    ]
     told = err.splitlines()
     assert told[:2] == [
         "(nowhere/talk.jsonl: No such file or directory)",
         "(. is a folder; name a file in it)",
     ]
-    assert told[2].startswith("(a\\x00b is no path: ") and told[3].startswith("(~nobody/x is no path: ")
+    assert told[2].startswith("(a\\x00b is no path: ") and told[3].startswith("(~no-such-user/x is no path: ")
     assert list(Path().iterdir()) == []
 
 

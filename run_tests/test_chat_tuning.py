@@ -1,8 +1,10 @@
 """Tuning on conversations: what is learned, what the run folder holds, and files that cannot be used."""
 
+import io
 import json
 import re
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,10 @@ from ref_numpy.bpe_format import new_vocabulary
 from ref_numpy.config import ModelConfig
 from ref_numpy.conversation import SPECIAL_TOKENS, from_record
 from run_tests.conftest import content, metrics
+from torch_impl import chat
 from torch_impl.bpe import BPETokenizer
 from torch_impl.interop import from_hf, to_hf
+from torch_impl.training import quantise_command
 from torch_impl.training import run as run_module
 from torch_impl.training.checkpoint import load_model
 from torch_impl.training.conversation_file import read_conversations
@@ -149,6 +153,15 @@ def test_exchanges_longer_than_the_context_are_left_out_and_counted(tune, base, 
     conversations.write_text(json.dumps(long) + "\n" + json.dumps(long), encoding="utf-8")
     error = tune("--init-from", base, "--out", "none").error
     assert "of the 1 conversations to train on none has an exchange that fits into the context of 40" in error
+
+
+def test_a_tuned_model_is_quantised_and_still_answers(tune, base, capsys, monkeypatch):
+    assert tune("--init-from", base, "--out", "run").code == 0
+    assert quantise_command.main(["run", "--out", "small", "--tokens", "0"]) == 0
+    assert "talk to it: python -m torch_impl.chat --model small" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"after one\n"), "utf-8"))
+    assert chat.main(["--model", "small", "--max-new-tokens", "4"]) == 0
+    assert capsys.readouterr().out.strip()
 
 
 GOOD = '{"instruction": "q", "output": "a"}\n'

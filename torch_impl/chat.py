@@ -20,7 +20,7 @@ from ref_numpy.conversation import Conversation, Message, to_record, well_formed
 from torch_impl.training.files import InputError, find_checkpoint, write_new_file
 from torch_impl.training.flags import parse_flags
 from torch_impl.training.terminal import Lines, interrupt_only_noted, visible
-from torch_impl.training.writing import SamplingFlags, TextStream
+from torch_impl.training.writing import ANSWERING, SamplingFlags, TextStream
 
 if TYPE_CHECKING:  # imports torch, which --help can do without
     from torch_impl.training.dialogue import Dialogue
@@ -40,7 +40,7 @@ class ChatFlags:
     """Decides the draws; the same seed and messages get the same answers."""
     device: str = "auto"
     """auto (CUDA, else MPS, else the CPU), cpu, cuda, cuda:1, mps."""
-    sampling: SamplingFlags = SamplingFlags(temperature=0.7, top_p=0.95)  # noqa: RUF009 (it is frozen)
+    sampling: SamplingFlags = ANSWERING
 
 
 def parse(arguments: list[str]) -> tuple[ChatFlags, SamplingConfig]:
@@ -83,12 +83,12 @@ def tell(text: str) -> None:
 
 def path_of(file: str) -> Path:
     """Raises InputError for what no path can be."""
+    if "\0" in file:
+        raise InputError(f"{file} is no path: it has a NUL")
     try:
-        path = Path(file).expanduser()
-        path.exists()
-    except (RuntimeError, ValueError) as error:  # no such user's home; a NUL
+        return Path(file).expanduser()
+    except RuntimeError as error:  # there is no such user
         raise InputError(f"{file} is no path: {error}") from None
-    return path
 
 
 class Chat:

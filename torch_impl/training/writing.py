@@ -19,6 +19,10 @@ class SamplingFlags(SamplingConfig):
     def __post_init__(self) -> None: ...  # checked when all flags are known
 
 
+# How answers are drawn where nothing else is said: closer to the likeliest than what is written freely.
+ANSWERING = SamplingFlags(temperature=0.7, top_p=0.95)
+
+
 class TextStream:
     """The text of tokens that come one by one, each character as soon as its bytes are complete.
 
