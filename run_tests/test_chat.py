@@ -258,6 +258,8 @@ def test_a_message_that_is_too_long_is_refused_with_its_length(scripted):
         == "(the message has 37 tokens, and the context of 40 holds 36 at most; shorten it)"
     )
     assert "holds 30 at most beside the system message of 6; shorten it" in err
+    err = scripted("hello\n", [], "--system", "x" * 40, context_length=40)[2]
+    assert err == "(the system message of 42 tokens leaves no room in the context of 40; shorten it)\n"
 
 
 def test_an_interrupted_answer_ends_and_the_conversation_goes_on(scripted):

@@ -96,7 +96,7 @@ class Chat:
 
     def __init__(self, dialogue: "Dialogue", sampling: SamplingConfig, flags: ChatFlags) -> None:
         self.dialogue, self.sampling, self.flags = dialogue, sampling, flags
-        self.system = well_formed(flags.system)
+        self.system = well_formed(flags.system.strip())
         self.messages: Conversation = []  # user and assistant in turns; the last one is an answer
         self.attempts = 0  # answers so far: each draws from a stream of its own
         self.out_of_sight = 0  # exchanges that do not fit into the context any more
@@ -139,9 +139,8 @@ class Chat:
             tell(str(error))
             return False
         if hidden > self.out_of_sight:
-            tell(
-                f"the oldest {hidden} of {len(self.messages) // 2} exchanges no longer fit, and are not seen"
-            )
+            count = len(self.messages) // 2
+            tell(f"the oldest {hidden} of {count} exchanges no longer fit, and are not seen")
         self.out_of_sight = hidden
         answer, how = self.answer(prompt)
         if not answer.strip():
@@ -154,11 +153,8 @@ class Chat:
 
     def answer(self, prompt: list[int]) -> tuple[str, str]:
         """Write the answer as it comes; all of it, and why it ended other than by itself."""
-        written, stream, how = (
-            [],
-            TextStream(self.dialogue.tokenizer),
-            "the answer is cut: it became too long",
-        )
+        written, how = [], "the answer is cut: it became too long"
+        stream = TextStream(self.dialogue.tokenizer)
         tokens = self.dialogue.answer(
             prompt, self.flags.max_new_tokens, self.sampling, self.flags.seed, self.attempts
         )
