@@ -8,6 +8,7 @@ import subprocess
 import sys
 from itertools import chain, pairwise
 from pathlib import Path
+from threading import Timer
 
 import pytest
 import torch
@@ -382,3 +383,40 @@ def test_a_reader_that_goes_away_ends_it_quietly(tuned):
     assert process.stderr.read() == b""
     process.stderr.close()
     assert process.wait() == 0
+
+
+IN_A_TERMINAL = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+
+
+def test_in_a_terminal_it_prompts_and_ctrl_c_keeps_it_and_ctrl_d_leaves(tuned):
+    """The answer has no end, and so is cut after 9 tokens."""
+    pytest.importorskip("pty")  # Windows has none
+    flags = ["--model", tuned, "--forbidden", str(END), "--max-new-tokens", "9", "--temperature", "0"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", IN_A_TERMINAL, sys.executable, "-m", "torch_impl.chat", *flags],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TERM": "dumb"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=0,
+    )
+    stuck = Timer(60, process.kill)
+    stuck.start()
+    shown = b""
+
+    def type_after(awaited: bytes, keys: bytes) -> None:
+        nonlocal shown
+        while awaited not in shown:
+            part = process.stdout.read(1)
+            assert part, shown
+            shown += part
+        shown = b""
+        process.stdin.write(keys)
+
+    type_after(b"/help names the commands)\r\n> ", b"\x03")
+    type_after(b"(Ctrl-D or /quit leaves)\r\n> ", b"after one?\r")
+    type_after(b"two", b"")
+    type_after(b"(the answer is cut: it became too long)\r\n> ", b"\x04")
+    assert process.wait() == 0
+    stuck.cancel()
+    process.stdin.close()
+    process.stdout.close()

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import train_gpu
 from ref_numpy.bpe_format import new_vocabulary
 from ref_numpy.config import ModelConfig
 from ref_numpy.conversation import SPECIAL_TOKENS, from_record
-from run_tests.conftest import content, metrics
+from run_tests.conftest import SMALL, content, metrics
 from torch_impl import chat
 from torch_impl.bpe import BPETokenizer
 from torch_impl.interop import from_hf, to_hf
@@ -44,10 +45,15 @@ def conversations(tmp_path):
     return path
 
 
-@pytest.fixture
-def base(small_run):
-    assert small_run("--context-length", 40, "--out", "base").code == 0
-    return "base"
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
+    """A model that was trained on text, in a run folder that no test writes to."""
+    folder = tmp_path_factory.mktemp("base")
+    text = folder / "text.txt"
+    text.write_text("after one comes two\n" * 40, encoding="utf-8")
+    flags = (*SMALL.split(), "--context-length", "40", "--sample-tokens", "0", "--eval-every", "12")
+    assert train_gpu.main([*flags, "--train-file", str(text), "--out", str(folder / "run")]) == 0
+    return str(folder / "run")
 
 
 @pytest.fixture
