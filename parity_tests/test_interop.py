@@ -30,8 +30,8 @@ from torch_impl.bpe import BPETokenizer, train
 from torch_impl.interop import from_hf, to_hf
 from torch_impl.loss import cross_entropy
 from torch_impl.train import start, train_step
-from torch_impl.training.conversation_file import with_chat_tokens
 from torch_impl.training.dialogue import Dialogue
+from torch_impl.training.growth import with_chat_tokens
 from torch_impl.training.hf_tensors import from_hf_tensors
 from torch_impl.training.tokenizer import (
     ByteTokenizer,

@@ -19,9 +19,10 @@ from ref_numpy.conversation import END_OF_TURN, SPECIAL_TOKENS, Message, to_reco
 from torch_impl import chat as chat_module
 from torch_impl.generate import generate_batch
 from torch_impl.training.checkpoint import load_model
-from torch_impl.training.conversation_file import read_conversations, with_chat_tokens
+from torch_impl.training.conversation_file import read_conversations
 from torch_impl.training.dialogue import Dialogue
 from torch_impl.training.files import InputError
+from torch_impl.training.growth import with_chat_tokens
 from torch_impl.training.terminal import visible
 from torch_impl.training.tokenizer import ByteTokenizer, CharacterTokenizer
 from torch_impl.transformer import initialised
