@@ -76,13 +76,16 @@ def talk(monkeypatch, capsys):
 def scripted(monkeypatch, talk):
     """The program, with a model that gives these answers in turn; and the prompts that it was given."""
 
-    def call(lines: str | bytes, answers: list[bytes | list[int]], *flags: object, context_length: int = 256):
+    def call(
+        lines: str | bytes, answers: list, *flags: object, context_length: int = 256, ended: bool = True
+    ):
         dialogue, prompts, left = dialogue_of(context_length), [], iter(answers)
 
         def answer(prompt: list[int], *_: object):
             prompts.append(prompt)
             yield from next(left)
-            yield END
+            if ended:
+                yield END
 
         monkeypatch.setattr(dialogue, "answer", answer)
         monkeypatch.setattr(chat_module, "open_dialogue", lambda _: dialogue)
@@ -317,6 +320,15 @@ def test_what_was_read_is_not_read_again(monkeypatch):
     assert next(dialogue_of(64).answer(longer, 6, greedy, seed=0)) == again
 
 
+def test_why_an_answer_is_cut_is_told_and_half_a_character_at_its_end_is_dropped(scripted):
+    for flags, why in (
+        (("--max-new-tokens", 3), "--max-new-tokens allows no more"),
+        ((), "the context of 256 is full"),
+    ):
+        _, out, err, _ = scripted("x\n", [b"ab\xe2"], *flags, ended=False)
+        assert (out, err) == ("ab\n", f"(the answer is cut after 3 tokens: {why})\n")
+
+
 def test_an_answer_ends_where_the_context_does():
     dialogue = dialogue_of(24)
     prompt = prompt_of(("user", "Hello"))
@@ -416,7 +428,7 @@ def test_in_a_terminal_it_prompts_and_ctrl_c_keeps_it_and_ctrl_d_leaves(tuned):
     type_after(b"/help names the commands)\r\n> ", b"\x03")
     type_after(b"(Ctrl-D or /quit leaves)\r\n> ", b"after one?\r")
     type_after(b"two", b"")
-    type_after(b"(the answer is cut: it became too long)\r\n> ", b"\x04")
+    type_after(b"(the answer is cut after 9 tokens: --max-new-tokens allows no more)\r\n> ", b"\x04")
     assert process.wait() == 0
     stuck.cancel()
     process.stdin.close()

@@ -153,12 +153,10 @@ class Chat:
 
     def answer(self, prompt: list[int]) -> tuple[str, str]:
         """Write the answer as it comes; all of it, and why it ended other than by itself."""
-        written, how = [], "the answer is cut: it became too long"
-        stream = TextStream(self.dialogue.tokenizer)
-        tokens = self.dialogue.answer(
-            prompt, self.flags.max_new_tokens, self.sampling, self.flags.seed, self.attempts
-        )
+        n_tokens, limit = self.flags.max_new_tokens, self.dialogue.model.config.context_length
+        tokens = self.dialogue.answer(prompt, n_tokens, self.sampling, self.flags.seed, self.attempts)
         self.attempts += 1
+        written, stream, n, how = [], TextStream(self.dialogue.tokenizer), 0, ""
 
         def show(text: str) -> None:
             written.append(text)
@@ -166,14 +164,19 @@ class Chat:
 
         with interrupt_only_noted() as interrupt:
             for token in tokens:
-                if token == self.dialogue.end:
-                    how = ""
-                    break
                 if interrupt.pressed:
                     how = "stopped"
                     break
+                if token == self.dialogue.end:
+                    show(stream.end())
+                    break
+                n += 1
                 show(stream.feed(token))
-            show(stream.end())
+            else:
+                full = (
+                    f"the context of {limit} is full" if n < n_tokens else "--max-new-tokens allows no more"
+                )
+                how = f"the answer is cut after {n} tokens: {full}"
             print(flush=True)
         return "".join(written), how
 
