@@ -16,7 +16,6 @@ from torch_impl.loss import cross_entropy
 from torch_impl.rng import uniform
 from torch_impl.transformer import Transformer
 
-
 _LOGITS_AT_ONCE = 1 << 26  # 256 MiB of them
 
 
