@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ref_numpy.config import SamplingConfig
+from ref_numpy.conversation import END_OF_TURN
 from torch_impl.training.terminal import visible
 from torch_impl.training.tokenizer import Tokenizer
 
-_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>")
+_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", END_OF_TURN)
 
 
 @dataclass(frozen=True)
