@@ -70,6 +70,7 @@ def test_batches_are_equal(config, seed, step, micro_batches):
             assert a.tolist() == b.tolist()
 
 
+@settings(max_examples=15)
 @given(config=DECODERS, seed=seeds)
 def test_a_packed_conversation_is_what_it_is_alone(config, seed):
     """Its logits, and so its loss, whatever stands beside it; and every counted token is there once."""
@@ -152,6 +153,7 @@ def test_fifteen_steps_agree():
     )
 
 
+@settings(max_examples=15)
 @given(config=DECODERS, seed=seeds, batch_size=st.sampled_from([1, 2, None]))
 def test_evaluation_is_the_mean_over_the_tokens_that_count(config, seed, batch_size):
     params = model_params(config, seed)
