@@ -119,6 +119,14 @@ def test_an_input_follows_its_instruction_on_a_line_of_its_own():
     assert user.content == "Add these.\n2 and 3"
 
 
+def test_half_an_emoji_in_a_file_is_replaced_in_both_kinds_of_records():
+    turns = r'{"role": "user", "content": "\ud83d"}, {"role": "assistant", "content": "\ud83d\ude00"}'
+    line = f'{{"messages": [{turns}]}}'
+    assert from_record(json.loads(line)) == [("user", "\ufffd"), ("assistant", "😀")]
+    line = r'{"instruction": "\ud83d", "input": "\ude00", "output": "\ud83d\ude00"}'
+    assert from_record(json.loads(line)) == [("user", "\ufffd\n\ufffd"), ("assistant", "😀")]
+
+
 def messages(*turns: tuple) -> dict:
     return {"messages": [dict(zip(("role", "content"), turn, strict=False)) for turn in turns]}
 

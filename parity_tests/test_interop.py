@@ -20,6 +20,7 @@ from transformers.models.llama import modeling_llama as llama
 
 from parity_tests import tolerances
 from ref_numpy.config import ModelConfig, TrainConfig
+from ref_numpy.conversation import Message, to_record
 from ref_numpy.loss import IGNORE
 from ref_numpy.optim import zero_moments
 from ref_numpy.train import loss_and_gradients
@@ -29,6 +30,8 @@ from torch_impl.bpe import BPETokenizer, train
 from torch_impl.interop import from_hf, to_hf
 from torch_impl.loss import cross_entropy
 from torch_impl.train import start, train_step
+from torch_impl.training.dialogue import Dialogue
+from torch_impl.training.growth import with_chat_tokens
 from torch_impl.training.hf_tensors import from_hf_tensors
 from torch_impl.training.tokenizer import (
     ByteTokenizer,
@@ -339,3 +342,24 @@ def test_the_tokenizer_goes_along(tokenizer, tmp_path):
     there.save_pretrained(tmp_path / "saved")
     again = load_tokenizer(tmp_path / "saved/tokenizer.json")
     assert again.encode(TEXT).tolist() == tokenizer.encode(TEXT).tolist()
+
+
+def test_a_chat_model_goes_along_with_its_turns(tmp_path):
+    """Its template makes the prompt that torch_impl.chat does, and the end of a turn ends what it writes."""
+    tokenizer = with_chat_tokens(BPETokenizer(train([TEXT * 3], 280, ["<|endoftext|>"])))
+    model = initialised(ModelConfig(vocab_size=tokenizer.vocab_size, context_length=128, n_layer=1), 0)
+    to_hf(model, tmp_path / "hf", tokenizer)
+    there = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    turns = [
+        Message("system", "Be kind."),
+        Message("user", TEXT),
+        Message("assistant", " A\n"),
+        Message("user", "?"),
+    ]
+    messages = to_record(turns)["messages"]
+    prompt = there.apply_chat_template(messages, add_generation_prompt=True)
+    ids = prompt if isinstance(prompt, list) else prompt["input_ids"]
+    assert ids == Dialogue(model, tokenizer).prompt(turns, 1)[0]
+    end = tokenizer.special_tokens["<end_of_turn>"]
+    assert there.eos_token_id == end
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").config.eos_token_id == end

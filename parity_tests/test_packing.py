@@ -25,7 +25,7 @@ from torch_impl import train as fast_train
 DECODERS = model_configs(architectures=("decoder",))
 
 
-def some_conversations(config: ModelConfig, seed: int, count: int = 9) -> list[Tokens]:
+def some_conversations(config: ModelConfig, seed: int, count: int = 6) -> list[Tokens]:
     """Of all lengths, the shortest and the longest among them; some targets count, and one at least."""
     random = np.random.default_rng(seed)
     lengths = random.integers(2, config.context_length + 2, size=count)
@@ -70,6 +70,7 @@ def test_batches_are_equal(config, seed, step, micro_batches):
             assert a.tolist() == b.tolist()
 
 
+@settings(max_examples=15)
 @given(config=DECODERS, seed=seeds)
 def test_a_packed_conversation_is_what_it_is_alone(config, seed):
     """Its logits, and so its loss, whatever stands beside it; and every counted token is there once."""
@@ -136,7 +137,7 @@ def test_gradients_of_packed_conversations_are_those_of_each_alone(config, seed)
         np.testing.assert_allclose(gradient, sums[name], rtol=1e-8, atol=1e-9)
 
 
-def test_thirty_steps_agree():
+def test_fifteen_steps_agree():
     """A token is followed by itself: something to learn, of which each third counts another share."""
     random = np.random.default_rng(5)
     conversations = [
@@ -146,13 +147,14 @@ def test_thirty_steps_agree():
         for n in range(40)
     ]
     packed, fast_packed = on_both_sides(conversations, MODEL.context_length)
-    config = replace(TRAINING, steps=30, label_smoothing=0.05)
+    config = replace(TRAINING, steps=15, label_smoothing=0.05)
     require_one_trajectory(
         MODEL, config, partial(sample_packed, packed), partial(fast.sample_packed, fast_packed)
     )
 
 
-@given(config=DECODERS, seed=seeds, batch_size=st.sampled_from([1, 2, 16]))
+@settings(max_examples=15)
+@given(config=DECODERS, seed=seeds, batch_size=st.sampled_from([1, 2, None]))
 def test_evaluation_is_the_mean_over_the_tokens_that_count(config, seed, batch_size):
     params = model_params(config, seed)
     packed, fast_packed = on_both_sides(some_conversations(config, seed), config.context_length)

@@ -8,19 +8,21 @@ import subprocess
 import sys
 from itertools import chain, pairwise
 from pathlib import Path
+from threading import Timer
 
 import pytest
 import torch
 
 import train_gpu
 from ref_numpy.config import ModelConfig, SamplingConfig
-from ref_numpy.conversation import END_OF_TURN, SPECIAL_TOKENS, Message, turn_tokens
+from ref_numpy.conversation import END_OF_TURN, SPECIAL_TOKENS, Message, to_record, turn_tokens
 from torch_impl import chat as chat_module
 from torch_impl.generate import generate_batch
 from torch_impl.training.checkpoint import load_model
-from torch_impl.training.conversation_file import read_conversations, with_chat_tokens
+from torch_impl.training.conversation_file import read_conversations
 from torch_impl.training.dialogue import Dialogue
 from torch_impl.training.files import InputError
+from torch_impl.training.growth import with_chat_tokens
 from torch_impl.training.terminal import visible
 from torch_impl.training.tokenizer import ByteTokenizer, CharacterTokenizer
 from torch_impl.transformer import initialised
@@ -35,10 +37,12 @@ NUMBERS = ("one", "two", "three", "four")
 def tuned(tmp_path_factory) -> str:
     """A run that has learned to say which number follows, in a few seconds; and what is no answer."""
     folder = tmp_path_factory.mktemp("tuned")
-    records = [{"instruction": f"after {a}?", "output": b} for a, b in pairwise(NUMBERS)]
+    turns = [(f"after {a}?", b) for a, b in pairwise(NUMBERS)]
+    records = [to_record([Message("user", a), Message("assistant", b)]) for a, b in turns]
+    records.append({"messages": [turn for record in records for turn in record["messages"]]})
     file = folder / "numbers.jsonl"
     file.write_text("".join(json.dumps(one) + "\n" for one in records), encoding="utf-8")
-    flags = f"""chat --device cpu --tokenizer bytes --context-length 96 --n-layer 1 --n-head 2 --d-model 32
+    flags = f"""chat --device cpu --tokenizer bytes --context-length 128 --n-layer 1 --n-head 2 --d-model 32
         --steps 80 --batch-size 1 --learning-rate 1e-2 --warmup-steps 10 --dropout 0 --eval-every 80
         --checkpoint-every 80 --sample-tokens 0 --train-file {file} --valid-file {file}
         --out {folder / "run"}"""
@@ -72,13 +76,16 @@ def talk(monkeypatch, capsys):
 def scripted(monkeypatch, talk):
     """The program, with a model that gives these answers in turn; and the prompts that it was given."""
 
-    def call(lines: str | bytes, answers: list[bytes | list[int]], *flags: object, context_length: int = 256):
+    def call(
+        lines: str | bytes, answers: list, *flags: object, context_length: int = 256, ended: bool = True
+    ):
         dialogue, prompts, left = dialogue_of(context_length), [], iter(answers)
 
         def answer(prompt: list[int], *_: object):
             prompts.append(prompt)
             yield from next(left)
-            yield END
+            if ended:
+                yield END
 
         monkeypatch.setattr(dialogue, "answer", answer)
         monkeypatch.setattr(chat_module, "open_dialogue", lambda _: dialogue)
@@ -95,7 +102,8 @@ def prompt_of(*turns: tuple[str, str]) -> list[int]:
 
 def test_a_tuned_model_answers_what_it_has_learned(tuned, talk):
     lines = "".join(f"after {number}?\n" for number in NUMBERS[:3])
-    assert talk(lines, "--model", tuned, "--temperature", 0) == (0, "two\nthree\nfour\n", "")
+    flags = ("--model", tuned, "--temperature", 0, "--max-new-tokens", 8)
+    assert talk(lines, *flags) == (0, "two\nthree\nfour\n", "")
 
 
 def test_the_seed_decides_and_a_retry_draws_anew(tuned, talk):
@@ -216,13 +224,15 @@ def test_a_command_that_cannot_be_carried_out_says_why_and_changes_nothing(scrip
 
 
 def test_nothing_can_be_saved_where_nothing_can_be_written(scripted):
-    err = scripted("hello\n/save nowhere/talk.jsonl\n/save .\n/save a\0b\n/save ~nobody/x\n", [b"hi"])[2]
+    err = scripted("hello\n/save nowhere/talk.jsonl\n/save .\n/save a\0b\n/save ~no-such-user/x\n", [b"hi"])[
+        2
+    ]
     told = err.splitlines()
     assert told[:2] == [
         "(nowhere/talk.jsonl: No such file or directory)",
         "(. is a folder; name a file in it)",
     ]
-    assert told[2].startswith("(a\\x00b is no path: ") and told[3].startswith("(~nobody/x is no path: ")
+    assert told[2].startswith("(a\\x00b is no path: ") and told[3].startswith("(~no-such-user/x is no path: ")
     assert list(Path().iterdir()) == []
 
 
@@ -253,6 +263,8 @@ def test_a_message_that_is_too_long_is_refused_with_its_length(scripted):
         == "(the message has 37 tokens, and the context of 40 holds 36 at most; shorten it)"
     )
     assert "holds 30 at most beside the system message of 6; shorten it" in err
+    err = scripted("hello\n", [], "--system", "x" * 40, context_length=40)[2]
+    assert err == "(the system message of 42 tokens leaves no room in the context of 40; shorten it)\n"
 
 
 def test_an_interrupted_answer_ends_and_the_conversation_goes_on(scripted):
@@ -306,6 +318,15 @@ def test_what_was_read_is_not_read_again(monkeypatch):
     again = next(dialogue.answer(longer, 6, greedy, seed=0))
     assert read == [len(longer) - len(first) - 5]  # the last token that was written had not been read
     assert next(dialogue_of(64).answer(longer, 6, greedy, seed=0)) == again
+
+
+def test_why_an_answer_is_cut_is_told_and_half_a_character_at_its_end_is_dropped(scripted):
+    for flags, why in (
+        (("--max-new-tokens", 3), "--max-new-tokens allows no more"),
+        ((), "the context of 256 is full"),
+    ):
+        _, out, err, _ = scripted("x\n", [b"ab\xe2"], *flags, ended=False)
+        assert (out, err) == ("ab\n", f"(the answer is cut after 3 tokens: {why})\n")
 
 
 def test_an_answer_ends_where_the_context_does():
@@ -375,3 +396,40 @@ def test_a_reader_that_goes_away_ends_it_quietly(tuned):
     assert process.stderr.read() == b""
     process.stderr.close()
     assert process.wait() == 0
+
+
+IN_A_TERMINAL = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
+
+
+def test_in_a_terminal_it_prompts_and_ctrl_c_keeps_it_and_ctrl_d_leaves(tuned):
+    """The answer has no end, and so is cut after 9 tokens."""
+    pytest.importorskip("pty")  # Windows has none
+    flags = ["--model", tuned, "--forbidden", str(END), "--max-new-tokens", "9", "--temperature", "0"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", IN_A_TERMINAL, sys.executable, "-m", "torch_impl.chat", *flags],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TERM": "dumb"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=0,
+    )
+    stuck = Timer(60, process.kill)
+    stuck.start()
+    shown = b""
+
+    def type_after(awaited: bytes, keys: bytes) -> None:
+        nonlocal shown
+        while awaited not in shown:
+            part = process.stdout.read(1)
+            assert part, shown
+            shown += part
+        shown = b""
+        process.stdin.write(keys)
+
+    type_after(b"/help names the commands)\r\n> ", b"\x03")
+    type_after(b"(Ctrl-D or /quit leaves)\r\n> ", b"after one?\r")
+    type_after(b"two", b"")
+    type_after(b"(the answer is cut after 9 tokens: --max-new-tokens allows no more)\r\n> ", b"\x04")
+    assert process.wait() == 0
+    stuck.cancel()
+    process.stdin.close()
+    process.stdout.close()

@@ -20,7 +20,7 @@ from ref_numpy.conversation import Conversation, Message, to_record, well_formed
 from torch_impl.training.files import InputError, find_checkpoint, write_new_file
 from torch_impl.training.flags import parse_flags
 from torch_impl.training.terminal import Lines, interrupt_only_noted, visible
-from torch_impl.training.writing import SamplingFlags, TextStream
+from torch_impl.training.writing import ANSWERING, SamplingFlags, TextStream
 
 if TYPE_CHECKING:  # imports torch, which --help can do without
     from torch_impl.training.dialogue import Dialogue
@@ -40,7 +40,7 @@ class ChatFlags:
     """Decides the draws; the same seed and messages get the same answers."""
     device: str = "auto"
     """auto (CUDA, else MPS, else the CPU), cpu, cuda, cuda:1, mps."""
-    sampling: SamplingFlags = SamplingFlags(temperature=0.7, top_p=0.95)  # noqa: RUF009 (it is frozen)
+    sampling: SamplingFlags = ANSWERING
 
 
 def parse(arguments: list[str]) -> tuple[ChatFlags, SamplingConfig]:
@@ -83,12 +83,12 @@ def tell(text: str) -> None:
 
 def path_of(file: str) -> Path:
     """Raises InputError for what no path can be."""
+    if "\0" in file:
+        raise InputError(f"{file} is no path: it has a NUL")
     try:
-        path = Path(file).expanduser()
-        path.exists()
-    except (RuntimeError, ValueError) as error:  # no such user's home; a NUL
+        return Path(file).expanduser()
+    except RuntimeError as error:  # there is no such user
         raise InputError(f"{file} is no path: {error}") from None
-    return path
 
 
 class Chat:
@@ -96,7 +96,7 @@ class Chat:
 
     def __init__(self, dialogue: "Dialogue", sampling: SamplingConfig, flags: ChatFlags) -> None:
         self.dialogue, self.sampling, self.flags = dialogue, sampling, flags
-        self.system = well_formed(flags.system)
+        self.system = well_formed(flags.system.strip())
         self.messages: Conversation = []  # user and assistant in turns; the last one is an answer
         self.attempts = 0  # answers so far: each draws from a stream of its own
         self.out_of_sight = 0  # exchanges that do not fit into the context any more
@@ -139,9 +139,8 @@ class Chat:
             tell(str(error))
             return False
         if hidden > self.out_of_sight:
-            tell(
-                f"the oldest {hidden} of {len(self.messages) // 2} exchanges no longer fit, and are not seen"
-            )
+            count = len(self.messages) // 2
+            tell(f"the oldest {hidden} of {count} exchanges no longer fit, and are not seen")
         self.out_of_sight = hidden
         answer, how = self.answer(prompt)
         if not answer.strip():
@@ -154,15 +153,10 @@ class Chat:
 
     def answer(self, prompt: list[int]) -> tuple[str, str]:
         """Write the answer as it comes; all of it, and why it ended other than by itself."""
-        written, stream, how = (
-            [],
-            TextStream(self.dialogue.tokenizer),
-            "the answer is cut: it became too long",
-        )
-        tokens = self.dialogue.answer(
-            prompt, self.flags.max_new_tokens, self.sampling, self.flags.seed, self.attempts
-        )
+        n_tokens, limit = self.flags.max_new_tokens, self.dialogue.model.config.context_length
+        tokens = self.dialogue.answer(prompt, n_tokens, self.sampling, self.flags.seed, self.attempts)
         self.attempts += 1
+        written, stream, n, how = [], TextStream(self.dialogue.tokenizer), 0, ""
 
         def show(text: str) -> None:
             written.append(text)
@@ -170,14 +164,19 @@ class Chat:
 
         with interrupt_only_noted() as interrupt:
             for token in tokens:
-                if token == self.dialogue.end:
-                    how = ""
-                    break
                 if interrupt.pressed:
                     how = "stopped"
                     break
+                if token == self.dialogue.end:
+                    show(stream.end())
+                    break
+                n += 1
                 show(stream.feed(token))
-            show(stream.end())
+            else:
+                full = (
+                    f"the context of {limit} is full" if n < n_tokens else "--max-new-tokens allows no more"
+                )
+                how = f"the answer is cut after {n} tokens: {full}"
             print(flush=True)
         return "".join(written), how
 

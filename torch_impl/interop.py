@@ -10,11 +10,13 @@ Not here: the computation (transformers is not imported), pickled weights, quant
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from ref_numpy.conversation import END_OF_TURN, ROLE_TOKENS
 from torch_impl.training.checkpoint import load_model
 from torch_impl.training.files import InputError, find_checkpoint, new_folder
 from torch_impl.training.flags import parse_flags
@@ -25,6 +27,12 @@ from torch_impl.training.tokenizer import Tokenizer
 from torch_impl.transformer import Transformer
 
 _END_OF_TEXT = "<|endoftext|>"
+# Turns as ref_numpy/conversation.py lays them out. There a template makes text of them first, and so cannot
+# keep what is said from spelling the tokens of roles.
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}"
+    f"{END_OF_TURN}{{% endfor %}}{{% if add_generation_prompt %}}{ROLE_TOKENS['assistant']}{{% endif %}}"
+)
 
 
 def from_hf(folder: Path | str, dtype: torch.dtype = torch.float32) -> Transformer:
@@ -49,7 +57,6 @@ def to_hf(model: Transformer, folder: Path | str, tokenizer: Tokenizer | None = 
     params = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     dtype = str(params["token_embedding.weight"].dtype).removeprefix("torch.")
     special = getattr(tokenizer, "special_tokens", {})
-    end = special.get(_END_OF_TEXT)
     if tokenizer is not None and tokenizer.vocab_size != model.config.vocab_size:
         raise InputError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, but the model {model.config.vocab_size}: "
@@ -57,19 +64,21 @@ def to_hf(model: Transformer, folder: Path | str, tokenizer: Tokenizer | None = 
         )
     described = hf_config(model.config) | {
         "torch_dtype": dtype,
-        "bos_token_id": end,
-        "eos_token_id": end,
+        "bos_token_id": special.get(_END_OF_TEXT),
+        "eos_token_id": special.get(END_OF_TURN, special.get(_END_OF_TEXT)),
     }
     with new_folder(Path(folder)) as new:
         _write_json(new / "config.json", described)
         write_tensors(new / "model.safetensors", to_hf_tensors(params, model.config))
         if tokenizer is not None:
             tokenizer.save(new / "tokenizer.json")
-            _write_json(new / "tokenizer_config.json", _tokenizer_config(model, end))
+            _write_json(new / "tokenizer_config.json", _tokenizer_config(model, special))
 
 
-def _tokenizer_config(model: Transformer, end: int | None) -> dict[str, object]:
-    ends = {} if end is None else {"bos_token": _END_OF_TEXT, "eos_token": _END_OF_TEXT}
+def _tokenizer_config(model: Transformer, special: Mapping[str, int]) -> dict[str, object]:
+    ends = {"bos_token": _END_OF_TEXT, "eos_token": _END_OF_TEXT} if _END_OF_TEXT in special else {}
+    if END_OF_TURN in special:
+        ends = ends | {"eos_token": END_OF_TURN, "chat_template": _CHAT_TEMPLATE}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": model.config.context_length,

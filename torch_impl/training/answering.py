@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ref_numpy.config import ModelConfig, SamplingConfig, TrainConfig
+from ref_numpy.config import ModelConfig, TrainConfig
 from ref_numpy.conversation import Conversation
 from ref_numpy.loss import IGNORE
 from torch_impl.bpe import BPETokenizer
@@ -17,6 +17,7 @@ from torch_impl.training.dialogue import Dialogue
 from torch_impl.training.files import InputError
 from torch_impl.training.telemetry import Row, faces_of_loss
 from torch_impl.training.terminal import visible
+from torch_impl.training.writing import ANSWERING
 from torch_impl.transformer import Embedded
 
 _SHOWN = 3  # exchanges in sample.txt
@@ -54,14 +55,13 @@ class Answering:
     def example(self, model: Embedded, length: int) -> str:
         """The first held-out questions, what the model answers, and what the file does."""
         dialogue, shown = Dialogue(model, self.tokenizer), []
-        greedy = SamplingConfig(temperature=0.0)
         for conversation in self.held_out:
             last = next(n for n, message in enumerate(conversation) if message.role == "assistant")
             try:
                 prompt, _ = dialogue.prompt(conversation[:last], length)
             except InputError:
                 continue  # too long for the context, and so left out of the evaluation too
-            ids = [id for id in dialogue.answer(prompt, length, greedy, seed=0) if id != dialogue.end]
+            ids = [id for id in dialogue.answer(prompt, length, ANSWERING, seed=0) if id != dialogue.end]
             said = [f"{role}: {content}" for role, content in conversation[:last]]
             answer, wanted = self.tokenizer.decode(ids), conversation[last].content
             shown.append("\n".join([*said, f"assistant: {answer}", f"(in the file: {wanted})"]))

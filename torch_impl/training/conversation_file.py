@@ -14,9 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ref_numpy.bpe_format import TokenizerError, vocabulary_of
 from ref_numpy.conversation import (
-    SPECIAL_TOKENS,
     Conversation,
     ConversationError,
     Tokens,
@@ -28,7 +26,6 @@ from torch_impl.bpe import BPETokenizer
 from torch_impl.training.corpus import Corpus, readable
 from torch_impl.training.files import InputError
 from torch_impl.training.text import Text
-from torch_impl.training.tokenizer import BYTES, ByteTokenizer, Tokenizer
 
 _SPACE = re.compile(r"[ \t\r\n]*")  # what JSON allows between values
 _DECODER = json.JSONDecoder()
@@ -162,22 +159,3 @@ def encode_conversations(
             found += some
             left_out += too_long
     return found, left_out
-
-
-def with_chat_tokens(tokenizer: Tokenizer) -> BPETokenizer:
-    """The tokenizer with the special tokens of conversations, which come last where they are new.
-
-    Raises InputError for one that cannot write every text, or has such a token as an ordinary one.
-    """
-    vocabulary = BYTES if isinstance(tokenizer, ByteTokenizer) else getattr(tokenizer, "vocabulary", None)
-    if vocabulary is None:
-        raise InputError(
-            "conversations need a tokenizer that can write any text, of bytes or byte pairs; this one has "
-            "characters or words: use --tokenizer bpe, or another --init-from"
-        )
-    special = [*vocabulary.special_tokens, *SPECIAL_TOKENS]
-    tokens = dict(enumerate(vocabulary.tokens))
-    try:
-        return BPETokenizer(vocabulary_of(tokens, vocabulary.merges, special, vocabulary.split))
-    except TokenizerError as error:
-        raise InputError(f"the tokenizer cannot have the tokens of conversations: {error}") from None

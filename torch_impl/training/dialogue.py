@@ -18,6 +18,17 @@ from torch_impl.training.tokenizer import Tokenizer
 from torch_impl.transformer import Embedded, Transformer
 
 
+def _too_long(size: int, opening: int, limit: int) -> str:
+    """What is wrong with a message of so many tokens, behind a system message of so many."""
+    room = limit - opening - 4  # for the message: its role and end, the answer's role and a token of it
+    if room < 1:
+        return f"the system message of {opening} tokens leaves no room in the context of {limit}; shorten it"
+    beside = f" beside the system message of {opening}" if opening else ""
+    return (
+        f"the message has {size} tokens, and the context of {limit} holds {room} at most{beside}; shorten it"
+    )
+
+
 class Dialogue:
     """A model, its tokenizer, and the keys and values of what it has read last.
 
@@ -59,12 +70,7 @@ class Dialogue:
             left_out += 1
         ids = [*chain(*opening, *rest), self.tokenizer.special_tokens[ROLE_TOKENS["assistant"]]]
         if len(ids) >= limit:
-            size, other = len(rest[-1]) - 2, sum(map(len, opening))
-            raise InputError(
-                f"the message has {size} tokens, and the context of {limit} holds {limit - other - 4} at most"
-                + f" beside the system message of {other}" * (other > 0)
-                + "; shorten it"
-            )
+            raise InputError(_too_long(len(rest[-1]) - 2, sum(map(len, opening)), limit))
         return ids, left_out
 
     def answer(

@@ -21,10 +21,10 @@ from torch_impl.pairs import Pairs, evaluate_pairs, make_pairs, sample_pairs
 from torch_impl.train import Sample, evaluate
 from torch_impl.training.answering import make_answering
 from torch_impl.training.config import RunConfig
-from torch_impl.training.conversation_file import Conversations
-from torch_impl.training.corpus import Corpus, encode_corpus
+from torch_impl.training.conversation_file import Conversations, load_conversations
+from torch_impl.training.corpus import Corpus, encode_corpus, load_corpus
 from torch_impl.training.device import tokens_on
-from torch_impl.training.pair_file import encode_pairs
+from torch_impl.training.pair_file import encode_pairs, load_pairs
 from torch_impl.training.telemetry import Row, faces_of_loss
 from torch_impl.training.tokenizer import Tokenizer, WordLevel, WordTokenizer
 from torch_impl.transformer import Embedded
@@ -52,6 +52,14 @@ class Objective(Protocol):
     def example(self, model: Embedded, length: int) -> str:
         """What the model makes of something that it was not trained on."""
         ...
+
+
+def load_for(config: RunConfig) -> Corpus:
+    """What the run's files hold. Raises InputError where they cannot be used."""
+    files = config.run.train_file, config.run.valid_file
+    if config.model.architecture == "encoder-decoder":
+        return load_pairs(*files)
+    return load_conversations(*files) if config.run.content == "conversations" else load_corpus(*files)
 
 
 def make_objective(

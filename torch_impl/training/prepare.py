@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Integer
 from torch import Tensor
 
 from torch_impl.flash_attention import choose_path
@@ -22,13 +22,12 @@ from torch_impl.training.checkpoint import (
 )
 from torch_impl.training.command_line import Request
 from torch_impl.training.config import RunConfig, read_config
-from torch_impl.training.conversation_file import load_conversations, with_chat_tokens
-from torch_impl.training.corpus import Corpus, load_corpus, make_tokenizer
+from torch_impl.training.corpus import Corpus, make_tokenizer
 from torch_impl.training.device import Place, choose_place
 from torch_impl.training.files import InputError, settle_folder
+from torch_impl.training.growth import with_chat_tokens, with_new_rows
 from torch_impl.training.memory import refuse_what_cannot_fit
-from torch_impl.training.objectives import Objective, make_objective
-from torch_impl.training.pair_file import load_pairs
+from torch_impl.training.objectives import Objective, load_for, make_objective
 from torch_impl.training.telemetry import MetricsLog, TensorBoardEvents
 from torch_impl.training.tokenizer import Tokenizer, WordTokenizer
 from torch_impl.training.word_vectors import coverage, place_word_vectors, read_word_vectors
@@ -73,7 +72,7 @@ def prepare(request: Request) -> Run:
     """
     config, place = request.config, choose_place(request.config.run)
     saved = _load(request.resume, place) if request.resume else None
-    corpus = _load_corpus(config)
+    corpus = load_for(config)
     if saved is None:
         tokenizer = make_tokenizer(config.tokenizer, corpus, request.cache)
         if request.init_from and tokenizer.vocab_size != config.model.text_tokens:
@@ -123,13 +122,6 @@ def prepare(request: Request) -> Run:
     return run
 
 
-def _load_corpus(config: RunConfig) -> Corpus:
-    files = config.run.train_file, config.run.valid_file
-    if config.model.architecture == "encoder-decoder":
-        return load_pairs(*files)
-    return load_conversations(*files) if config.run.content == "conversations" else load_corpus(*files)
-
-
 def _first_model(init_from: Path | None, config: RunConfig, place: Place) -> Embedded:
     """The model before its first step: with the weights of its seed, or of another folder."""
     model = make_model(config.model, place.dtype)
@@ -140,20 +132,8 @@ def _first_model(init_from: Path | None, config: RunConfig, place: Place) -> Emb
     if config.model.positions == "learned":  # a shorter context needs only the first of them
         name = "position_embedding.weight"
         params[name] = params[name][: config.model.context_length]
-    for name in {"token_embedding.weight", "head.weight"} & params.keys():
-        params[name] = with_new_rows(params[name], config.model.vocab_size)
-    model.load_state_dict(params)
+    model.load_state_dict(with_new_rows(params, config.model.vocab_size))
     return model.to(place.device)
-
-
-def with_new_rows(table: Float[Tensor, "V C"], rows: int) -> Float[Tensor, "R C"]:
-    """A table of token vectors with so many rows; a new one is the mean of the old ones.
-
-    At the output a mean is about as likely as tokens are on the whole, so what the model has learned of the
-    others stays; random rows can be far likelier than all of them (Hewitt 2021, "Initializing New Word
-    Embeddings for Pretrained Language Models").
-    """
-    return torch.cat([table, table.mean(dim=0, keepdim=True).expand(rows - len(table), -1)])
 
 
 def _load(folder: Path, place: Place) -> _Saved:

@@ -15,6 +15,7 @@ from torch_impl.quantise import quantise_model
 from torch_impl.train import evaluate
 from torch_impl.training.checkpoint import LoadedModel, load_model, save_model
 from torch_impl.training.config import ConfigError, QuantisationSettings, read_config
+from torch_impl.training.conversation_file import load_conversations
 from torch_impl.training.corpus import encoded, load_corpus
 from torch_impl.training.device import Place, choose_place, tokens_on
 from torch_impl.training.files import InputError, find_checkpoint
@@ -113,14 +114,18 @@ def carry_out(request: Request) -> None:
     print(f"measured on {place}, {held_out.ids.numel():,} tokens of held-out text:")
     _measure("before", original.model, held_out, original, flags.tokens)
     _measure("after", load_model(out, place.dtype, place.device).model, held_out, original, flags.tokens)
-    print(f"write with it: python -m torch_impl.generate --model {flags.out} --prompt TEXT")
+    if config.run.content == "conversations":
+        print(f"talk to it: python -m torch_impl.chat --model {flags.out}")
+    else:
+        print(f"write with it: python -m torch_impl.generate --model {flags.out} --prompt TEXT")
 
 
 def _held_out_text(loaded: LoadedModel, flags: QuantiseFlags, place: Place) -> HeldOut:
     run, tokenizer = loaded.config.run, loaded.tokenizer
     # A file of one's own is all that is read: the text of the training may be gone.
     files = (flags.valid_file, flags.valid_file) if flags.valid_file else (run.train_file, run.valid_file)
-    corpus = load_corpus(*files)
+    # Of conversations, what is said in them, as one text.
+    corpus = (load_conversations if run.content == "conversations" else load_corpus)(*files)
     special_tokens = loaded.config.tokenizer.special_tokens
     ids = encoded(corpus.valid, corpus.valid_sha256, tokenizer, special_tokens, Path(flags.cache))
     if ids.size < 2:

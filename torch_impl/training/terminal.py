@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from torch_impl.training.files import InputError
+
 # Controls, which move the cursor, colour, or send keys, and those that turn the direction of text around; not
 # line ends and tabs.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
@@ -20,6 +22,9 @@ class Lines:
     """What is typed, or comes through a pipe, message by message."""
 
     def __init__(self) -> None:
+        """Raises InputError where there is nothing to read from."""
+        if sys.stdin is None:
+            raise InputError("there is no standard input to read messages from")
         sys.stdin.reconfigure(errors="replace", newline="\n")  # a lone carriage return ends no line
         self.typed = sys.stdin.isatty() and sys.stdout.isatty()
         if self.typed:

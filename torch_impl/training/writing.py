@@ -8,15 +8,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ref_numpy.config import SamplingConfig
+from ref_numpy.conversation import END_OF_TURN
 from torch_impl.training.terminal import visible
 from torch_impl.training.tokenizer import Tokenizer
 
-_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>")
+_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", END_OF_TURN)
 
 
 @dataclass(frozen=True)
 class SamplingFlags(SamplingConfig):
     def __post_init__(self) -> None: ...  # checked when all flags are known
+
+
+# How answers are drawn where nothing else is said: closer to the likeliest than what is written freely.
+ANSWERING = SamplingFlags(temperature=0.7, top_p=0.95)
 
 
 class TextStream:
