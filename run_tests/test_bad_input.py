@@ -23,6 +23,7 @@ from torch_impl.training.memory import needed_bytes
 from torch_impl.training.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
@@ -250,7 +251,7 @@ def test_the_memory_of_a_run_counts_every_parameter():
     config = PRESETS["nanogpt-cpu"]
     assert parameter_count(config.model) == sum(map(prod, parameter_shapes(config.model).values()))
     more = replace(config, training=replace(config.training, micro_batches=12))
-    assert 16 * parameter_count(config.model) < needed_bytes(more) < needed_bytes(config)
+    assert 16 * parameter_count(config.model) < needed_bytes(more, CPU) < needed_bytes(config, CPU)
 
 
 def test_a_compiler_that_is_missing(text):

@@ -16,7 +16,7 @@ from ref_numpy.dropout import DropoutKey
 from ref_numpy.loss import IGNORE
 from torch_impl.loss import cross_entropy
 from torch_impl.optim import clip_by_global_norm, learning_rates, make_optimizer, set_learning_rate
-from torch_impl.training.ranks import Engine, Ranks, make_engine
+from torch_impl.training.ranks import ALONE, Engine, Ranks, make_engine
 from torch_impl.transformer import Embedded, Transformer
 
 Batch = tuple[Tensor, ...]  # (M, B, ...) each: what the model reads, and last the targets
@@ -40,7 +40,7 @@ class TrainState:
     scaler: torch.amp.GradScaler  # acts for float16 only, whose small gradients would vanish
     rates: Float[Tensor, "steps"]
     engine: Engine  # model_loss, perhaps compiled, perhaps on several processes
-    ranks: Ranks = Ranks()
+    ranks: Ranks = ALONE
     step: int = 0  # finished steps
 
 
@@ -48,11 +48,11 @@ def start(
     model: Embedded,
     config: TrainConfig,
     compiled: bool = False,
-    ranks: Ranks = Ranks(),
+    ranks: Ranks = ALONE,
     sharded_on: torch.device | None = None,
 ) -> TrainState:
-    """The state before the first step. Several processes divide each micro-batch among them, and with a device
-    to be sharded on, the parameters too (see ranks.make_engine)."""
+    """The state before the first step. Several processes divide each micro-batch among them, and with a
+    device to be sharded on, the parameters too (see ranks.make_engine)."""
     model.token_embedding.weight.requires_grad_(not config.freeze_embeddings)
     engine = make_engine(model, model_loss, compiled, ranks, sharded_on)
     device = model.token_embedding.weight.device

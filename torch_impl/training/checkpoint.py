@@ -31,6 +31,7 @@ from torch_impl.training.config import FORMAT_VERSION, RunConfig, parse_json, re
 from torch_impl.training.files import InputError, replaced_folder, whole_folder
 from torch_impl.training.hf_config import is_hf
 from torch_impl.training.hf_tensors import read_hf_tensors
+from torch_impl.training.ranks import part_of, whole
 from torch_impl.training.tensor_files import opened_tensors, write_tensors
 from torch_impl.training.tokenizer import Tokenizer, load_tokenizer
 from torch_impl.transformer import Embedded
@@ -62,29 +63,43 @@ class LoadedModel(NamedTuple):
 def save_checkpoint(
     folder: Path, config: RunConfig, tokenizer: Tokenizer, state: TrainState, progress: Progress
 ) -> None:
-    """Write a checkpoint in one piece. Raises OSError where it cannot; the one before is then still there."""
+    """Write a checkpoint in one piece. Raises OSError where it cannot; the one before is then still there.
+
+    Of several processes the first one writes, and the others help it to put parameters together: the files do
+    not tell how many there were.
+    """
     moments = {
         f"{name}.{moment}": state.optimizer.state[parameter][moment]
         for name, parameter in state.model.named_parameters()
         if parameter in state.optimizer.state
         for moment in _MOMENTS
     }
+    first = state.ranks.first
+    weights, moments = (_gathered(part, first) for part in (state.model.state_dict(), moments))
+    if not first:
+        return
     training = {"format_version": FORMAT_VERSION, **asdict(progress)}
     with replaced_folder(folder) as new:
-        _write_model(new, config, tokenizer, state.model)
+        _write_model(new, config, tokenizer, weights)
         write_tensors(new / "optimizer.safetensors", moments)
         (new / "training.json").write_bytes(json.dumps(training, indent=2).encode("utf-8"))
+
+
+def _gathered(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """The tensors in the machine's memory, one after the other, or nothing where they are not to be kept."""
+    gathered = ((name, whole(tensor)) for name, tensor in tensors.items())
+    return {name: tensor.cpu() for name, tensor in gathered if keep}
 
 
 def save_model(folder: Path, config: RunConfig, tokenizer: Tokenizer, model: Embedded) -> None:
     """Write a model that is not trained any more, in one piece. Raises OSError where it cannot."""
     with replaced_folder(folder) as new:
-        _write_model(new, config, tokenizer, model)
+        _write_model(new, config, tokenizer, model.state_dict())
 
 
-def _write_model(folder: Path, config: RunConfig, tokenizer: Tokenizer, model: Embedded) -> None:
+def _write_model(folder: Path, config: RunConfig, tokenizer: Tokenizer, weights: dict[str, Tensor]) -> None:
     (folder / "config.json").write_bytes(config.to_json())
-    write_tensors(folder / "model.safetensors", model.state_dict())
+    write_tensors(folder / "model.safetensors", weights)
     tokenizer.save(folder / "tokenizer.json")
 
 
@@ -162,10 +177,15 @@ def load_moments(folder: Path, state: TrainState) -> None:
     names = {parameter: name for name, parameter in state.model.named_parameters()}
     ordered = [names[parameter] for group in state.optimizer.param_groups for parameter in group["params"]]
     tensors = _read_tensors(path, state.model.config, partial(_moments, ordered), may_be_empty=True)
+    parameters = dict(state.model.named_parameters())
     state.optimizer.load_state_dict(
         {
             "state": {
-                i: {moment: tensors[f"{name}.{moment}"] for moment in _MOMENTS}
+                i: {
+                    moment: tensor if moment == "step" else part_of(tensor, parameters[name])
+                    for moment in _MOMENTS
+                    for tensor in [tensors[f"{name}.{moment}"]]
+                }
                 for i, name in enumerate(ordered if tensors else [])
             },
             "param_groups": state.optimizer.state_dict()["param_groups"],

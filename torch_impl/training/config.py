@@ -32,6 +32,9 @@ class RunSettings:
     lacks it, else float32. float16 scales the loss."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the model with torch.compile; auto: on CUDA, where there is Triton."""
+    shard: bool = False
+    """Under torchrun, each process holds a part of the weights, gradients and moments (FSDP2), for a model
+    that does not fit; else each holds all of them (DDP)."""
     eval_every: int = 100
     """Steps between two evaluations on the held-out text."""
     eval_tokens: int = 0

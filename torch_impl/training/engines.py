@@ -20,7 +20,6 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from torch_impl.block import Block
@@ -64,7 +63,7 @@ def _summed(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
 def _sharded(
     model: nn.Module, loss_function: Loss, ranks: Ranks, device: torch.device, compiled: bool
 ) -> Engine:
-    """FSDP2, block by block. Blocks travel in the precision of the computation, gradients in the parameters'."""
+    """FSDP2, block by block. Weights travel in the precision of the computation, gradients in their own."""
     mesh = init_device_mesh(device.type, (ranks.size,))
     precise = model.token_embedding.weight.dtype
     policy = MixedPrecisionPolicy(model.compute_dtype, precise, cast_forward_inputs=False)
@@ -87,10 +86,3 @@ def _sharded(
         yield
 
     return Engine(partial(loss_function, model), joining)
-
-
-def part_of(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """The part of a whole tensor that this process holds of a parameter. All processes have to ask."""
-    if not isinstance(parameter, DTensor):
-        return tensor
-    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)

@@ -29,6 +29,7 @@ from torch_impl.training.files import InputError, settle_folder
 from torch_impl.training.memory import refuse_what_cannot_fit
 from torch_impl.training.objectives import Objective, make_objective
 from torch_impl.training.pair_file import load_pairs
+from torch_impl.training.ranks import Ranks, refuse_uneven
 from torch_impl.training.telemetry import MetricsLog, TensorBoardEvents
 from torch_impl.training.tokenizer import Tokenizer, WordTokenizer
 from torch_impl.training.word_vectors import coverage, place_word_vectors, read_word_vectors
@@ -49,7 +50,7 @@ class Run:
     objective: Objective
     before: float  # seconds spent in the sessions before this one
     metrics: MetricsLog
-    events: TensorBoardEvents
+    events: TensorBoardEvents | None  # of the first process alone
     pending: list[StepMetrics] = field(default_factory=list)  # steps whose metrics are not read yet
     started: float = field(default_factory=time.perf_counter)  # this session
 
@@ -66,16 +67,23 @@ class _Saved(NamedTuple):
     progress: Progress
 
 
-def prepare(request: Request) -> Run:
+def prepare(request: Request, ranks: Ranks) -> Run:
     """The run that the request describes. Raises InputError or ConfigError where it cannot be.
 
-    A new run's folder is made when nothing can be wrong with the request any more.
+    A new run's folder is made when nothing can be wrong with the request any more. Of several processes the
+    first one writes, before the others read.
     """
-    config, place = request.config, choose_place(request.config.run)
-    saved = _load(request.resume, place) if request.resume else None
+    config, place = request.config, choose_place(request.config.run, ranks)
+    refuse_uneven(config.training.batch_size, config.training.micro_batches, ranks.size)
+    sharded_on = place.device if config.run.shard else None
+    home = (
+        place.device if sharded_on is None else torch.device("cpu")
+    )  # where the whole model is put together
+    saved = _load(request.resume, place.dtype, home, ranks) if request.resume else None
     corpus = _load_corpus(config)
     if saved is None:
-        tokenizer = make_tokenizer(config.tokenizer, corpus, request.cache)
+        with ranks.machine_by_machine():
+            tokenizer = make_tokenizer(config.tokenizer, corpus, request.cache)
         if request.init_from and tokenizer.vocab_size != config.model.text_tokens:
             raise InputError(
                 f"{config.tokenizer.tokenizer} has {tokenizer.vocab_size} tokens, but the model in "
@@ -85,26 +93,28 @@ def prepare(request: Request) -> Run:
             tokenizer = with_chat_tokens(tokenizer)
         vocab_size = tokenizer.vocab_size + config.model.added_tokens
         config = replace(config, model=replace(config.model, vocab_size=vocab_size))
-        refuse_what_cannot_fit(config)
+        refuse_what_cannot_fit(config, place.device, ranks)
     else:
         _check_goes_on(request, saved.progress, corpus)
         tokenizer = saved.tokenizer
-    objective = make_objective(corpus, tokenizer, config, request.cache, place.device)
+    with ranks.machine_by_machine():
+        objective = make_objective(corpus, tokenizer, config, request.cache, place.device)
 
     if saved is None:
-        model = _first_model(request.init_from, config, place)
+        model = _first_model(request.init_from, config, place.dtype, home)
         if config.start.word_vectors:
             _begin_with_word_vectors(model, config, tokenizer, objective.train_tokens)
         progress = Progress(corpus.sha256())
-        state = start(model, config.training, place.compile)
-        folder = _create_folder(request.out, config)
+        state = start(model, config.training, place.compile, ranks, sharded_on)
+        folder = ranks.told(_create_folder(request.out, config) if ranks.first else None)
         metrics = MetricsLog(folder / "metrics.jsonl")
     else:
         progress, folder = saved.progress, request.resume
-        state = start(saved.model, config.training, place.compile)
+        state = start(saved.model, config.training, place.compile, ranks, sharded_on)
         _put_back(folder / "last", state, progress)
         metrics = MetricsLog(folder / "metrics.jsonl")
-        metrics.forget_after(-1 if progress.best_val_loss is None else progress.step)
+        if ranks.first:
+            metrics.forget_after(-1 if progress.best_val_loss is None else progress.step)
 
     run = Run(
         folder=folder,
@@ -115,7 +125,7 @@ def prepare(request: Request) -> Run:
         objective=objective,
         before=progress.seconds,
         metrics=metrics,
-        events=TensorBoardEvents(folder / "tensorboard", progress.step),
+        events=TensorBoardEvents(folder / "tensorboard", progress.step) if ranks.first else None,
     )
     if request.init_from:
         print(f"weights from {request.init_from}")
@@ -130,12 +140,14 @@ def _load_corpus(config: RunConfig) -> Corpus:
     return load_conversations(*files) if config.run.content == "conversations" else load_corpus(*files)
 
 
-def _first_model(init_from: Path | None, config: RunConfig, place: Place) -> Embedded:
+def _first_model(
+    init_from: Path | None, config: RunConfig, dtype: torch.dtype, device: torch.device
+) -> Embedded:
     """The model before its first step: with the weights of its seed, or of another folder."""
-    model = make_model(config.model, place.dtype)
+    model = make_model(config.model, dtype)
     if init_from is None:
         model.initialise(config.training.seed)
-        return model.to(place.device)
+        return model.to(device)
     params = load_parameters(init_from, read_config(init_from).model)
     if config.model.positions == "learned":  # a shorter context needs only the first of them
         name = "position_embedding.weight"
@@ -143,7 +155,7 @@ def _first_model(init_from: Path | None, config: RunConfig, place: Place) -> Emb
     for name in {"token_embedding.weight", "head.weight"} & params.keys():
         params[name] = with_new_rows(params[name], config.model.vocab_size)
     model.load_state_dict(params)
-    return model.to(place.device)
+    return model.to(device)
 
 
 def with_new_rows(table: Float[Tensor, "V C"], rows: int) -> Float[Tensor, "R C"]:
@@ -156,10 +168,12 @@ def with_new_rows(table: Float[Tensor, "V C"], rows: int) -> Float[Tensor, "R C"
     return torch.cat([table, table.mean(dim=0, keepdim=True).expand(rows - len(table), -1)])
 
 
-def _load(folder: Path, place: Place) -> _Saved:
-    settle_folder(folder / "last")
-    settle_folder(folder / "best")
-    loaded = load_model(folder / "last", place.dtype, place.device)
+def _load(folder: Path, dtype: torch.dtype, device: torch.device, ranks: Ranks) -> _Saved:
+    if ranks.first:
+        settle_folder(folder / "last")
+        settle_folder(folder / "best")
+    ranks.wait()
+    loaded = load_model(folder / "last", dtype, device)
     return _Saved(loaded.tokenizer, loaded.model, load_progress(folder / "last"))
 
 
@@ -229,8 +243,11 @@ def _tell(run: Run, place: Place, resumed: bool) -> None:
     """What is trained, on what, and where."""
     parameters = sum(parameter.numel() for parameter in run.state.model.parameters())
     kind = run.config.model.architecture
+    ranks, shard = run.state.ranks, run.config.run.shard
+    among = f", {'divided among' if shard else 'in each of'} {ranks.size} processes" * (ranks.size > 1)
     print(
-        f"preset {run.config.preset} on {place}: {kind} of {parameters:,} parameters; run folder {run.folder}"
+        f"preset {run.config.preset} on {place}: {kind} of {parameters:,} parameters{among}; "
+        f"run folder {run.folder}"
     )
     print(f"attention: {_attention_paths(run, place)}")
     print(run.objective.describe())

@@ -1,8 +1,8 @@
 """The processes that share a run, as torchrun starts them: who they are, and what they tell each other.
 
-Each draws the whole batch of a step, which costs next to nothing, and computes its rows of it. A random number
-belongs to a row of the whole batch, and the loss is divided by the count of the whole batch: N processes compute
-what one does, but for the order of their sums.
+Each draws the whole batch of a step, which costs next to nothing, and computes its rows of it. A random
+number belongs to a row of the whole batch, and the loss is divided by the count of the whole batch: N
+processes compute what one does, but for the order of their sums.
 """
 
 import os
@@ -72,6 +72,10 @@ class Ranks:
         dist.all_reduce(numbers, dist.ReduceOp.MAX)
         return int(numbers)
 
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self.largest(0)
+
     def told(self, value: Any) -> Any:
         """The first process's value."""
         values = [value]
@@ -83,10 +87,10 @@ class Ranks:
     def machine_by_machine(self) -> Iterator[None]:
         """On each machine one process does what is in the block, and then the others."""
         if self.local_rank:
-            self.largest(0)
+            self.wait()
         yield
         if not self.local_rank:
-            self.largest(0)
+            self.wait()
 
     def first_to_fail(self) -> bool:
         """Whether no other process of the run has failed before."""
@@ -96,9 +100,7 @@ class Ranks:
             return True
 
 
-def rank_by_environment() -> int:
-    """The rank that torchrun gave this process, which may not have met the others yet."""
-    return int(os.environ.get("RANK", "0"))
+ALONE = Ranks()
 
 
 @contextmanager
@@ -109,7 +111,7 @@ def joined(on_cuda: bool) -> Iterator[Ranks]:
     word is noticed by the next that waits for it, at the latest when PATIENCE is at its end.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield Ranks()
+        yield ALONE
         return
     store, rank, size = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
     local_rank, local_size = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
@@ -122,7 +124,7 @@ def joined(on_cuda: bool) -> Iterator[Ranks]:
                 nowhere = silence.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
                 silence.enter_context(redirect_stdout(nowhere))
                 silence.enter_context(redirect_stderr(nowhere))
-            ranks.largest(0)  # from here on nobody looks at the command line any more
+            ranks.wait()  # from here on nobody looks at the command line any more
             yield ranks
     except BaseException as error:
         if not ranks.first_to_fail():
@@ -138,9 +140,9 @@ def refuse_uneven(batch_size: int, micro_batches: int, processes: int) -> None:
     rows, unit = batch_size // micro_batches, micro_batches * processes
     if rows % processes:
         raise InputError(
-            f"batch_size {batch_size} in {micro_batches} micro_batches is {rows} sequences at a time, which do "
-            f"not divide among {processes} processes; use --batch-size {-(-batch_size // unit) * unit}, other "
-            "--micro-batches or another --nproc-per-node"
+            f"batch_size {batch_size} in {micro_batches} micro_batches is {rows} sequences at a time, which "
+            f"do not divide among {processes} processes; use --batch-size "
+            f"{-(-batch_size // unit) * unit}, other --micro-batches or another --nproc-per-node"
         )
 
 
@@ -155,7 +157,7 @@ def make_engine(
     model: Any,
     loss_function: Loss,
     compiled: bool,
-    ranks: Ranks = Ranks(),
+    ranks: Ranks = ALONE,
     sharded_on: torch.device | None = None,
 ) -> Engine:
     """The engine of a model; loss_function takes the model first. On several processes each of them holds all
@@ -171,3 +173,12 @@ def make_engine(
 def whole(tensor: Tensor) -> Tensor:
     """A tensor, put together where processes hold parts of it. All of them have to ask."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def part_of(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """Of a whole tensor, what belongs to this process's part of a parameter. All processes have to ask."""
+    if not hasattr(parameter, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor  # a second to import
+
+    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)

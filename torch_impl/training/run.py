@@ -18,25 +18,30 @@ from torch_impl.training.command_line import Request
 from torch_impl.training.files import refuse_links, write_file
 from torch_impl.training.lock import locked
 from torch_impl.training.prepare import Run, prepare
+from torch_impl.training.ranks import joined, whole
 from torch_impl.training.stopping import Diverged, StopRequest, stop_requests
 from torch_impl.training.telemetry import draw_losses, in_words
 
 
 def train(request: Request) -> int:
-    """Carry out what the command line asks for; the exit code."""
+    """Carry out what the command line asks for; the exit code. Raises AnotherFailed where another process of
+    the run has said already why it ends."""
     with ExitStack() as held:
-        if request.resume:
+        ranks = held.enter_context(joined(torch.cuda.is_available()))
+        if request.resume and ranks.first:
             refuse_links(request.resume)
             held.enter_context(locked(request.resume))
-        run = prepare(request)
-        held.callback(run.events.close)
-        if not request.resume:
-            held.enter_context(locked(run.folder))
+        run = prepare(request, ranks)
+        if ranks.first:
+            held.callback(run.events.close)
+            if not request.resume:
+                held.enter_context(locked(run.folder))
         with stop_requests() as stop:
             _train(run, stop)
-        draw_losses(
-            run.folder / "losses.png", run.metrics.rows(), run.config.model.vocab_size, str(run.folder)
-        )
+        if ranks.first:
+            draw_losses(
+                run.folder / "losses.png", run.metrics.rows(), run.config.model.vocab_size, str(run.folder)
+            )
         if stop.signal is not None and run.progress.step < run.config.training.steps:
             print(f"stopped after step {run.progress.step}; to go on: {how_to_resume(run.folder)}")
             return stop.exit_code
@@ -79,6 +84,7 @@ def _train(run: Run, stop: StopRequest) -> None:
         for metrics in train_steps(run.state, run.objective.sample, config):
             run.pending.append(metrics)
             step, done = run.state.step, run.state.step == config.steps
+            stop.agree(run.state.ranks)
             evaluating = done or step % settings.eval_every == 0
             saving = done or step % settings.checkpoint_every == 0 or stop.signal is not None
             if not (evaluating or saving or step % settings.log_every == 0):
@@ -149,8 +155,9 @@ def _evaluate(run: Run, metrics: StepMetrics | None, tokens_per_second: float | 
         "seconds": round(run.seconds(), 3),
     }
     progress.loss_sum, progress.loss_count = 0.0, 0
-    run.metrics.append(row)
-    run.events.scalars(progress.step, row)
+    if run.events is not None:
+        run.metrics.append(row)
+        run.events.scalars(progress.step, row)
     known = f"; ln V = {math.log(config.model.vocab_size):.3f}" if progress.step == 0 else ""
     tqdm.write(f"step {progress.step}: held-out text {in_words(faces)}{known}")
     if progress.best_val_loss is None or loss < progress.best_val_loss:
@@ -160,7 +167,7 @@ def _evaluate(run: Run, metrics: StepMetrics | None, tokens_per_second: float | 
 
 def _save(run: Run, name: str) -> None:
     """Write the checkpoint of that name, unless a weight is no finite number."""
-    weights = [parameter.isfinite().all() for parameter in run.state.model.parameters()]
+    weights = [whole(parameter.isfinite().all()) for parameter in run.state.model.parameters()]
     if not torch.stack(weights).all():
         raise _diverged(run, run.progress.step, "a weight is no finite number")
     run.progress.seconds = run.seconds()
@@ -174,5 +181,6 @@ def _write_sample(run: Run) -> None:
     if not length:
         return
     example = run.objective.example(run.state.model, length)
-    write_file(run.folder / "sample.txt", example.encode("utf-8"))
+    if run.state.ranks.first:
+        write_file(run.folder / "sample.txt", example.encode("utf-8"))
     print(f"\n{example}\n")
