@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
+from warnings import catch_warnings
 
 import torch
 import torch.distributed as dist
@@ -35,9 +36,10 @@ def joined_engine(
     place, or else DDP."""
     if sharded_on is not None:
         return _sharded(model, loss_function, ranks, sharded_on, compiled)
-    replicated = DistributedDataParallel(
-        _ModelLoss(model, loss_function), broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    with catch_warnings(action="ignore", category=FutureWarning):  # the next name is not known to 2.11
+        replicated = DistributedDataParallel(
+            _ModelLoss(model, loss_function), broadcast_buffers=False, gradient_as_bucket_view=True
+        )
     replicated.register_comm_hook(None, _summed)
     loss = torch.compile(replicated) if compiled else replicated
     return Engine(loss, lambda last: nullcontext() if last else replicated.no_sync())
