@@ -41,15 +41,19 @@ def main(arguments: list[str]) -> int:
 
 def _explain(error: Exception, request: Request) -> str | None:
     """One line for what can go wrong on a sound machine; None for what cannot."""
+    from torch_impl.training.memory import OutOfMemory, ran_out  # imports torch
+
     if isinstance(error, OSError):
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             place = error.filename or "the run folder"
             return (
                 f"the disk is full, writing {place}; what was saved before is whole. Make room, then --resume"
             )
-        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    out_of_memory = "out of memory" in str(error) or "can't allocate memory" in str(error)
-    if isinstance(error, MemoryError) or out_of_memory:
+        saved = "; what was saved before is whole. Mend that, then --resume"
+        return f"{error.filename}: {error.strerror}{saved}" if error.filename else str(error)
+    if isinstance(error, OutOfMemory):
+        return str(error)
+    if ran_out(error):
         model, training = request.config.model, request.config.training
         return (
             f"out of memory with batch_size {training.batch_size} in {training.micro_batches} micro_batches "

@@ -3,6 +3,7 @@
 import io
 import os
 import signal
+import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import partial
@@ -60,9 +61,7 @@ def trajectory(rank: int, shard: bool, **changes: Any) -> list[float]:
     sample = {
         "decoder": partial(sample_batch, tokens, 8),
         "encoder": partial(sample_masked_batch, tokens, config),
-        "encoder-decoder": partial(
-            sample_pairs, make_pairs(rows, [row.flip(0) for row in rows], config), config
-        ),
+        "encoder-decoder": partial(sample_pairs, make_pairs(rows, backwards, config), config),
     }[config.architecture]
     with joined(on_cuda=False) as ranks:
         model = make_model(config, torch.float64)
@@ -95,3 +94,14 @@ def command(
     finally:
         run_module.train_steps = train_steps_undisturbed
     return code, out.getvalue(), err.getvalue()
+
+
+def alone(arguments: list[str], folder: str) -> None:
+    """train_gpu.py as a process of its own, in a folder, silently."""
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:  # noqa: PTH123
+        sys.stdout = sys.stderr = nowhere
+        code = train_gpu.main(arguments)
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
+    sys.exit(code)

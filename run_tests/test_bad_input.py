@@ -17,10 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from ref_numpy.parameters import parameter_shapes
 from run_tests.conftest import SMALL, Outcome, content
+from torch_impl.ffn import FFN
+from torch_impl.training import objectives
 from torch_impl.training import run as run_module
 from torch_impl.training.costs import parameter_count
-from torch_impl.training.memory import needed_bytes
+from torch_impl.training.memory import largest_that_fits, needed_bytes, step_bytes
 from torch_impl.training.presets import PRESETS
+from torch_impl.training.ranks import ALONE, Ranks
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -88,6 +91,31 @@ def test_training_that_blows_up_stops_and_keeps_the_last_good_checkpoint(small_r
             assert tensor.isfinite().all()
 
 
+@pytest.mark.parametrize("flags", [(), ("--precision", "float16")])
+def test_what_is_to_blame_for_a_loss_that_is_none_is_named(small_run, monkeypatch, flags):
+    """From step 7 on, the first block's feed-forward layer divides by zero. The run goes back to its last
+    checkpoint, of step 5, and finds it."""
+    forward = FFN.forward
+
+    def broken(self, x):
+        steps = sum(parameter.grad is None for parameter in self.parameters())
+        return forward(self, x) / (0.0 if clock[0] >= 6 and steps else 1.0)
+
+    clock, sample_batch = [0], objectives.sample_batch
+
+    def watched(tokens, context_length, step, config):
+        clock[0] = int(step)
+        return sample_batch(tokens, context_length, step, config)
+
+    monkeypatch.setattr(objectives, "sample_batch", watched)
+    monkeypatch.setattr(FFN, "forward", broken)
+    outcome = small_run("--out", "run", "--eval-every", 5, *flags)
+    assert outcome.code == 1
+    assert "step 7: the loss is nan: the first to make one is blocks.0.ffn; gradients" in outcome.error
+    assert "gradients that are not finite: token_embedding.weight, " in outcome.error
+    assert json.loads(Path("run/last/training.json").read_bytes())["step"] == 5
+
+
 def test_the_step_that_blew_up_is_named_though_the_loss_is_read_seldom(small_run, monkeypatch):
     train_steps = run_module.train_steps
 
@@ -120,7 +148,26 @@ def test_memory_that_runs_out(small_run, monkeypatch, error):
     monkeypatch.setattr(run_module, "train_steps", exhausted)
     outcome = small_run("--out", "run")
     assert outcome.code == 1
-    assert "out of memory with batch_size 4" in outcome.error and "--micro-batches" in outcome.error
+    assert "out of memory with batch_size 4 in 1 micro_batches and context_length 8" in outcome.error
+    for part in ("a step needs ", "weights ", "gradients ", "moments ", "activations "):
+        assert part in outcome.error
+    assert (
+        "The largest batch that fits, with the same result: --micro-batches 4, 1 at a time" in outcome.error
+    )
+
+
+def test_the_largest_batch_that_fits_is_the_largest():
+    config = PRESETS["gpt2-124m"]
+    for gib in (8, 24, 80):
+        fewest = largest_that_fits(config, gib << 30)
+        counts = [m for m in range(1, 481) if 480 % m == 0]
+        fits = [step_bytes(config, m, ALONE).peak <= gib << 30 for m in counts]
+        assert fits == sorted(fits) and fewest == counts[fits.index(True)]
+    assert largest_that_fits(config, 1 << 30) is None
+    sharded = replace(config, run=replace(config.run, shard=True))
+    eight = Ranks(size=8)
+    assert step_bytes(sharded, 60, eight).moments * 8 == step_bytes(config, 60, eight).moments
+    assert largest_that_fits(config, 24 << 30, eight) < largest_that_fits(config, 24 << 30)
 
 
 def test_a_program_error_is_not_called_a_users_mistake(small_run, monkeypatch):
@@ -131,6 +178,41 @@ def test_a_program_error_is_not_called_a_users_mistake(small_run, monkeypatch):
     monkeypatch.setattr(run_module, "train_steps", broken)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         small_run("--out", "run")
+
+
+def test_a_folder_that_nobody_may_write_to_any_more(small_run, cli, on_file_operation):
+    small_run("--out", "whole")
+
+    def refused(event, path):
+        if "last.new" in path.parts and Path("run/best").exists():
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    on_file_operation(refused)
+    outcome = small_run("--out", "run")
+    on_file_operation(None)
+    assert outcome.code == 1
+    assert re.search(r"last.new: Permission denied; what was saved before is whole.*--resume", outcome.error)
+    assert cli("--resume", "run").code == 0
+    assert content(Path("run")) == content(Path("whole"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a file that is in use cannot be deleted there")
+def test_files_that_vanish_while_a_run_reads_them_are_not_missed(small_run, cli, text, monkeypatch):
+    """The ids are mapped, and stay until the run lets go of them. To go on, it needs the text again."""
+    small_run("--out", "whole")
+    train_steps = run_module.train_steps
+
+    def vanishing(state, sample, config):
+        for metrics in train_steps(state, sample, config):
+            if state.step == 3:
+                shutil.rmtree("cache")
+                text.unlink()
+            yield metrics
+
+    monkeypatch.setattr(run_module, "train_steps", vanishing)
+    assert small_run("--out", "run").code == 0
+    assert content(Path("run")) == content(Path("whole"))
+    assert "cannot read" in cli("--resume", "run", "--steps", 14).error
 
 
 def test_a_disk_that_fills_up_at_any_moment(small_run, cli, on_file_operation):

@@ -16,12 +16,14 @@ from torch_impl.training.costs import (
     attention_pairs,
     checkpoint_bytes,
     forward_flops,
+    in_bytes,
     kaplan_flops,
     kv_cache_bytes,
     non_embedding_count,
     palm_flops,
     parameter_count,
     parameters_by_part,
+    scaled,
     training_bytes,
 )
 from torch_impl.training.files import InputError, find_checkpoint, write_file
@@ -175,17 +177,17 @@ def table(request: Request) -> str:
         ("  6 N", _si(flops["training, 6 N non-embedding"]), "Kaplan et al. 2020, N non-embedding"),
         ("  a step", _si(flops["training"] * tokens_per_step), f"training, {tokens_per_step:,} tokens"),
         ("memory of training", "", f"{precision}, {rows:,} sequences at a time"),
-        ("  weights", _binary(held["weights"]), "float32"),
-        ("  gradients", _binary(held["gradients"]), "float32"),
-        ("  optimizer", _binary(held["moments"]), "two moments, float32"),
-        ("  activations", _binary(held["activations"]), "that the backward pass needs, attention fused"),
-        ("  peak, at least", _binary(held["peak"]), _peak_of(training)),
+        ("  weights", in_bytes(held["weights"]), "float32"),
+        ("  gradients", in_bytes(held["gradients"]), "float32"),
+        ("  optimizer", in_bytes(held["moments"]), "two moments, float32"),
+        ("  activations", in_bytes(held["activations"]), "that the backward pass needs, attention fused"),
+        ("  peak, at least", in_bytes(held["peak"]), _peak_of(training)),
         ("keys and values", "", "if generation keeps them"),
-        ("  per token", _binary(cache["token"]), precision),
-        ("  whole context", _binary(cache["whole"]), "per sequence; local layers keep their window"),
-        ("checkpoint", _binary(files["total"]), "without lists of names"),
-        ("  model.safetensors", _binary(files["model.safetensors"]), "float32"),
-        ("  optimizer.safetensors", _binary(files["optimizer.safetensors"]), "float32"),
+        ("  per token", in_bytes(cache["token"]), precision),
+        ("  whole context", in_bytes(cache["whole"]), "per sequence; local layers keep their window"),
+        ("checkpoint", in_bytes(files["total"]), "without lists of names"),
+        ("  model.safetensors", in_bytes(files["model.safetensors"]), "float32"),
+        ("  optimizer.safetensors", in_bytes(files["optimizer.safetensors"]), "float32"),
     ]
     heading = (
         f"{request.name}: {model.architecture}, L {model.n_layer}, C {model.d_model}, H {model.n_head}, "
@@ -204,19 +206,7 @@ def _peak_of(training: TrainConfig) -> str:
 
 def _si(number: int | float) -> str:
     """A number of operations, by powers of a thousand."""
-    return _scaled(number, 1000, ("", "k", "M", "G", "T", "P", "E"))
-
-
-def _binary(number: int) -> str:
-    """A number of bytes, by powers of 1024."""
-    return _scaled(number, 1024, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"))
-
-
-def _scaled(number: int | float, base: int, units: tuple[str, ...]) -> str:
-    power = 0
-    while number >= base and power < len(units) - 1:
-        number, power = number / base, power + 1
-    return f"{number:,.1f} {units[power]}" if power else f"{number:,.0f} {units[0]}".rstrip()
+    return scaled(number, 1000, ("", "k", "M", "G", "T", "P", "E"))
 
 
 def main(arguments: list[str]) -> int:

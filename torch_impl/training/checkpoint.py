@@ -171,6 +171,24 @@ def _check_progress(values: dict[str, Any]) -> None:
         raise ConfigError("a value is no number")
 
 
+def load_state(folder: Path, state: TrainState) -> Progress:
+    """Take a state back to its checkpoint. Raises InputError where that does not fit it."""
+    params, progress = load_parameters(folder, state.model.config), load_progress(folder)
+    with torch.no_grad():
+        for name, parameter in state.model.named_parameters():
+            parameter.copy_(part_of(params[name], parameter))
+    put_back(folder, state, progress)
+    return progress
+
+
+def put_back(folder: Path, state: TrainState, progress: Progress) -> None:
+    """The optimizer, the loss scale and the number of the step, as they were at a checkpoint."""
+    load_moments(folder, state)
+    state.step = progress.step
+    if progress.loss_scale and state.scaler.is_enabled():
+        state.scaler.load_state_dict(progress.loss_scale)
+
+
 def load_moments(folder: Path, state: TrainState) -> None:
     """Put the optimizer's moments back. Raises InputError where they are not those of the model."""
     path = whole_folder(folder) / "optimizer.safetensors"

@@ -41,6 +41,8 @@ class RunSettings:
     """Held-out tokens that an evaluation reads; 0 means all of them."""
     checkpoint_every: int = 100
     """Steps between two checkpoints."""
+    keep_checkpoints: int = 0
+    """Earlier checkpoints that are kept as step-N/, the newest of them, beside last/ and best/."""
     log_every: int = 10
     """Steps between two readings of the loss, for the progress bar; each makes the device wait."""
     sample_tokens: int = 500
@@ -50,7 +52,7 @@ class RunSettings:
         for name in ("eval_every", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but must be at least 1")
-        for name in ("eval_tokens", "sample_tokens"):
+        for name in ("eval_tokens", "sample_tokens", "keep_checkpoints"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but must not be negative")
 

@@ -1,17 +1,19 @@
-"""What a run needs of the machine's memory, at least.
+"""What a run needs of memory, at least, and what is said when there is no more.
 
 Linux and macOS promise memory that they do not have, and kill the process that comes to use it: a model that
-can never fit is refused before. Windows keeps its promises, so there the allocation itself fails.
-Not here: the memory of a GPU, whose allocations fail by themselves; what other processes take.
+can never fit is refused before. Windows and GPUs keep their promises, so there the allocation itself fails.
+Not here: what other processes take.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 
 from torch_impl.training.config import RunConfig
-from torch_impl.training.costs import parameter_count, training_bytes
+from torch_impl.training.costs import TrainingBytes, in_bytes, parameter_count, training_bytes
 from torch_impl.training.files import InputError
 from torch_impl.training.ranks import ALONE, Ranks
 
@@ -31,13 +33,82 @@ def needed_bytes(config: RunConfig, device: torch.device, ranks: Ranks = ALONE) 
     return training_bytes(model, training, size).peak * ranks.local_size
 
 
+class OutOfMemory(MemoryError):
+    """A training step found no room. The message is one line: what needed how much, and what would fit."""
+
+
+@contextmanager
+def accounted(config: RunConfig, device: torch.device, ranks: Ranks) -> Iterator[None]:
+    """Within the block, memory that runs out raises OutOfMemory."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out(error):
+            raise
+        raise OutOfMemory(_needs(config, memory_of(device), ranks)) from error
+
+
+def ran_out(error: Exception) -> bool:
+    """Whether memory ran out, of the machine or of a GPU."""
+    said = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
+
+
+def memory_of(device: torch.device) -> int | None:
+    """All the memory of a device in bytes; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    if device.type != "cpu" or not hasattr(os, "sysconf"):  # Windows
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def largest_that_fits(config: RunConfig, room: int, ranks: Ranks = ALONE) -> int | None:
+    """The fewest micro-batches that divide the batch and whose step needs no more than `room` bytes in one of
+    the processes; None where even single sequences need more."""
+    rows = config.training.batch_size
+    counts = (m for m in range(1, rows + 1) if rows % m == 0 and rows // m % ranks.size == 0)
+    return next((m for m in counts if step_bytes(config, m, ranks).peak <= room), None)
+
+
+def step_bytes(config: RunConfig, micro_batches: int, ranks: Ranks) -> TrainingBytes:
+    """What a step needs in one process, by parts; a sharded one holds its part of all but the activations."""
+    own = replace(
+        config.training, batch_size=config.training.batch_size // ranks.size, micro_batches=micro_batches
+    )
+    size = 4 if config.run.precision in ("auto", "float32") else 2
+    whole = training_bytes(config.model, own, size)
+    if not config.run.shard or ranks.size == 1:
+        return whole
+    parts = [-(-part // ranks.size) for part in whole[:3]]
+    return TrainingBytes(*parts, whole.activations, sum(parts) + whole.activations)
+
+
+def _needs(config: RunConfig, room: int | None, ranks: Ranks) -> str:
+    training, context = config.training, config.model.context_length
+    held = step_bytes(config, training.micro_batches, ranks)
+    parts = ", ".join(f"{name} {in_bytes(part)}" for name, part in held._asdict().items() if name != "peak")
+    message = (
+        f"out of memory with batch_size {training.batch_size} in {training.micro_batches} micro_batches and "
+        f"context_length {context}; a step needs {in_bytes(held.peak)} at least: {parts}"
+    )
+    if room is not None:
+        message += f"; there are {in_bytes(room)}"
+    # What has just failed did not fit, whatever was counted: so less than that, by a tenth at least.
+    fewest = largest_that_fits(config, int(0.9 * min(room or held.peak, held.peak)), ranks)
+    if fewest is None or fewest <= training.micro_batches:
+        return f"{message}. Reduce --d-model, --n-layer or --context-length"
+    return (
+        f"{message}. The largest batch that fits, with the same result: --micro-batches {fewest}, "
+        f"{training.batch_size // fewest // ranks.size} at a time"
+    )
+
+
 def refuse_what_cannot_fit(config: RunConfig, device: torch.device, ranks: Ranks) -> None:
     """Raises InputError for a run that needs more memory than the machine has."""
-    if not hasattr(os, "sysconf"):  # Windows
-        return
-    present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    present = memory_of(torch.device("cpu"))
     needed = needed_bytes(config, device, ranks)
-    if needed > present:
+    if present is not None and needed > present:
         raise InputError(
             f"{parameter_count(config.model):,} parameters and their training need {needed / 2**30:,.1f} GiB "
             f"of memory at least, but this machine has {present / 2**30:,.1f}: reduce --d-model, --n-layer, "

@@ -16,9 +16,9 @@ from torch_impl.train import StepMetrics, TrainState, start
 from torch_impl.training.checkpoint import (
     Progress,
     load_model,
-    load_moments,
     load_parameters,
     load_progress,
+    put_back,
 )
 from torch_impl.training.command_line import Request
 from torch_impl.training.config import RunConfig, read_config
@@ -30,6 +30,7 @@ from torch_impl.training.memory import refuse_what_cannot_fit
 from torch_impl.training.objectives import Objective, make_objective
 from torch_impl.training.pair_file import load_pairs
 from torch_impl.training.ranks import Ranks, refuse_uneven
+from torch_impl.training.spikes import SpikeWatch
 from torch_impl.training.telemetry import MetricsLog, TensorBoardEvents
 from torch_impl.training.tokenizer import Tokenizer, WordTokenizer
 from torch_impl.training.word_vectors import coverage, place_word_vectors, read_word_vectors
@@ -51,6 +52,7 @@ class Run:
     before: float  # seconds spent in the sessions before this one
     metrics: MetricsLog
     events: TensorBoardEvents | None  # of the first process alone
+    spikes: SpikeWatch = field(default_factory=SpikeWatch)
     pending: list[StepMetrics] = field(default_factory=list)  # steps whose metrics are not read yet
     started: float = field(default_factory=time.perf_counter)  # this session
 
@@ -111,7 +113,7 @@ def prepare(request: Request, ranks: Ranks) -> Run:
     else:
         progress, folder = saved.progress, request.resume
         state = start(saved.model, config.training, place.compile, ranks, sharded_on)
-        _put_back(folder / "last", state, progress)
+        put_back(folder / "last", state, progress)
         metrics = MetricsLog(folder / "metrics.jsonl")
         if ranks.first:
             metrics.forget_after(-1 if progress.best_val_loss is None else progress.step)
@@ -215,14 +217,6 @@ def _begin_with_word_vectors(
             config.model.tied_embeddings
         )
         print(f"the embeddings are frozen, also those that begin at random{tied}")
-
-
-def _put_back(checkpoint: Path, state: TrainState, progress: Progress) -> None:
-    """The optimizer and the loss scale as they were."""
-    load_moments(checkpoint, state)
-    state.step = progress.step
-    if progress.loss_scale and state.scaler.is_enabled():
-        state.scaler.load_state_dict(progress.loss_scale)
 
 
 def _create_folder(out: Path | None, config: RunConfig) -> Path:

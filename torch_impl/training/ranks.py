@@ -83,6 +83,13 @@ class Ranks:
             dist.broadcast_object_list(values)
         return values[0]
 
+    def gathered(self, value: Any) -> list[Any]:
+        """Every process's value."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     @contextmanager
     def machine_by_machine(self) -> Iterator[None]:
         """On each machine one process does what is in the block, and then the others."""

@@ -13,12 +13,15 @@ import torch
 from tqdm import tqdm
 
 from torch_impl.train import StepMetrics, train_steps
+from torch_impl.training.anomaly import not_finite, offenders
 from torch_impl.training.checkpoint import save_checkpoint
 from torch_impl.training.command_line import Request
 from torch_impl.training.files import refuse_links, write_file
+from torch_impl.training.keeping import keep, keep_newest
 from torch_impl.training.lock import locked
+from torch_impl.training.memory import accounted
 from torch_impl.training.prepare import Run, prepare
-from torch_impl.training.ranks import joined, whole
+from torch_impl.training.ranks import joined
 from torch_impl.training.stopping import Diverged, StopRequest, stop_requests
 from torch_impl.training.telemetry import draw_losses, in_words
 
@@ -36,7 +39,7 @@ def train(request: Request) -> int:
             held.callback(run.events.close)
             if not request.resume:
                 held.enter_context(locked(run.folder))
-        with stop_requests() as stop:
+        with stop_requests() as stop, accounted(run.config, run.state.rates.device, ranks):
             _train(run, stop)
         if ranks.first:
             draw_losses(
@@ -77,6 +80,8 @@ def _train(run: Run, stop: StopRequest) -> None:
     if progress.best_val_loss is None:
         _save(run, "last")  # from here on, a killed run can be resumed
         _evaluate(run, None, None)
+    elif run.state.ranks.first:
+        keep_newest(run.folder, progress.step, settings.keep_checkpoints)
     tokens_per_step = config.batch_size * run.objective.tokens_per_sequence
     training_seconds, steps_before = 0.0, progress.step  # since the last evaluation
     mark = time.perf_counter()
@@ -116,16 +121,36 @@ def _read_pending(run: Run) -> float:
     norms = torch.stack([metrics.grad_norm for metrics in pending]).tolist()
     for step, (loss, norm) in enumerate(zip(losses, norms, strict=True), progress.step + 1):
         if not math.isfinite(loss):
-            raise _diverged(run, step, f"the loss is {loss}")
+            raise _diverged(run, step, f"the loss is {loss}: {_cause(run, step)}")
         if not math.isfinite(norm) and not scaler.is_enabled():
-            raise _diverged(run, step, f"the norm of the gradient is {norm}")
+            raise _diverged(run, step, f"the norm of the gradient is {norm}: {_cause(run, step)}")
     if scaler.is_enabled() and scaler.get_scale() == 0:
         raise _diverged(run, run.state.step, "the gradient overflows float16 at any loss scale")
+    for step, loss in enumerate(losses, progress.step + 1):
+        if run.spikes.leaps(loss):
+            _tell_spike(run, step, loss)
     progress.loss_sum += sum(losses)
     progress.loss_count += len(losses)
     progress.step = run.state.step
     pending.clear()
     return losses[-1]
+
+
+def _tell_spike(run: Run, step: int, loss: float) -> None:
+    """Say that the loss leaps, and keep the checkpoint from before."""
+    kept = run.folder / f"before-step-{step}"
+    if run.state.ranks.first and not kept.exists():
+        keep(run.folder / "last", kept)
+    tqdm.write(
+        f"step {step}: the loss leaps to {loss:.3f} from about {run.spikes.mean:.3f}; going on. The "
+        f"checkpoint from before is kept as {kept}"
+    )
+
+
+def _cause(run: Run, step: int) -> str:
+    """Which component and which tensors are to blame, found by repeating the step."""
+    tqdm.write(f"step {step} failed; repeating it from the last checkpoint to see where (Ctrl-C leaves)")
+    return offenders(run.state, run.folder / "last", run.objective.sample, run.config, step)
 
 
 def _diverged(run: Run, step: int, what: str) -> Diverged:
@@ -167,12 +192,14 @@ def _evaluate(run: Run, metrics: StepMetrics | None, tokens_per_second: float | 
 
 def _save(run: Run, name: str) -> None:
     """Write the checkpoint of that name, unless a weight is no finite number."""
-    weights = [whole(parameter.isfinite().all()) for parameter in run.state.model.parameters()]
-    if not torch.stack(weights).all():
-        raise _diverged(run, run.progress.step, "a weight is no finite number")
+    bad = not_finite(dict(run.state.model.named_parameters()))
+    if run.state.ranks.largest(len(bad)):
+        raise _diverged(run, run.progress.step, f"weights are not finite: {', '.join(bad[:8])}")
     run.progress.seconds = run.seconds()
     run.progress.loss_scale = run.state.scaler.state_dict() or None
     save_checkpoint(run.folder / name, run.config, run.tokenizer, run.state, run.progress)
+    if name == "last" and run.state.ranks.first:
+        keep_newest(run.folder, run.progress.step, run.config.run.keep_checkpoints)
 
 
 def _write_sample(run: Run) -> None:
