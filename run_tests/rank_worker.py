@@ -4,6 +4,7 @@ import io
 import os
 import signal
 import sys
+from collections.abc import Iterable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import partial
@@ -69,6 +70,22 @@ def trajectory(rank: int, shard: bool, **changes: Any) -> list[float]:
         state = start(model.double(), training, False, ranks, torch.device("cpu") if shard else None)
         told = [value.item() for step in train_steps(state, sample, training) for value in step[:2]]
         return [*told, sum(whole(p.detach()).abs().sum().item() for p in model.parameters())]
+
+
+def held(rank: int, shard: bool) -> tuple[int, int]:
+    """Numbers of the weights, and of the moments after a step, that lie in this process."""
+    tokens = torch.arange(100) % 31
+    with joined(on_cuda=False) as ranks:
+        model = make_model(MODEL)
+        model.initialise(0)
+        state = start(model, TRAINING, False, ranks, torch.device("cpu") if shard else None)
+        next(train_steps(state, partial(sample_batch, tokens, 8), TRAINING))
+        moments = [m for values in state.optimizer.state.values() for m in values.values() if m.ndim]
+        return _local(model.parameters()), _local(moments)
+
+
+def _local(tensors: Iterable[torch.Tensor]) -> int:
+    return sum((t.to_local() if hasattr(t, "to_local") else t).numel() for t in tensors)
 
 
 def command(

@@ -109,6 +109,14 @@ def test_one_two_and_four_processes_have_the_same_losses(family, shard, changes)
             assert each == pytest.approx(alone[0], rel=1e-9)
 
 
+def test_sharded_each_process_holds_its_part(family):
+    whole, moments = family.ask(2, "held", shard=False)[0]
+    assert moments == 2 * whole
+    parts = family.ask(2, "held", shard=True)
+    assert tuple(map(sum, zip(*parts, strict=True))) == (whole, moments)
+    assert max(weights for weights, _ in parts) < 0.6 * whole
+
+
 @pytest.mark.parametrize("shard", ["--no-shard", "--shard"])
 def test_what_two_processes_saved_one_and_three_go_on_with(torchrun, shard):
     """The second process alone is told to stop; both do, after the same step."""

@@ -48,9 +48,27 @@ def offenders(state: TrainState, checkpoint: Path, sample: Sample, config: RunCo
     gradients = not_finite({name: p.grad for name, p in state.model.named_parameters()})
     components, gradients = max(state.ranks.gathered((components, gradients)), key=any)
     if not components and not gradients:
-        return "done again, the step has no such number"
+        return "done again, the step is finite"
+    if config.run.detect_anomaly:
+        bad = _listed(components + gradients)
+        return f"{_by_reference(state, sample, clock, config)}; not finite: {bad}"
     made = f"the first to make one is {components[0]}" if components else "all components make finite ones"
     return f"{made}; gradients that are not finite: {_listed(gradients) or 'none'}"
+
+
+def _by_reference(state: TrainState, sample: Sample, clock: Tensor, config: RunConfig) -> str:
+    """Which component computes something else than the NumPy reference on the batch of a step."""
+    from torch_impl.training.against_reference import compared
+
+    departures: list[str] = []
+    with compared(state.model, departures):
+        first_not_finite(state, sample(clock, config.training), clock, config)
+    departures = max(state.ranks.gathered(departures), key=bool)
+    if not departures:
+        return (
+            "each component does with its inputs what the NumPy reference does, so the numbers are too large"
+        )
+    return f"the first component that departs from the NumPy reference is {departures[0]}"
 
 
 def first_not_finite(

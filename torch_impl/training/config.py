@@ -35,6 +35,9 @@ class RunSettings:
     shard: bool = False
     """Under torchrun, each process holds a part of the weights, gradients and moments (FSDP2), for a model
     that does not fit; else each holds all of them (DDP)."""
+    checkpoint_activations: bool = False
+    """Keep of each block only its input for the backward pass, and compute the rest again: less memory, a third
+    more arithmetic, the same result."""
     eval_every: int = 100
     """Steps between two evaluations on the held-out text."""
     eval_tokens: int = 0
@@ -43,6 +46,9 @@ class RunSettings:
     """Steps between two checkpoints."""
     keep_checkpoints: int = 0
     """Earlier checkpoints that are kept as step-N/, the newest of them, beside last/ and best/."""
+    detect_anomaly: bool = False
+    """Where a loss or a gradient is no finite number, compare each component with the NumPy reference on that
+    batch, and name the first that departs from it."""
     log_every: int = 10
     """Steps between two readings of the loss, for the progress bar; each makes the device wait."""
     sample_tokens: int = 500

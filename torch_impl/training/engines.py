@@ -5,8 +5,7 @@ others' parts of a block for as long as it computes there. Both add up, for each
 Only a run of several processes imports this file: PyTorch's engines take a second to load.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 from warnings import catch_warnings
@@ -82,9 +81,5 @@ def _sharded(
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
 
-    @contextmanager
-    def joining(last: bool) -> Iterator[None]:
-        model.set_requires_gradient_sync(last)
-        yield
-
-    return Engine(partial(loss_function, model), joining)
+    # Every micro-batch hands its gradients on: to add them up here first would take the room of all of them.
+    return Engine(partial(loss_function, model), lambda last: nullcontext())

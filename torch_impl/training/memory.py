@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from torch_impl.training.config import RunConfig
-from torch_impl.training.costs import TrainingBytes, in_bytes, parameter_count, training_bytes
+from torch_impl.training.costs import TrainingBytes, in_bytes, parameter_count, process_bytes, training_bytes
 from torch_impl.training.files import InputError
 from torch_impl.training.ranks import ALONE, Ranks
 
@@ -73,15 +73,9 @@ def largest_that_fits(config: RunConfig, room: int, ranks: Ranks = ALONE) -> int
 
 def step_bytes(config: RunConfig, micro_batches: int, ranks: Ranks) -> TrainingBytes:
     """What a step needs in one process, by parts; a sharded one holds its part of all but the activations."""
-    own = replace(
-        config.training, batch_size=config.training.batch_size // ranks.size, micro_batches=micro_batches
-    )
+    training = replace(config.training, micro_batches=micro_batches)
     size = 4 if config.run.precision in ("auto", "float32") else 2
-    whole = training_bytes(config.model, own, size)
-    if not config.run.shard or ranks.size == 1:
-        return whole
-    parts = [-(-part // ranks.size) for part in whole[:3]]
-    return TrainingBytes(*parts, whole.activations, sum(parts) + whole.activations)
+    return process_bytes(config.model, training, size, ranks.size, config.run.shard)
 
 
 def _needs(config: RunConfig, room: int | None, ranks: Ranks) -> str:
@@ -92,15 +86,16 @@ def _needs(config: RunConfig, room: int | None, ranks: Ranks) -> str:
         f"out of memory with batch_size {training.batch_size} in {training.micro_batches} micro_batches and "
         f"context_length {context}; a step needs {in_bytes(held.peak)} at least: {parts}"
     )
+    recompute = "" if config.run.checkpoint_activations else "; or use --checkpoint-activations"
     if room is not None:
         message += f"; there are {in_bytes(room)}"
     # What has just failed did not fit, whatever was counted: so less than that, by a tenth at least.
     fewest = largest_that_fits(config, int(0.9 * min(room or held.peak, held.peak)), ranks)
     if fewest is None or fewest <= training.micro_batches:
-        return f"{message}. Reduce --d-model, --n-layer or --context-length"
+        return f"{message}. Reduce --d-model, --n-layer or --context-length{recompute}"
     return (
         f"{message}. The largest batch that fits, with the same result: --micro-batches {fewest}, "
-        f"{training.batch_size // fewest // ranks.size} at a time"
+        f"{training.batch_size // fewest // ranks.size} at a time{recompute}"
     )
 
 

@@ -30,6 +30,7 @@ from torch_impl.training.memory import refuse_what_cannot_fit
 from torch_impl.training.objectives import Objective, make_objective
 from torch_impl.training.pair_file import load_pairs
 from torch_impl.training.ranks import Ranks, refuse_uneven
+from torch_impl.training.recompute import recompute_blocks
 from torch_impl.training.spikes import SpikeWatch
 from torch_impl.training.telemetry import MetricsLog, TensorBoardEvents
 from torch_impl.training.tokenizer import Tokenizer, WordTokenizer
@@ -107,12 +108,12 @@ def prepare(request: Request, ranks: Ranks) -> Run:
         if config.start.word_vectors:
             _begin_with_word_vectors(model, config, tokenizer, objective.train_tokens)
         progress = Progress(corpus.sha256())
-        state = start(model, config.training, place.compile, ranks, sharded_on)
+        state = _start(model, config, place, ranks)
         folder = ranks.told(_create_folder(request.out, config) if ranks.first else None)
         metrics = MetricsLog(folder / "metrics.jsonl")
     else:
         progress, folder = saved.progress, request.resume
-        state = start(saved.model, config.training, place.compile, ranks, sharded_on)
+        state = _start(saved.model, config, place, ranks)
         put_back(folder / "last", state, progress)
         metrics = MetricsLog(folder / "metrics.jsonl")
         if ranks.first:
@@ -140,6 +141,12 @@ def _load_corpus(config: RunConfig) -> Corpus:
     if config.model.architecture == "encoder-decoder":
         return load_pairs(*files)
     return load_conversations(*files) if config.run.content == "conversations" else load_corpus(*files)
+
+
+def _start(model: Embedded, config: RunConfig, place: Place, ranks: Ranks) -> TrainState:
+    if config.run.checkpoint_activations:
+        recompute_blocks(model)
+    return start(model, config.training, place.compile, ranks, place.device if config.run.shard else None)
 
 
 def _first_model(
