@@ -36,8 +36,8 @@ class RunSettings:
     """Under torchrun, each process holds a part of the weights, gradients and moments (FSDP2), for a model
     that does not fit; else each holds all of them (DDP)."""
     checkpoint_activations: bool = False
-    """Keep of each block only its input for the backward pass, and compute the rest again: less memory, a third
-    more arithmetic, the same result."""
+    """Keep of each block only its input for the backward pass, and compute the rest again: less memory, a
+    third more arithmetic, the same result."""
     eval_every: int = 100
     """Steps between two evaluations on the held-out text."""
     eval_tokens: int = 0

@@ -78,10 +78,8 @@ def prepare(request: Request, ranks: Ranks) -> Run:
     """
     config, place = request.config, choose_place(request.config.run, ranks)
     refuse_uneven(config.training.batch_size, config.training.micro_batches, ranks.size)
-    sharded_on = place.device if config.run.shard else None
-    home = (
-        place.device if sharded_on is None else torch.device("cpu")
-    )  # where the whole model is put together
+    sharded = config.run.shard and ranks.size > 1
+    home = torch.device("cpu") if sharded else place.device  # of the model while it is whole
     saved = _load(request.resume, place.dtype, home, ranks) if request.resume else None
     corpus = _load_corpus(config)
     if saved is None:
