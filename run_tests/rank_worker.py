@@ -12,9 +12,10 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+import torch._dynamo  # what a first optimizer loads, before the processes divide
 import torch.distributed as dist
 
-import torch_impl.training.engines  # noqa: F401  (heavy, so it is loaded before the processes divide)
+import torch_impl.training.engines  # noqa: F401  (the same)
 import train_gpu
 from ref_numpy.config import ModelConfig, TrainConfig
 from torch_impl.data import sample_batch

@@ -1,10 +1,12 @@
 """Several processes, as torchrun starts them, are one run: the same losses, one voice, one set of files."""
 
+import contextlib
 import json
 import multiprocessing
 import shutil
 import socket
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 from run_tests import rank_worker
 from run_tests.conftest import SMALL, metrics
 
+ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.xdist_group("ranks")  # one process of the suite starts them, once
 
 
@@ -22,6 +25,8 @@ def forking() -> Any:
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["run_tests.rank_worker"])
+    with contextlib.chdir(ROOT):  # where it looks for what it is to load
+        forkserver.ensure_running()
     return context
 
 
