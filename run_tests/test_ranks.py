@@ -6,7 +6,6 @@ import multiprocessing
 import shutil
 import socket
 from collections.abc import Callable, Iterator
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,8 @@ def forking() -> Any:
     """Where the system can, processes come from one that has everything loaded."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
+    from multiprocessing import forkserver  # which not every system has
+
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["run_tests.rank_worker"])
     with contextlib.chdir(ROOT):  # where it looks for what it is to load
