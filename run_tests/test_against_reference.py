@@ -13,16 +13,20 @@ from torch_impl.seq2seq import make_model
 from torch_impl.training.against_reference import compared
 
 
-def departures_of(config: ModelConfig, dtype: torch.dtype = torch.float32) -> list[str]:
+def departures_of(
+    config: ModelConfig, dtype: torch.dtype = torch.float32, documents: bool = False
+) -> list[str]:
     model = make_model(config, dtype)
     model.initialise(0)
     ids = torch.randint(
         config.text_tokens, (3, config.context_length), generator=torch.Generator().manual_seed(1)
     )
     inputs = (ids, ids > 0, ids) if config.architecture == "encoder-decoder" else (ids,)
+    if documents:
+        inputs = (*inputs, None, torch.arange(config.context_length).expand(3, -1) // 3)
     found: list[str] = []
     with compared(model, found), torch.no_grad():
-        model(*inputs, key=DropoutKey(1, torch.tensor(2), torch.tensor(4)))
+        model(*inputs) if documents else model(*inputs, key=DropoutKey(1, torch.tensor(2), torch.tensor(4)))
     return found
 
 
@@ -33,6 +37,11 @@ def departures_of(config: ModelConfig, dtype: torch.dtype = torch.float32) -> li
 )
 def test_no_component_of_a_sound_model_departs(config, dtype):
     assert departures_of(config, dtype) == []
+
+
+def test_texts_that_do_not_see_each_other_are_compared_as_such():
+    config = ModelConfig(vocab_size=31, context_length=8, n_layer=2, n_head=2, d_model=8)
+    assert departures_of(config, documents=True) == []
 
 
 @pytest.mark.parametrize("error", [1e-3, float("nan")])

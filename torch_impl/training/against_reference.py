@@ -19,6 +19,7 @@ from ref_numpy.embedding import embedding_forward
 from ref_numpy.ffn import ffn_forward, swiglu_forward
 from ref_numpy.layernorm import layernorm_forward, rmsnorm_forward
 from ref_numpy.linear import linear_forward
+from ref_numpy.masks import places_in_documents
 from ref_numpy.multi_head_attention import multi_head_attention_forward
 from ref_numpy.transformer import attention_mask
 from torch_impl.block import Block
@@ -104,8 +105,12 @@ def _by_reference(
         return ffn_forward(x, *weights, config.activation)[0]
     if not isinstance(model, Transformer) or not isinstance(module, MultiHeadAttention | Block):
         return None  # an encoder-decoder's attention has masks that its inputs do not tell
-    layer, places = int(re.findall(r"\d+", name)[0]), np.arange(x.shape[1])
-    mask = attention_mask(config, layer, x.shape[1], 0, None)
+    layer, documents = int(re.findall(r"\d+", name)[0]), inputs[1].keywords["pattern"].documents
+    places = np.arange(x.shape[1])
+    if documents is not None:
+        documents = documents.cpu().numpy()
+        places = places_in_documents(documents)
+    mask = attention_mask(config, layer, x.shape[1], 0, documents)
     if isinstance(module, MultiHeadAttention):
         return multi_head_attention_forward(x, params, config, mask, places)[0]
     return block_forward(x, params, config, mask, places, layer, _plain(inputs[3]))[0]
