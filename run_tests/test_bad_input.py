@@ -17,15 +17,18 @@ from safetensors.torch import load_file, save_file
 
 from ref_numpy.parameters import parameter_shapes
 from run_tests.conftest import SMALL, Outcome, content
+from run_tests.conftest import metrics as metrics_of
 from torch_impl.ffn import FFN
-from torch_impl.training import objectives
+from torch_impl.training import memory, objectives
 from torch_impl.training import run as run_module
+from torch_impl.training.config import read_config
 from torch_impl.training.costs import parameter_count
 from torch_impl.training.memory import largest_that_fits, needed_bytes, step_bytes
 from torch_impl.training.presets import PRESETS
 from torch_impl.training.ranks import ALONE, Ranks
 
 ROOT = Path(__file__).parents[1]
+BF16 = torch.bfloat16
 CPU = torch.device("cpu")
 
 
@@ -162,15 +165,37 @@ def test_memory_that_runs_out(small_run, monkeypatch, error):
 def test_the_largest_batch_that_fits_is_the_largest():
     config = PRESETS["gpt2-124m"]
     for gib in (8, 24, 80):
-        fewest = largest_that_fits(config, gib << 30)
+        fewest = largest_that_fits(config, BF16, gib << 30, ALONE)
         counts = [m for m in range(1, 481) if 480 % m == 0]
-        fits = [step_bytes(config, m, ALONE).peak <= gib << 30 for m in counts]
+        fits = [step_bytes(config, BF16, m, ALONE).peak <= gib << 30 for m in counts]
         assert fits == sorted(fits) and fewest == counts[fits.index(True)]
-    assert largest_that_fits(config, 1 << 30) is None
+    assert largest_that_fits(config, BF16, 1 << 30, ALONE) is None
     sharded = replace(config, run=replace(config.run, shard=True))
     eight = Ranks(size=8)
-    assert step_bytes(sharded, 60, eight).moments * 8 == step_bytes(config, 60, eight).moments
-    assert largest_that_fits(config, 24 << 30, eight) < largest_that_fits(config, 24 << 30)
+    one, each = (step_bytes(kind, BF16, 60, eight).moments for kind in (config, sharded))
+    assert each * 8 == one
+    assert largest_that_fits(config, BF16, 24 << 30, eight) < largest_that_fits(config, BF16, 24 << 30, ALONE)
+
+
+def test_a_batch_is_fitted_into_the_memory_that_is_free(small_run, monkeypatch):
+    """Room for two of the four sequences, at three quarters; the losses are those of the whole batch."""
+    assert small_run("--out", "whole", "--batch-size", 4).code == 0
+    config = read_config(Path("whole/last"))
+    needed = step_bytes(config, torch.float32, 2, ALONE).peak
+    monkeypatch.setattr(memory, "free_memory_of", lambda device: int(needed / 0.75) + 8)
+    fit = small_run("--out", "fitted", "--batch-size", "auto", "--micro-batches", 1)
+    assert fit.code == 0 and "batches of 4 sequences, 2 at a time" in fit.out
+    assert read_config(Path("fitted/last")).training.micro_batches == 2
+    for whole, part in zip(metrics_of(Path("whole")), metrics_of(Path("fitted")), strict=True):
+        assert part["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-5)
+    monkeypatch.setattr(memory, "free_memory_of", lambda device: 1000)
+    error = small_run("--out", "none", "--batch-size=auto").error
+    assert "a single sequence needs " in error and not Path("none").exists()
+
+
+def test_free_memory_is_some_and_not_all():
+    free, present = (ask(CPU) for ask in (memory.free_memory_of, memory.memory_of))
+    assert (free, present) == (None, None) or 0 < free < present
 
 
 def test_a_program_error_is_not_called_a_users_mistake(small_run, monkeypatch):

@@ -26,7 +26,7 @@ from torch_impl.training.conversation_file import load_conversations, with_chat_
 from torch_impl.training.corpus import Corpus, load_corpus, make_tokenizer
 from torch_impl.training.device import Place, choose_place
 from torch_impl.training.files import InputError, settle_folder
-from torch_impl.training.memory import refuse_what_cannot_fit
+from torch_impl.training.memory import fitted, refuse_what_cannot_fit
 from torch_impl.training.objectives import Objective, make_objective
 from torch_impl.training.pair_file import load_pairs
 from torch_impl.training.ranks import Ranks, refuse_uneven
@@ -45,6 +45,7 @@ class Run:
     """What a run holds while it trains."""
 
     folder: Path
+    place: Place
     config: RunConfig
     tokenizer: Tokenizer
     state: TrainState
@@ -77,7 +78,7 @@ def prepare(request: Request, ranks: Ranks) -> Run:
     first one writes, before the others read.
     """
     config, place = request.config, choose_place(request.config.run, ranks)
-    refuse_uneven(config.training.batch_size, config.training.micro_batches, ranks.size)
+    refuse_uneven(config.training.batch_size, 1 if request.fit else config.training.micro_batches, ranks.size)
     sharded = config.run.shard and ranks.size > 1
     home = torch.device("cpu") if sharded else place.device  # of the model while it is whole
     saved = _load(request.resume, place.dtype, home, ranks) if request.resume else None
@@ -94,10 +95,15 @@ def prepare(request: Request, ranks: Ranks) -> Run:
             tokenizer = with_chat_tokens(tokenizer)
         vocab_size = tokenizer.vocab_size + config.model.added_tokens
         config = replace(config, model=replace(config.model, vocab_size=vocab_size))
-        refuse_what_cannot_fit(config, place.device, ranks)
+        if not request.fit:
+            refuse_what_cannot_fit(config, place.device, ranks)
     else:
         _check_goes_on(request, saved.progress, corpus)
         tokenizer = saved.tokenizer
+    if request.fit:
+        config = fitted(config, place, ranks)
+        rows = config.training.batch_size // config.training.micro_batches
+        print(f"batches of {config.training.batch_size} sequences, {rows} at a time")
     with ranks.machine_by_machine():
         objective = make_objective(corpus, tokenizer, config, request.cache, place.device)
 
@@ -119,6 +125,7 @@ def prepare(request: Request, ranks: Ranks) -> Run:
 
     run = Run(
         folder=folder,
+        place=place,
         config=config,
         tokenizer=tokenizer,
         state=state,

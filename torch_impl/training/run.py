@@ -39,7 +39,7 @@ def train(request: Request) -> int:
             held.callback(run.events.close)
             if not request.resume:
                 held.enter_context(locked(run.folder))
-        with stop_requests() as stop, accounted(run.config, run.state.rates.device, ranks):
+        with stop_requests() as stop, accounted(run.config, run.place, ranks):
             _train(run, stop)
         if ranks.first:
             draw_losses(
