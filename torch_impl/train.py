@@ -107,7 +107,7 @@ def train_step(
         micro_batch = tuple(tensor[m, own] for tensor in batch)
         with state.engine.joining(m == micro_batches - 1):
             share = state.engine.loss(micro_batch, key, config.label_smoothing, count)
-            scaler.scale(share).backward()
+            scaler.scale(share * state.ranks.size).backward()  # of whose gradients an engine takes the mean
         loss = loss + share.detach()
 
     scaler.unscale_(optimizer)

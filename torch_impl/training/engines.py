@@ -1,7 +1,7 @@
 """How the gradients of a run's processes are joined: by PyTorch's own engines.
 
 DDP, where every process holds the whole model, and FSDP2, where each holds a part of every parameter and the
-others' parts of a block for as long as it computes there. Both add up, for each gradient is a share already.
+others' parts of a block for as long as it computes there. Both take the mean of the gradients.
 Only a run of several processes imports this file: PyTorch's engines take a second to load.
 """
 
@@ -11,7 +11,6 @@ from typing import Any
 from warnings import catch_warnings
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
@@ -39,7 +38,6 @@ def joined_engine(
         replicated = DistributedDataParallel(
             _ModelLoss(model, loss_function), broadcast_buffers=False, gradient_as_bucket_view=True
         )
-    replicated.register_comm_hook(None, _summed)
     loss = torch.compile(replicated) if compiled else replicated
     return Engine(loss, lambda last: nullcontext() if last else replicated.no_sync())
 
@@ -53,12 +51,6 @@ class _ModelLoss(nn.Module):
 
     def forward(self, *arguments: Any) -> Tensor:
         return self.loss_function(self.model, *arguments)
-
-
-def _summed(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    """How DDP joins gradients; by itself it would take their mean."""
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
-    return work.get_future().then(lambda future: future.value()[0])
 
 
 def _sharded(
@@ -78,8 +70,7 @@ def _sharded(
             register_fsdp_forward_method(model, method)
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+            module.set_force_sum_reduction_for_comms(True)  # and divided afterwards: gloo knows no means
 
     # Every micro-batch hands its gradients on: to add them up here first would take the room of all of them.
     return Engine(partial(loss_function, model), lambda last: nullcontext())

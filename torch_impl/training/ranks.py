@@ -109,6 +109,10 @@ class Ranks:
 
 ALONE = Ranks()
 
+# Groups are never let go of. Their end would wait, with Python's lock held, for gloo's thread, which needs
+# that lock when it is the last to let go of a tensor: both would wait for ever.
+_groups: list[dist.ProcessGroup] = []
+
 
 @contextmanager
 def joined(on_cuda: bool) -> Iterator[Ranks]:
@@ -124,6 +128,7 @@ def joined(on_cuda: bool) -> Iterator[Ranks]:
     local_rank, local_size = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    _groups.append(dist.group.WORLD)
     ranks = Ranks(rank, size, local_rank, local_size or size, dist.PrefixStore("run", store))
     try:
         with ExitStack() as silence:
