@@ -23,10 +23,10 @@ def departures_of(
     )
     inputs = (ids, ids > 0, ids) if config.architecture == "encoder-decoder" else (ids,)
     if documents:
-        inputs = (*inputs, None, torch.arange(config.context_length).expand(3, -1) // 3)
+        inputs = (*inputs, torch.arange(config.context_length).expand(3, -1) // 3)
     found: list[str] = []
     with compared(model, found), torch.no_grad():
-        model(*inputs) if documents else model(*inputs, key=DropoutKey(1, torch.tensor(2), torch.tensor(4)))
+        model(*inputs, key=DropoutKey(1, torch.tensor(2), torch.tensor(4)))
     return found
 
 

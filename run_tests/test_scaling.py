@@ -41,7 +41,7 @@ def test_the_times_follow_from_the_figures():
         assert f"{row}|" in PAGE
 
 
-@pytest.mark.parametrize("processes", [2, 8])
+@pytest.mark.parametrize("processes", [2, 4])
 def test_what_processes_divide_is_whole_again_together(processes):
     preset = PRESETS["gpt2-124m"]
     one, shared = (
