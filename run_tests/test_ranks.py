@@ -155,6 +155,7 @@ def test_the_first_process_alone_speaks_and_writes(torchrun):
             "10 sequences at a time, which do not divide among 3 processes; use --batch-size 12",
         ),
         (["--device", "mps"], "--device mps: the 3 processes of torchrun compute on GPUs of their own"),
+        (["--optimizer", "muon", "--shard"], "--optimizer muon needs whole matrices, which --shard divides"),
         (["--device", "cuda"], "--nproc-per-node 3: CUDA finds"),
         (["--n-head", 3], "d_model 16 does not divide into n_head 3 heads"),
     ],

@@ -1,7 +1,7 @@
 """Checkpoints: a folder that holds all a run needs to go on, and nothing that can execute.
 
     model.safetensors       parameters, float32, under the names of ref_numpy.parameters.parameter_shapes
-    optimizer.safetensors   <parameter>.exp_avg, .exp_avg_sq and .step; empty before the first step
+    optimizer.safetensors   <parameter>.exp_avg, .exp_avg_sq (but Muon's) and .step; empty before step 1
     config.json             model, training and run settings
     tokenizer.json          in the format of Hugging Face's tokenizers
     training.json           Progress
@@ -37,6 +37,7 @@ from torch_impl.training.tokenizer import Tokenizer, load_tokenizer
 from torch_impl.transformer import Embedded
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+_MOMENTS_OF_MUON = ("exp_avg", "step")  # for the matrices that it has
 _LOSS_SCALE = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 
 
@@ -72,7 +73,7 @@ def save_checkpoint(
         f"{name}.{moment}": state.optimizer.state[parameter][moment]
         for name, parameter in state.model.named_parameters()
         if parameter in state.optimizer.state
-        for moment in _MOMENTS
+        for moment in state.optimizer.state[parameter]
     }
     first = state.ranks.first
     weights, moments = (_gathered(part, first) for part in (state.model.state_dict(), moments))
@@ -193,18 +194,22 @@ def load_moments(folder: Path, state: TrainState) -> None:
     """Put the optimizer's moments back. Raises InputError where they are not those of the model."""
     path = whole_folder(folder) / "optimizer.safetensors"
     names = {parameter: name for name, parameter in state.model.named_parameters()}
-    ordered = [names[parameter] for group in state.optimizer.param_groups for parameter in group["params"]]
-    tensors = _read_tensors(path, state.model.config, partial(_moments, ordered), may_be_empty=True)
+    kept = {
+        names[parameter]: _MOMENTS if group.get("momentum") is None else _MOMENTS_OF_MUON
+        for group in state.optimizer.param_groups
+        for parameter in group["params"]
+    }
+    tensors = _read_tensors(path, state.model.config, partial(_moments, kept), may_be_empty=True)
     parameters = dict(state.model.named_parameters())
     state.optimizer.load_state_dict(
         {
             "state": {
                 i: {
                     moment: tensor if moment == "step" else part_of(tensor, parameters[name])
-                    for moment in _MOMENTS
+                    for moment in kept[name]
                     for tensor in [tensors[f"{name}.{moment}"]]
                 }
-                for i, name in enumerate(ordered if tensors else [])
+                for i, name in enumerate(kept if tensors else [])
             },
             "param_groups": state.optimizer.state_dict()["param_groups"],
         }
@@ -241,10 +246,10 @@ def _parameters(config: ModelConfig) -> Header:
     return {name: ("F32", shape) for name, shape in parameter_shapes(config).items()}
 
 
-def _moments(trained: list[str], config: ModelConfig) -> Header:
+def _moments(kept: dict[str, tuple[str, ...]], config: ModelConfig) -> Header:
     shapes = parameter_shapes(config)
     return {
         f"{name}.{moment}": ("F32", () if moment == "step" else shapes[name])
-        for name in trained
-        for moment in _MOMENTS
+        for name, moments in kept.items()
+        for moment in moments
     }

@@ -80,6 +80,11 @@ def prepare(request: Request, ranks: Ranks) -> Run:
     config, place = request.config, choose_place(request.config.run, ranks)
     refuse_uneven(config.training.batch_size, 1 if request.fit else config.training.micro_batches, ranks.size)
     sharded = config.run.shard and ranks.size > 1
+    if sharded and config.training.optimizer == "muon":
+        raise InputError(
+            "--optimizer muon needs whole matrices, which --shard divides; leave one of them out, or use "
+            "--optimizer adamw"
+        )
     home = torch.device("cpu") if sharded else place.device  # of the model while it is whole
     saved = _load(request.resume, place.dtype, home, ranks) if request.resume else None
     corpus = _load_corpus(config)
