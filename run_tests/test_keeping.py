@@ -46,6 +46,17 @@ def test_a_disk_without_links_keeps_copies(tmp_path, monkeypatch):
     assert (tmp_path / "step-1" / "file").read_bytes() == b"content"
 
 
+def test_a_run_that_gets_no_better_ends_early_and_keeps_its_best(small_run, cli):
+    """A learning rate far too high: the first evaluation stays the best, and patience ends at the third."""
+    flags = ("--learning-rate", 3, "--warmup-steps", 0, "--steps", 40)
+    outcome = small_run("--out", "run", "--patience", 2, *flags)
+    assert outcome.code == 0 and "stopped early" in outcome.out and "finished" in outcome.out
+    best, last = (json.loads(Path("run", name, "training.json").read_bytes()) for name in ("best", "last"))
+    assert last["best_step"] == best["step"] and last["step"] == best["step"] + 2 * 4 < 40
+    assert small_run("--out", "patient", *flags).code == 0
+    assert json.loads(Path("patient/last/training.json").read_bytes())["step"] == 40
+
+
 def test_a_leap_of_the_loss_is_told_once_and_what_was_before_is_kept(small_run, monkeypatch):
     train_steps = run_module.train_steps
 

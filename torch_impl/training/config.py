@@ -42,6 +42,8 @@ class RunSettings:
     """Steps between two evaluations on the held-out text."""
     eval_tokens: int = 0
     """Held-out tokens that an evaluation reads; 0 means all of them."""
+    patience: int = 0
+    """Evaluations without a better one after which the run ends before its last step; 0 for never."""
     checkpoint_every: int = 100
     """Steps between two checkpoints."""
     keep_checkpoints: int = 0
@@ -58,7 +60,7 @@ class RunSettings:
         for name in ("eval_every", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but must be at least 1")
-        for name in ("eval_tokens", "sample_tokens", "keep_checkpoints"):
+        for name in ("eval_tokens", "sample_tokens", "keep_checkpoints", "patience"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but must not be negative")
 

@@ -103,9 +103,13 @@ def _train(run: Run, stop: StopRequest) -> None:
             if evaluating:
                 _evaluate(run, metrics, speed)
                 training_seconds, steps_before = 0.0, step
-            if saving:
+            since_best = (step - progress.best_step) / settings.eval_every  # evaluations
+            weary = evaluating and 0 < settings.patience <= since_best
+            if saving or weary:
                 _save(run, "last")
-            if stop.signal is not None:
+            if weary:
+                tqdm.write(f"no evaluation was better than that of step {progress.best_step}: stopped early")
+            if weary or stop.signal is not None:
                 break
             mark = time.perf_counter()
 
