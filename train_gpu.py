@@ -1,6 +1,8 @@
 """Train a language model on text: `python train_gpu.py [PRESET] [--flags]`. See --help."""
 
 import errno
+import os
+import re
 import sys
 
 from ref_numpy.config import ConfigError
@@ -16,11 +18,14 @@ def main(arguments: list[str]) -> int:
     try:
         request = parse(arguments)
     except (InputError, ConfigError) as error:
-        return _fail(f"{error}; see --help", 2)
-    try:
-        from torch_impl.training.run import train  # imports torch, which --help can do without
+        return _fail(f"{error}; see --help", 2) if os.environ.get("RANK", "0") == "0" else 2
+    from torch_impl.training.ranks import AnotherFailed  # imports torch, which --help can do without
+    from torch_impl.training.run import train
 
+    try:
         return train(request)
+    except AnotherFailed:
+        return 1
     except (InputError, ConfigError) as error:
         return _fail(str(error), 2)
     except KeyboardInterrupt:
@@ -36,15 +41,19 @@ def main(arguments: list[str]) -> int:
 
 def _explain(error: Exception, request: Request) -> str | None:
     """One line for what can go wrong on a sound machine; None for what cannot."""
+    from torch_impl.training.memory import OutOfMemory, ran_out  # imports torch
+
     if isinstance(error, OSError):
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             place = error.filename or "the run folder"
             return (
                 f"the disk is full, writing {place}; what was saved before is whole. Make room, then --resume"
             )
-        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    out_of_memory = "out of memory" in str(error) or "can't allocate memory" in str(error)
-    if isinstance(error, MemoryError) or out_of_memory:
+        saved = "; what was saved before is whole. Mend that, then --resume"
+        return f"{error.filename}: {error.strerror}{saved}" if error.filename else str(error)
+    if isinstance(error, OutOfMemory):
+        return str(error)
+    if ran_out(error):
         model, training = request.config.model, request.config.training
         return (
             f"out of memory with batch_size {training.batch_size} in {training.micro_batches} micro_batches "
@@ -54,6 +63,12 @@ def _explain(error: Exception, request: Request) -> str | None:
     if type(error).__module__.startswith(("torch._dynamo.", "torch._inductor.")):
         reason = str(error).partition("\n")[0]
         return f"the model does not compile here ({reason}); use --compile off"
+    gone = re.search(r"[Cc]onnection (closed|reset)|[Tt]imed? ?out|Broken pipe", str(error))
+    if gone and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return (
+            "another process of the run is gone, or does not answer; what was saved before is whole, and "
+            "--resume goes on"
+        )
     return None
 
 

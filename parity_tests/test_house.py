@@ -28,6 +28,8 @@ SHARED = {
     "ref_numpy.dates": None,
     "ref_numpy.conversation": None,
 }
+# Where a run that failed is held against the reference.
+COMPARED = {"against_reference.py"}
 REFERENCE_MAY_IMPORT = {"numpy", "jaxtyping", "ref_numpy", "regex", "tqdm"}  # and the standard library
 
 
@@ -71,7 +73,7 @@ def test_the_reference_needs_numpy_alone(path):
 def test_the_fast_side_computes_for_itself(path):
     for module, name in imports(path):
         assert not module.startswith("parity_tests"), f"{path.name} imports {module}"
-        if module.partition(".")[0] == "ref_numpy":
+        if module.partition(".")[0] == "ref_numpy" and path.name not in COMPARED:
             allowed = SHARED.get(module, set())
             assert allowed is None or name in allowed, f"{path.name} takes {name} from {module}"
 

@@ -204,7 +204,8 @@ class TrainConfig:
     steps: int = 1000
     """Optimizer steps."""
     batch_size: int = 12
-    """Sequences per optimizer step."""
+    """Sequences per optimizer step. train_gpu.py also takes auto: those of the preset, as many at a time as
+    memory has room for."""
     micro_batches: int = 1
     """Parts that a batch is computed in, one after the other, to save memory; must divide batch_size."""
     learning_rate: float = 1e-3

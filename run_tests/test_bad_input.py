@@ -17,12 +17,19 @@ from safetensors.torch import load_file, save_file
 
 from ref_numpy.parameters import parameter_shapes
 from run_tests.conftest import SMALL, Outcome, content
+from run_tests.conftest import metrics as metrics_of
+from torch_impl.ffn import FFN
+from torch_impl.training import memory, objectives
 from torch_impl.training import run as run_module
+from torch_impl.training.config import read_config
 from torch_impl.training.costs import parameter_count
-from torch_impl.training.memory import needed_bytes
+from torch_impl.training.memory import largest_that_fits, needed_bytes, step_bytes
 from torch_impl.training.presets import PRESETS
+from torch_impl.training.ranks import ALONE, Ranks
 
 ROOT = Path(__file__).parents[1]
+BF16 = torch.bfloat16
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(
@@ -87,6 +94,36 @@ def test_training_that_blows_up_stops_and_keeps_the_last_good_checkpoint(small_r
             assert tensor.isfinite().all()
 
 
+@pytest.mark.parametrize("flags", [(), ("--precision", "float16"), ("--detect-anomaly",)])
+def test_what_is_to_blame_for_a_loss_that_is_none_is_named(small_run, monkeypatch, flags):
+    """From step 7 on, the first block's feed-forward layer divides by zero. The run goes back to its last
+    checkpoint, of step 5, and finds it."""
+    forward = FFN.forward
+
+    def broken(self, x):
+        steps = sum(parameter.grad is None for parameter in self.parameters())
+        return forward(self, x) / (0.0 if clock[0] >= 6 and steps else 1.0)
+
+    clock, sample_batch = [0], objectives.sample_batch
+
+    def watched(tokens, context_length, step, config):
+        clock[0] = int(step)
+        return sample_batch(tokens, context_length, step, config)
+
+    monkeypatch.setattr(objectives, "sample_batch", watched)
+    monkeypatch.setattr(FFN, "forward", broken)
+    outcome = small_run("--out", "run", "--eval-every", 5, *flags)
+    assert outcome.code == 1
+    if "--detect-anomaly" in flags:
+        assert (
+            "departs from the NumPy reference is blocks.0.ffn (the reference's numbers are" in outcome.error
+        )
+    else:
+        assert "step 7: the loss is nan: the first to make one is blocks.0.ffn; gradients" in outcome.error
+        assert "gradients that are not finite: token_embedding.weight, " in outcome.error
+    assert json.loads(Path("run/last/training.json").read_bytes())["step"] == 5
+
+
 def test_the_step_that_blew_up_is_named_though_the_loss_is_read_seldom(small_run, monkeypatch):
     train_steps = run_module.train_steps
 
@@ -119,7 +156,46 @@ def test_memory_that_runs_out(small_run, monkeypatch, error):
     monkeypatch.setattr(run_module, "train_steps", exhausted)
     outcome = small_run("--out", "run")
     assert outcome.code == 1
-    assert "out of memory with batch_size 4" in outcome.error and "--micro-batches" in outcome.error
+    assert "out of memory with batch_size 4 in 1 micro_batches and context_length 8" in outcome.error
+    for part in ("a step needs ", "weights ", "gradients ", "moments ", "activations "):
+        assert part in outcome.error
+    assert "largest batch that fits, with the same result: --micro-batches 4, 1 at a time" in outcome.error
+
+
+def test_the_largest_batch_that_fits_is_the_largest():
+    config = PRESETS["gpt2-124m"]
+    for gib in (8, 24, 80):
+        fewest = largest_that_fits(config, BF16, gib << 30, ALONE)
+        counts = [m for m in range(1, 481) if 480 % m == 0]
+        fits = [step_bytes(config, BF16, m, ALONE).peak <= gib << 30 for m in counts]
+        assert fits == sorted(fits) and fewest == counts[fits.index(True)]
+    assert largest_that_fits(config, BF16, 1 << 30, ALONE) is None
+    sharded = replace(config, run=replace(config.run, shard=True))
+    eight = Ranks(size=8)
+    one, each = (step_bytes(kind, BF16, 60, eight).moments for kind in (config, sharded))
+    assert each * 8 == one
+    assert largest_that_fits(config, BF16, 24 << 30, eight) < largest_that_fits(config, BF16, 24 << 30, ALONE)
+
+
+def test_a_batch_is_fitted_into_the_memory_that_is_free(small_run, monkeypatch):
+    """Room for two of the four sequences, at three quarters; the losses are those of the whole batch."""
+    assert small_run("--out", "whole", "--batch-size", 4).code == 0
+    config = read_config(Path("whole/last"))
+    needed = step_bytes(config, torch.float32, 2, ALONE).peak
+    monkeypatch.setattr(memory, "free_memory_of", lambda device: int(needed / 0.75) + 8)
+    fit = small_run("--out", "fitted", "--batch-size", "auto", "--micro-batches", 1)
+    assert fit.code == 0 and "batches of 4 sequences, 2 at a time" in fit.out
+    assert read_config(Path("fitted/last")).training.micro_batches == 2
+    for whole, part in zip(metrics_of(Path("whole")), metrics_of(Path("fitted")), strict=True):
+        assert part["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-5)
+    monkeypatch.setattr(memory, "free_memory_of", lambda device: 1000)
+    error = small_run("--out", "none", "--batch-size=auto").error
+    assert "a single sequence needs " in error and not Path("none").exists()
+
+
+def test_free_memory_is_some_and_not_all():
+    free, present = (ask(CPU) for ask in (memory.free_memory_of, memory.memory_of))
+    assert (free, present) == (None, None) or 0 < free < present
 
 
 def test_a_program_error_is_not_called_a_users_mistake(small_run, monkeypatch):
@@ -130,6 +206,41 @@ def test_a_program_error_is_not_called_a_users_mistake(small_run, monkeypatch):
     monkeypatch.setattr(run_module, "train_steps", broken)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         small_run("--out", "run")
+
+
+def test_a_folder_that_nobody_may_write_to_any_more(small_run, cli, on_file_operation):
+    small_run("--out", "whole")
+
+    def refused(event, path):
+        if "last.new" in path.parts and Path("run/best").exists():
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    on_file_operation(refused)
+    outcome = small_run("--out", "run")
+    on_file_operation(None)
+    assert outcome.code == 1
+    assert re.search(r"last.new: Permission denied; what was saved before is whole.*--resume", outcome.error)
+    assert cli("--resume", "run").code == 0
+    assert content(Path("run")) == content(Path("whole"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a file that is in use cannot be deleted there")
+def test_files_that_vanish_while_a_run_reads_them_are_not_missed(small_run, cli, text, monkeypatch):
+    """The ids are mapped, and stay until the run lets go of them. To go on, it needs the text again."""
+    small_run("--out", "whole")
+    train_steps = run_module.train_steps
+
+    def vanishing(state, sample, config):
+        for metrics in train_steps(state, sample, config):
+            if state.step == 3:
+                shutil.rmtree("cache")
+                text.unlink()
+            yield metrics
+
+    monkeypatch.setattr(run_module, "train_steps", vanishing)
+    assert small_run("--out", "run").code == 0
+    assert content(Path("run")) == content(Path("whole"))
+    assert "cannot read" in cli("--resume", "run", "--steps", 14).error
 
 
 def test_a_disk_that_fills_up_at_any_moment(small_run, cli, on_file_operation):
@@ -250,7 +361,7 @@ def test_the_memory_of_a_run_counts_every_parameter():
     config = PRESETS["nanogpt-cpu"]
     assert parameter_count(config.model) == sum(map(prod, parameter_shapes(config.model).values()))
     more = replace(config, training=replace(config.training, micro_batches=12))
-    assert 16 * parameter_count(config.model) < needed_bytes(more) < needed_bytes(config)
+    assert 16 * parameter_count(config.model) < needed_bytes(more, CPU) < needed_bytes(config, CPU)
 
 
 def test_a_compiler_that_is_missing(text):

@@ -47,11 +47,20 @@ def test_a_run_that_another_process_trains_is_not_resumed(small_run, cli, holder
     other = holder()
     outcome = cli("--resume", "run", "--steps", "16")
     assert outcome.code == 2
-    assert "run is in use: another process trains there" in outcome.error
+    assert f"run is in use: process {other.pid} on " in outcome.error and "trains there" in outcome.error
     assert content(Path("run")) == before
     other.kill()  # as a run that is killed: nobody gives the lock back but the system
     other.wait()
     assert cli("--resume", "run", "--steps", "16").code == 0
+
+
+def test_a_lock_of_which_nothing_is_known(tmp_path, holder):
+    (tmp_path / "run").mkdir()
+    holder()
+    for damage in (b"", b"[]", b'{"pid": "x"}'):
+        (tmp_path / "run" / "lock.json").write_bytes(damage)
+        with pytest.raises(InputError, match="in use: another process trains"), locked(tmp_path / "run"):
+            pass
 
 
 def test_a_run_holds_its_folder_from_the_start(small_run, monkeypatch):

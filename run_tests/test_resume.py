@@ -1,5 +1,6 @@
 """A run that was stopped, or killed at any moment, and resumed ends as the run that never was."""
 
+import functools
 import json
 import shutil
 import signal
@@ -59,6 +60,27 @@ def test_low_precision_resumes_bit_for_bit_with_its_loss_scale(small_run, cli, s
     assert content(Path("stopped")) == content(Path("whole"))
     scale = json.loads(Path("whole/last/training.json").read_bytes())["loss_scale"]
     assert (scale is not None) == (precision == "float16")
+
+
+def test_muon_resumes_bit_for_bit_with_its_momentum(small_run, cli, stop_at):
+    """Its matrices have no second moment, which a checkpoint once expected of every parameter."""
+    assert small_run("--out", "whole", "--optimizer", "muon").code == 0
+    stop_at(7)
+    assert small_run("--out", "stopped", "--optimizer", "muon").code == 130
+    stop_at(None)
+    assert cli("--resume", "stopped").code == 0
+    assert content(Path("stopped")) == content(Path("whole"))
+
+
+def test_an_overflow_of_float16_is_left_out_and_the_scale_recovers(small_run, monkeypatch):
+    """A loss scale of 2^40 overflows at once, and is halved until it does not: the run then learns."""
+    scaler = functools.partial(torch.amp.GradScaler, init_scale=2.0**40)
+    monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    assert small_run("--out", "run", "--precision", "float16", "--steps", 60, "--eval-every", 30).code == 0
+    kept = json.loads(Path("run/last/training.json").read_bytes())["loss_scale"]
+    assert 1 <= kept["scale"] < 2.0**40
+    losses = [row["val_loss"] for row in metrics(Path("run"))]
+    assert losses[-1] < losses[0] - 0.1
 
 
 def test_sigterm_stops_as_ctrl_c_does(small_run, stop_at):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 
 from ref_numpy.config import ModelConfig, TrainConfig
 from torch_impl.data import sample_batch
@@ -16,6 +17,7 @@ from torch_impl.masking import sample_masked_batch
 from torch_impl.pairs import Pairs, sample_pairs
 from torch_impl.seq2seq import make_model
 from torch_impl.train import start, train_step, train_steps
+from torch_impl.training.recompute import recompute_blocks
 from torch_impl.transformer import Transformer
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +54,29 @@ def test_the_batches_of_many_steps_read_nothing_back(architecture):
             "encoder-decoder": partial(sample_pairs, pairs, model_config),
         }[architecture]
         assert len(list(train_steps(state, sample, TRAINING))) == TRAINING.steps
+
+
+@pytest.mark.parametrize("architecture", ["decoder", "encoder-decoder"])
+def test_blocks_that_are_computed_again_give_the_same_bits_and_keep_less(architecture):
+    """With dropout, whose masks have to be the same the second time."""
+    config = replace(MODEL, architecture=architecture, n_layer=4, d_model=16)
+    pairs = Pairs(torch.arange(63).view(9, 7) % 28, torch.arange(54).view(9, 6) % 28)
+    sample = {
+        "decoder": partial(sample_batch, torch.arange(100) % 28, 8),
+        "encoder-decoder": partial(sample_pairs, pairs, config),
+    }[architecture]
+    results, kept = [], []
+    for recomputed in (False, True):
+        model = make_model(config)
+        model.initialise(0)
+        if recomputed:
+            recompute_blocks(model)
+        state, tensors = start(model, TRAINING), []
+        with saved_tensors_hooks(lambda t, tensors=tensors: tensors.append(t.numel()) or t, lambda t: t):
+            losses = [metrics.loss for metrics in train_steps(state, sample, TRAINING)]
+        results.append([*losses, *model.parameters()])
+        kept.append(sum(tensors))
+    assert all(map(torch.equal, *results)) and kept[1] < 0.6 * kept[0]
 
 
 COMPILED_LOSS = """

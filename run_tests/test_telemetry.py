@@ -66,6 +66,7 @@ def test_the_run_folder_is_complete(run):
         "best",
         "last",
         "lock",
+        "lock.json",
         "losses.png",
         "metrics.jsonl",
         "sample.txt",

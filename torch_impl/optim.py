@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ref_numpy.config import TrainConfig
 from ref_numpy.muon import acts_on
 from torch_impl.muon import Muon
+from torch_impl.training.ranks import whole
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -61,7 +62,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: Float[Tensor, ""])
 def clip_by_global_norm(model: nn.Module, limit: float) -> Float[Tensor, ""]:
     """Scales all gradients in place by min(1, limit / norm), a limit of 0 being none; returns the norm."""
     gradients = [param.grad for param in model.parameters() if param.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = whole(torch.nn.utils.get_total_norm(gradients))
     if limit > 0:
         torch._foreach_mul_(gradients, (limit / norm).clamp(max=1.0))
     return norm

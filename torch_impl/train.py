@@ -16,6 +16,7 @@ from ref_numpy.dropout import DropoutKey
 from ref_numpy.loss import IGNORE
 from torch_impl.loss import cross_entropy
 from torch_impl.optim import clip_by_global_norm, learning_rates, make_optimizer, set_learning_rate
+from torch_impl.training.ranks import ALONE, Engine, Ranks, make_engine
 from torch_impl.transformer import Embedded, Transformer
 
 Batch = tuple[Tensor, ...]  # (M, B, ...) each: what the model reads, and last the targets
@@ -38,21 +39,29 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # acts for float16 only, whose small gradients would vanish
     rates: Float[Tensor, "steps"]
-    loss_function: Callable[..., Float[Tensor, ""]]  # model_loss, perhaps compiled
+    engine: Engine  # model_loss, perhaps compiled, perhaps on several processes
+    ranks: Ranks = ALONE
     step: int = 0  # finished steps
 
 
-def start(model: Embedded, config: TrainConfig, compiled: bool = False) -> TrainState:
-    """The state before the first step."""
+def start(
+    model: Embedded,
+    config: TrainConfig,
+    compiled: bool = False,
+    ranks: Ranks = ALONE,
+    sharded_on: torch.device | None = None,
+) -> TrainState:
+    """The state before the first step. Several processes divide each micro-batch among them, and with a
+    device to be sharded on, the parameters too (see ranks.make_engine)."""
+    model.token_embedding.weight.requires_grad_(not config.freeze_embeddings)
+    engine = make_engine(model, model_loss, compiled, ranks, sharded_on)
     device = model.token_embedding.weight.device
     if device.type == "cpu":
         keep_freed_memory()
-    model.token_embedding.weight.requires_grad_(not config.freeze_embeddings)
     scaler = torch.amp.GradScaler(device.type, enabled=model.compute_dtype == torch.float16)
     # Only CUDA gains from a step counter of its own; elsewhere (MPS) float64 may be missing.
     rates = learning_rates(config).to(device if device.type == "cuda" else "cpu")
-    loss_function = torch.compile(model_loss) if compiled else model_loss
-    return TrainState(model, make_optimizer(model, config), scaler, rates, loss_function)
+    return TrainState(model, make_optimizer(model, config), scaler, rates, engine, ranks)
 
 
 def keep_freed_memory() -> None:
@@ -82,20 +91,23 @@ def train_step(
 ) -> StepMetrics:
     """One optimizer step on a batch, in place. clock is the number of the step, from 0, as a tensor.
 
-    The loss is the mean over the tokens that count in the whole step, however the micro-batches divide them.
+    The loss is the mean over the tokens that count in the whole step, however micro-batches and processes
+    divide them: each process computes its rows of each micro-batch.
     """
     model, optimizer, scaler = state.model, state.optimizer, state.scaler
     *_, targets = batch
     micro_batches, rows, _ = targets.shape
     count = (targets != IGNORE).sum()
+    own = state.ranks.rows(rows)
     loss = torch.zeros((), device=targets.device)
     for m in range(micro_batches):
         key = None
         if model.config.dropout > 0:
-            key = DropoutKey(config.seed, clock, first_row=torch.full_like(clock, m * rows))
-        micro_batch = tuple(tensor[m] for tensor in batch)
-        share = state.loss_function(model, micro_batch, key, config.label_smoothing, count)
-        scaler.scale(share).backward()
+            key = DropoutKey(config.seed, clock, first_row=torch.full_like(clock, m * rows + own.start))
+        micro_batch = tuple(tensor[m, own] for tensor in batch)
+        with state.engine.joining(m == micro_batches - 1):
+            share = state.engine.loss(micro_batch, key, config.label_smoothing, count)
+            scaler.scale(share * state.ranks.size).backward()  # of whose gradients an engine takes the mean
         loss = loss + share.detach()
 
     scaler.unscale_(optimizer)
@@ -105,7 +117,7 @@ def train_step(
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return StepMetrics(loss, grad_norm, rate)
+    return StepMetrics(state.ranks.total(loss), grad_norm, rate)
 
 
 def train_steps(state: TrainState, sample: Sample, config: TrainConfig) -> Iterator[StepMetrics]:

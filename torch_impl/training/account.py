@@ -6,7 +6,7 @@ Parameters, FLOPs and memory, by costs.py; nothing is built, and torch is not im
 import json
 import os
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -16,12 +16,16 @@ from torch_impl.training.costs import (
     attention_pairs,
     checkpoint_bytes,
     forward_flops,
+    in_bytes,
     kaplan_flops,
     kv_cache_bytes,
     non_embedding_count,
     palm_flops,
     parameter_count,
     parameters_by_part,
+    process_bytes,
+    scaled,
+    sent_bytes,
     training_bytes,
 )
 from torch_impl.training.files import InputError, find_checkpoint, write_file
@@ -46,6 +50,10 @@ class BatchFlags:
     """The token embedding is not trained, and needs no moments."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the computation; weights, gradients and moments are float32."""
+    processes: int = 1
+    """Processes of torchrun that divide the batch, each with a GPU of its own."""
+    shard: bool = False
+    """They divide weights, gradients and moments too (FSDP2), and do not hold all of them each (DDP)."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,8 @@ class Request(NamedTuple):
     model: ModelConfig
     training: TrainConfig
     precision: str
+    processes: int
+    shard: bool
     json: Path | None
 
 
@@ -85,13 +95,20 @@ def parse(arguments: list[str]) -> Request:
         if config.quantisation is not None:
             raise InputError(f"{folder} is quantised; name the run that it was made from")
         flags = _parse_flags(rest, config, of_preset=False)
-    training = replace(
-        config.training, **{f.name: getattr(flags.batch, f.name) for f in fields(BatchFlags)[:-1]}
-    )
+    batch = asdict(flags.batch)
+    precision, processes, shard = (batch.pop(name) for name in ("precision", "processes", "shard"))
+    training = replace(config.training, **batch)
+    if processes < 1 or training.batch_size // training.micro_batches % processes:
+        rows = training.batch_size // training.micro_batches
+        raise InputError(
+            f"--processes {processes}: {rows} sequences at a time do not divide among them; try --batch-size "
+            f"{training.micro_batches * max(processes, 1)}"
+        )
     json_file = Path(flags.source.json) if flags.source.json else None
     if json_file is not None and json_file.is_dir():
         raise InputError(f"--json {json_file} is a folder; name a file")
-    return Request(name, ModelConfig(**asdict(flags.shape)), training, flags.batch.precision, json_file)
+    model = ModelConfig(**asdict(flags.shape))
+    return Request(name, model, training, precision, processes, shard, json_file)
 
 
 def _parse_flags(arguments: list[str], config: RunConfig, of_preset: bool = True) -> Flags:
@@ -103,7 +120,13 @@ def _parse_flags(arguments: list[str], config: RunConfig, of_preset: bool = True
     return parse_flags(
         Flags(
             SourceFlags(),
-            BatchFlags(training.batch_size, training.micro_batches, training.freeze_embeddings, precision),
+            BatchFlags(
+                training.batch_size,
+                training.micro_batches,
+                training.freeze_embeddings,
+                precision,
+                shard=config.run.shard,
+            ),
             ShapeFlags(**asdict(model)),
         ),
         arguments,
@@ -113,7 +136,9 @@ def _parse_flags(arguments: list[str], config: RunConfig, of_preset: bool = True
     )
 
 
-def account(model: ModelConfig, training: TrainConfig, precision: str) -> dict[str, dict[str, Any]]:
+def account(
+    model: ModelConfig, training: TrainConfig, precision: str, processes: int = 1, shard: bool = False
+) -> dict[str, dict[str, Any]]:
     """All the numbers, by group and name: parameters, FLOPs per token, bytes."""
     size, parts = _SIZES[precision], parameters_by_part(model)
     forward, cache = forward_flops(model), kv_cache_bytes(model, size)
@@ -134,6 +159,10 @@ def account(model: ModelConfig, training: TrainConfig, precision: str) -> dict[s
             "share of scores seen": pairs.seen / pairs.all,
         },
         "training_bytes": training_bytes(model, training, size)._asdict(),
+        "process_bytes": {
+            **process_bytes(model, training, size, processes, shard)._asdict(),
+            "sent per step": sent_bytes(model, training, size, processes, shard),
+        },
         "kv_cache_bytes": cache._asdict(),
         "checkpoint_bytes": {
             "model.safetensors": model_file,
@@ -146,7 +175,7 @@ def account(model: ModelConfig, training: TrainConfig, precision: str) -> dict[s
 def table(request: Request) -> str:
     """The numbers for a reader, with what they mean."""
     model, training, precision = request.model, request.training, request.precision
-    numbers = account(model, training, precision)
+    numbers = account(model, training, precision, request.processes, request.shard)
     parts, flops = numbers["parameters"], numbers["flops_per_token"]
     held, cache, files = (numbers[f"{what}_bytes"] for what in ("training", "kv_cache", "checkpoint"))
     rows = training.batch_size // training.micro_batches
@@ -175,17 +204,18 @@ def table(request: Request) -> str:
         ("  6 N", _si(flops["training, 6 N non-embedding"]), "Kaplan et al. 2020, N non-embedding"),
         ("  a step", _si(flops["training"] * tokens_per_step), f"training, {tokens_per_step:,} tokens"),
         ("memory of training", "", f"{precision}, {rows:,} sequences at a time"),
-        ("  weights", _binary(held["weights"]), "float32"),
-        ("  gradients", _binary(held["gradients"]), "float32"),
-        ("  optimizer", _binary(held["moments"]), "two moments, float32"),
-        ("  activations", _binary(held["activations"]), "that the backward pass needs, attention fused"),
-        ("  peak, at least", _binary(held["peak"]), _peak_of(training)),
+        ("  weights", in_bytes(held["weights"]), "float32"),
+        ("  gradients", in_bytes(held["gradients"]), "float32"),
+        ("  optimizer", in_bytes(held["moments"]), "two moments, float32"),
+        ("  activations", in_bytes(held["activations"]), "that the backward pass needs, attention fused"),
+        ("  peak, at least", in_bytes(held["peak"]), _peak_of(training)),
+        *_process_lines(request, numbers["process_bytes"]),
         ("keys and values", "", "if generation keeps them"),
-        ("  per token", _binary(cache["token"]), precision),
-        ("  whole context", _binary(cache["whole"]), "per sequence; local layers keep their window"),
-        ("checkpoint", _binary(files["total"]), "without lists of names"),
-        ("  model.safetensors", _binary(files["model.safetensors"]), "float32"),
-        ("  optimizer.safetensors", _binary(files["optimizer.safetensors"]), "float32"),
+        ("  per token", in_bytes(cache["token"]), precision),
+        ("  whole context", in_bytes(cache["whole"]), "per sequence; local layers keep their window"),
+        ("checkpoint", in_bytes(files["total"]), "without lists of names"),
+        ("  model.safetensors", in_bytes(files["model.safetensors"]), "float32"),
+        ("  optimizer.safetensors", in_bytes(files["optimizer.safetensors"]), "float32"),
     ]
     heading = (
         f"{request.name}: {model.architecture}, L {model.n_layer}, C {model.d_model}, H {model.n_head}, "
@@ -196,6 +226,29 @@ def table(request: Request) -> str:
     return "\n".join([heading, *body])
 
 
+def _process_lines(request: Request, held: dict[str, int]) -> list[tuple[str, str, str]]:
+    """What one of several processes holds and sends."""
+    training, processes = request.training, request.processes
+    if processes == 1:
+        return []
+    rows = training.batch_size // training.micro_batches // processes
+    part = f"1/{processes} of all" if request.shard else "all, as every process"
+    how = (
+        "weights twice and gradients once, for each micro-batch"
+        if request.shard
+        else "gradients, all-reduced"
+    )
+    return [
+        ("each of the processes", "", f"{processes}, {rows:,} sequences at a time in each"),
+        ("  weights", in_bytes(held["weights"]), part),
+        ("  gradients", in_bytes(held["gradients"]), part),
+        ("  optimizer", in_bytes(held["moments"]), part),
+        ("  activations", in_bytes(held["activations"]), "of its own sequences"),
+        ("  peak, at least", in_bytes(held["peak"]), ""),
+        ("  sends in a step", in_bytes(held["sent per step"]), f"and receives as much: {how}"),
+    ]
+
+
 def _peak_of(training: TrainConfig) -> str:
     if training.micro_batches > 1:
         return "all of these together"
@@ -204,19 +257,7 @@ def _peak_of(training: TrainConfig) -> str:
 
 def _si(number: int | float) -> str:
     """A number of operations, by powers of a thousand."""
-    return _scaled(number, 1000, ("", "k", "M", "G", "T", "P", "E"))
-
-
-def _binary(number: int) -> str:
-    """A number of bytes, by powers of 1024."""
-    return _scaled(number, 1024, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"))
-
-
-def _scaled(number: int | float, base: int, units: tuple[str, ...]) -> str:
-    power = 0
-    while number >= base and power < len(units) - 1:
-        number, power = number / base, power + 1
-    return f"{number:,.1f} {units[power]}" if power else f"{number:,.0f} {units[0]}".rstrip()
+    return scaled(number, 1000, ("", "k", "M", "G", "T", "P", "E"))
 
 
 def main(arguments: list[str]) -> int:
@@ -226,7 +267,7 @@ def main(arguments: list[str]) -> int:
         told = table(request)
         if request.json is not None:
             config = {"name": request.name, "model": asdict(request.model), "precision": request.precision}
-            numbers = account(request.model, request.training, request.precision)
+            numbers = account(*request[1:6])
             content = json.dumps({**config, **numbers}, indent=1)
             write_file(request.json, content.encode("utf-8"))
         print(told, flush=True)

@@ -1,7 +1,7 @@
 """Checkpoints: a folder that holds all a run needs to go on, and nothing that can execute.
 
     model.safetensors       parameters, float32, under the names of ref_numpy.parameters.parameter_shapes
-    optimizer.safetensors   <parameter>.exp_avg, .exp_avg_sq and .step; empty before the first step
+    optimizer.safetensors   <parameter>.exp_avg, .exp_avg_sq (but Muon's) and .step; empty before step 1
     config.json             model, training and run settings
     tokenizer.json          in the format of Hugging Face's tokenizers
     training.json           Progress
@@ -31,11 +31,13 @@ from torch_impl.training.config import FORMAT_VERSION, RunConfig, parse_json, re
 from torch_impl.training.files import InputError, replaced_folder, whole_folder
 from torch_impl.training.hf_config import is_hf
 from torch_impl.training.hf_tensors import read_hf_tensors
+from torch_impl.training.ranks import part_of, whole
 from torch_impl.training.tensor_files import opened_tensors, write_tensors
 from torch_impl.training.tokenizer import Tokenizer, load_tokenizer
 from torch_impl.transformer import Embedded
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+_MOMENTS_OF_MUON = ("exp_avg", "step")  # for the matrices that it has
 _LOSS_SCALE = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 
 
@@ -62,29 +64,43 @@ class LoadedModel(NamedTuple):
 def save_checkpoint(
     folder: Path, config: RunConfig, tokenizer: Tokenizer, state: TrainState, progress: Progress
 ) -> None:
-    """Write a checkpoint in one piece. Raises OSError where it cannot; the one before is then still there."""
+    """Write a checkpoint in one piece. Raises OSError where it cannot; the one before is then still there.
+
+    Of several processes the first one writes, and the others help it to put parameters together: the files do
+    not tell how many there were.
+    """
     moments = {
         f"{name}.{moment}": state.optimizer.state[parameter][moment]
         for name, parameter in state.model.named_parameters()
         if parameter in state.optimizer.state
-        for moment in _MOMENTS
+        for moment in state.optimizer.state[parameter]
     }
+    first = state.ranks.first
+    weights, moments = (_gathered(part, first) for part in (state.model.state_dict(), moments))
+    if not first:
+        return
     training = {"format_version": FORMAT_VERSION, **asdict(progress)}
     with replaced_folder(folder) as new:
-        _write_model(new, config, tokenizer, state.model)
+        _write_model(new, config, tokenizer, weights)
         write_tensors(new / "optimizer.safetensors", moments)
         (new / "training.json").write_bytes(json.dumps(training, indent=2).encode("utf-8"))
+
+
+def _gathered(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """The tensors in the machine's memory, one after the other, or nothing where they are not to be kept."""
+    gathered = ((name, whole(tensor)) for name, tensor in tensors.items())
+    return {name: tensor.cpu() for name, tensor in gathered if keep}
 
 
 def save_model(folder: Path, config: RunConfig, tokenizer: Tokenizer, model: Embedded) -> None:
     """Write a model that is not trained any more, in one piece. Raises OSError where it cannot."""
     with replaced_folder(folder) as new:
-        _write_model(new, config, tokenizer, model)
+        _write_model(new, config, tokenizer, model.state_dict())
 
 
-def _write_model(folder: Path, config: RunConfig, tokenizer: Tokenizer, model: Embedded) -> None:
+def _write_model(folder: Path, config: RunConfig, tokenizer: Tokenizer, weights: dict[str, Tensor]) -> None:
     (folder / "config.json").write_bytes(config.to_json())
-    write_tensors(folder / "model.safetensors", model.state_dict())
+    write_tensors(folder / "model.safetensors", weights)
     tokenizer.save(folder / "tokenizer.json")
 
 
@@ -156,17 +172,44 @@ def _check_progress(values: dict[str, Any]) -> None:
         raise ConfigError("a value is no number")
 
 
+def load_state(folder: Path, state: TrainState) -> Progress:
+    """Take a state back to its checkpoint. Raises InputError where that does not fit it."""
+    params, progress = load_parameters(folder, state.model.config), load_progress(folder)
+    with torch.no_grad():
+        for name, parameter in state.model.named_parameters():
+            parameter.copy_(part_of(params[name], parameter))
+    put_back(folder, state, progress)
+    return progress
+
+
+def put_back(folder: Path, state: TrainState, progress: Progress) -> None:
+    """The optimizer, the loss scale and the number of the step, as they were at a checkpoint."""
+    load_moments(folder, state)
+    state.step = progress.step
+    if progress.loss_scale and state.scaler.is_enabled():
+        state.scaler.load_state_dict(progress.loss_scale)
+
+
 def load_moments(folder: Path, state: TrainState) -> None:
     """Put the optimizer's moments back. Raises InputError where they are not those of the model."""
     path = whole_folder(folder) / "optimizer.safetensors"
     names = {parameter: name for name, parameter in state.model.named_parameters()}
-    ordered = [names[parameter] for group in state.optimizer.param_groups for parameter in group["params"]]
-    tensors = _read_tensors(path, state.model.config, partial(_moments, ordered), may_be_empty=True)
+    kept = {
+        names[parameter]: _MOMENTS if group.get("momentum") is None else _MOMENTS_OF_MUON
+        for group in state.optimizer.param_groups
+        for parameter in group["params"]
+    }
+    tensors = _read_tensors(path, state.model.config, partial(_moments, kept), may_be_empty=True)
+    parameters = dict(state.model.named_parameters())
     state.optimizer.load_state_dict(
         {
             "state": {
-                i: {moment: tensors[f"{name}.{moment}"] for moment in _MOMENTS}
-                for i, name in enumerate(ordered if tensors else [])
+                i: {
+                    moment: tensor if moment == "step" else part_of(tensor, parameters[name])
+                    for moment in kept[name]
+                    for tensor in [tensors[f"{name}.{moment}"]]
+                }
+                for i, name in enumerate(kept if tensors else [])
             },
             "param_groups": state.optimizer.state_dict()["param_groups"],
         }
@@ -203,10 +246,10 @@ def _parameters(config: ModelConfig) -> Header:
     return {name: ("F32", shape) for name, shape in parameter_shapes(config).items()}
 
 
-def _moments(trained: list[str], config: ModelConfig) -> Header:
+def _moments(kept: dict[str, tuple[str, ...]], config: ModelConfig) -> Header:
     shapes = parameter_shapes(config)
     return {
         f"{name}.{moment}": ("F32", () if moment == "step" else shapes[name])
-        for name in trained
-        for moment in _MOMENTS
+        for name, moments in kept.items()
+        for moment in moments
     }

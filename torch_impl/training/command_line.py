@@ -92,10 +92,16 @@ class Request(NamedTuple):
     resume: Path | None  # the run to go on with
     init_from: Path | None  # where the first weights of a new run come from, if not from its seed
     cache: Path  # where encoded text is kept
+    fit: bool = False  # as many sequences of a batch at a time as memory has room for
 
 
 def parse(arguments: list[str]) -> Request:
     """Raises InputError or ConfigError on a mistake; exits after --help."""
+    for number, argument in enumerate(arguments):
+        taken = {"--batch-size=auto": 1, "--batch-size": 2}.get(argument.replace("_", "-"), 0)
+        if taken and "=".join(arguments[number : number + taken]).endswith("=auto"):
+            rest = arguments[:number] + arguments[number + taken :]
+            return parse(rest)._replace(fit=True)
     preset = arguments[0] if arguments and not arguments[0].startswith("-") else None
     if preset is not None and preset not in PRESETS:
         raise InputError(f"unknown preset {preset!r}; the presets are {', '.join(PRESETS)}")

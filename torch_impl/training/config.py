@@ -32,12 +32,25 @@ class RunSettings:
     lacks it, else float32. float16 scales the loss."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the model with torch.compile; auto: on CUDA, where there is Triton."""
+    shard: bool = False
+    """Under torchrun, each process holds a part of the weights, gradients and moments (FSDP2), for a model
+    that does not fit; else each holds all of them (DDP)."""
+    checkpoint_activations: bool = False
+    """Keep of each block only its input for the backward pass, and compute the rest again: less memory, a
+    third more arithmetic, the same result."""
     eval_every: int = 100
     """Steps between two evaluations on the held-out text."""
     eval_tokens: int = 0
     """Held-out tokens that an evaluation reads; 0 means all of them."""
+    patience: int = 0
+    """Evaluations without a better one after which the run ends before its last step; 0 for never."""
     checkpoint_every: int = 100
     """Steps between two checkpoints."""
+    keep_checkpoints: int = 0
+    """Earlier checkpoints that are kept as step-N/, the newest of them, beside last/ and best/."""
+    detect_anomaly: bool = False
+    """Where a loss or a gradient is no finite number, compare each component with the NumPy reference on that
+    batch, and name the first that departs from it."""
     log_every: int = 10
     """Steps between two readings of the loss, for the progress bar; each makes the device wait."""
     sample_tokens: int = 500
@@ -47,7 +60,7 @@ class RunSettings:
         for name in ("eval_every", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but must be at least 1")
-        for name in ("eval_tokens", "sample_tokens"):
+        for name in ("eval_tokens", "sample_tokens", "keep_checkpoints", "patience"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but must not be negative")
 

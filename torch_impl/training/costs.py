@@ -207,6 +207,35 @@ def training_bytes(model: ModelConfig, training: TrainConfig, size: int = 4) -> 
     return TrainingBytes(weights, gradients, moments, activations, weights + moments + at_once)
 
 
+def process_bytes(
+    model: ModelConfig, training: TrainConfig, size: int, processes: int, shard: bool
+) -> TrainingBytes:
+    """What one of several processes holds: its rows of each micro-batch, and of the rest all or, sharded, its
+    part. Left out are the buffers in which a block's weights are put together."""
+    own = replace(training, batch_size=training.batch_size // processes)
+    held = training_bytes(model, own, size)
+    if not shard or processes == 1:
+        return held
+    weights, gradients, moments = (-(-part // processes) for part in held[:3])
+    at_once = held.activations + gradients
+    return TrainingBytes(weights, gradients, moments, held.activations, weights + moments + at_once)
+
+
+def sent_bytes(model: ModelConfig, training: TrainConfig, size: int, processes: int, shard: bool) -> int:
+    """What each of several processes sends in a step, by rings, and receives as much.
+
+    To add up n bytes so that everybody has the sum (DDP), 2 n (P - 1) / P, once. Sharded, n (P - 1) / P for
+    each micro-batch three times: to put the weights together for the forward pass and for the backward one,
+    with `size` bytes per number, and to add up the gradients in float32, of which each keeps its part.
+    """
+    held = training_bytes(model, training, size)
+    if shard:
+        n = training.micro_batches * (2 * held.weights * size // 4 + held.gradients)
+    else:
+        n = 2 * held.gradients
+    return n * (processes - 1) // processes
+
+
 class CacheBytes(NamedTuple):
     """Keys and values that generation can keep, per sequence."""
 
@@ -233,3 +262,16 @@ def checkpoint_bytes(model: ModelConfig, training: TrainConfig) -> tuple[int, in
     """Tensors in model.safetensors and in optimizer.safetensors; lists of names and other files are small."""
     held = training_bytes(model, training)
     return held.weights, held.moments
+
+
+def in_bytes(number: int) -> str:
+    """A number of bytes, by powers of 1024."""
+    return scaled(number, 1024, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"))
+
+
+def scaled(number: int | float, base: int, units: tuple[str, ...]) -> str:
+    """A number with the unit that leaves it below a base."""
+    power = 0
+    while number >= base and power < len(units) - 1:
+        number, power = number / base, power + 1
+    return f"{number:,.1f} {units[power]}" if power else f"{number:,.0f} {units[0]}".rstrip()

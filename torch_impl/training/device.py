@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torch_impl.training.config import RunSettings
 from torch_impl.training.files import InputError
+from torch_impl.training.ranks import ALONE, Ranks
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -40,8 +41,13 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of that name, "auto" for the best. Raises InputError where there is none."""
+def choose_device(name: str, ranks: Ranks = ALONE) -> torch.device:
+    """The device of that name, "auto" for the best; each of several processes has a GPU of its own.
+
+    Raises InputError where there is none.
+    """
+    if ranks.size > 1:
+        return _own_device(name, ranks)
     try:
         device = torch.device(best_device() if name == "auto" else name)
     except RuntimeError as error:
@@ -56,6 +62,23 @@ def choose_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda", "mps"):
         raise InputError(f"--device {name} is not supported; use auto, cpu, cuda, cuda:1 or mps")
     return device
+
+
+def _own_device(name: str, ranks: Ranks) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"  # Apple's GPU is one
+    if name not in ("cuda", "cpu"):
+        raise InputError(
+            f"--device {name}: the {ranks.size} processes of torchrun compute on GPUs of their own; use "
+            "auto, cuda or cpu"
+        )
+    count = torch.cuda.device_count()
+    if name == "cuda" and ranks.local_size > count:
+        raise InputError(
+            f"--nproc-per-node {ranks.local_size}: CUDA finds {count} GPUs here, and a process needs one "
+            f"of its own; use --nproc-per-node {count}" + (", or --device cpu" * (count == 0))
+        )
+    return torch.device("cuda", ranks.local_rank) if name == "cuda" else torch.device("cpu")
 
 
 def tokens_on(device: torch.device, ids: UInt[Array, "N"]) -> Integer[Tensor, "N"]:
@@ -75,9 +98,9 @@ def copied_to(device: torch.device, ids: UInt[Array, "N"]) -> Integer[Tensor, "N
     return tokens
 
 
-def choose_place(run: RunSettings) -> Place:
+def choose_place(run: RunSettings, ranks: Ranks = ALONE) -> Place:
     """Device, number format and compilation of a run. Raises InputError for a device that is not here."""
-    device = choose_device(run.device)
+    device = choose_device(run.device, ranks)
     on_cuda = device.type == "cuda"
     if run.precision != "auto":
         dtype = _DTYPES[run.precision]

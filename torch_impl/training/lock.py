@@ -1,12 +1,16 @@
 """One process at a time in a run folder."""
 
 import errno
+import json
+import os
+import platform
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch_impl.training.files import InputError
+from torch_impl.training.files import InputError, write_file
 
 if sys.platform == "win32":
     import msvcrt
@@ -25,7 +29,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Within the block the folder is this process's. Raises InputError where it is another's.
 
     The system holds the lock on an open file, and lets go of it when the process ends, however it ends: what
-    is left of a killed run is an empty file, which stops nobody.
+    is left of a killed run is a file, which stops nobody. The process's name stands in lock.json.
     """
     with (folder / "lock").open("ab") as file:
         try:
@@ -33,8 +37,22 @@ def locked(folder: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
                 raise InputError(
-                    f"{folder} is in use: another process trains there; wait for it, or stop it with Ctrl-C"
+                    f"{folder} is in use: {_holder(folder)} trains there; wait for it, or stop it with Ctrl-C"
                 ) from error
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # no locks on this disk
                 raise
+        write_file(folder / "lock.json", json.dumps(_myself()).encode("ascii"))
         yield
+
+
+def _myself() -> dict[str, str | int]:
+    return {"pid": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+
+
+def _holder(folder: Path) -> str:
+    """The process that wrote its name beside the lock, which on Windows nobody else can read from."""
+    try:
+        told = json.loads((folder / "lock.json").read_bytes())
+        return f"process {int(told['pid'])} on {str(told['host'])[:100]!r}, since {str(told['since'])[:20]},"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"

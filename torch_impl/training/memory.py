@@ -1,40 +1,152 @@
-"""What a run needs of the machine's memory, at least.
+"""What a run needs of memory, at least, and what is said when there is no more.
 
 Linux and macOS promise memory that they do not have, and kill the process that comes to use it: a model that
-can never fit is refused before. Windows keeps its promises, so there the allocation itself fails.
-Not here: the memory of a GPU, whose allocations fail by themselves; what other processes take.
+can never fit is refused before. Windows and GPUs keep their promises, so there the allocation itself fails.
+Not here: what other processes take.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
+
+import torch
 
 from torch_impl.training.config import RunConfig
-from torch_impl.training.costs import parameter_count, training_bytes
-from torch_impl.training.device import choose_device
+from torch_impl.training.costs import TrainingBytes, in_bytes, parameter_count, process_bytes, training_bytes
+from torch_impl.training.device import Place
 from torch_impl.training.files import InputError
+from torch_impl.training.ranks import ALONE, Ranks
 
 
-def needed_bytes(config: RunConfig) -> int:
+def needed_bytes(config: RunConfig, device: torch.device, ranks: Ranks = ALONE) -> int:
     """A lower bound on what a run takes of the machine's memory, in bytes.
 
-    On the CPU, what a training step holds. For a GPU, the weights, which are made here.
+    On the CPU, what a training step holds in all processes here. For a GPU, the weights, which are made here.
     """
-    if choose_device(config.run.device).type != "cpu":
+    if device.type != "cpu" or config.run.shard:
         return 4 * parameter_count(config.model)
-    model = config.model
+    model, training = config.model, config.training
+    training = replace(training, batch_size=training.batch_size // ranks.size)
     if model.architecture == "encoder-decoder":  # sources and targets may be shorter by any length
         model = replace(model, context_length=2)
     size = 4 if config.run.precision in ("auto", "float32") else 2
-    return training_bytes(model, config.training, size).peak
+    return training_bytes(model, training, size).peak * ranks.local_size
 
 
-def refuse_what_cannot_fit(config: RunConfig) -> None:
+_FILLED = 0.75  # of the memory that is free, by --batch-size auto
+
+
+class OutOfMemory(MemoryError):
+    """A training step found no room. The message is one line: what needed how much, and what would fit."""
+
+
+@contextmanager
+def accounted(config: RunConfig, place: Place, ranks: Ranks) -> Iterator[None]:
+    """Within the block, memory that runs out raises OutOfMemory."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out(error):
+            raise
+        raise OutOfMemory(_needs(config, place, ranks)) from error
+
+
+def ran_out(error: Exception) -> bool:
+    """Whether memory ran out, of the machine or of a GPU."""
+    said = str(error)
+    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
+
+
+def memory_of(device: torch.device) -> int | None:
+    """All the memory of a device in bytes; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    if device.type != "cpu" or not hasattr(os, "sysconf"):  # Windows
+        return None
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def largest_that_fits(config: RunConfig, dtype: torch.dtype, room: float, ranks: Ranks) -> int | None:
+    """The fewest micro-batches that divide the batch and whose step needs no more than `room` bytes in one of
+    the processes; None where even single sequences need more."""
+    rows = config.training.batch_size
+    counts = (m for m in range(1, rows + 1) if rows % m == 0 and rows // m % ranks.size == 0)
+    return next((m for m in counts if step_bytes(config, dtype, m, ranks).peak <= room), None)
+
+
+def step_bytes(config: RunConfig, dtype: torch.dtype, micro_batches: int, ranks: Ranks) -> TrainingBytes:
+    """What a step needs in one process, by parts; a sharded one holds its part of all but the activations."""
+    training = replace(config.training, micro_batches=micro_batches)
+    return process_bytes(config.model, training, dtype.itemsize, ranks.size, config.run.shard)
+
+
+def fitted(config: RunConfig, place: Place, ranks: Ranks) -> RunConfig:
+    """The config with as few micro-batches as memory that is free has room for: --batch-size auto.
+
+    By the account, which counts the least that is needed: so three quarters of the room are filled. Processes
+    of one machine that compute on its CPU share its memory, and all take the smallest answer of any.
+    """
+    free = free_memory_of(place.device)
+    if free is None:
+        raise InputError(
+            f"--batch-size auto: how much memory {place.device} has is not known here; give a number, and "
+            "--micro-batches"
+        )
+    room = _FILLED * free / (ranks.local_size if place.device.type == "cpu" else 1)
+    fewest = largest_that_fits(config, place.dtype, room, ranks)
+    if fewest is None:
+        needed = step_bytes(config, place.dtype, config.training.batch_size // ranks.size, ranks).peak
+        raise InputError(
+            f"--batch-size auto: a single sequence needs {in_bytes(needed)} at least, and of "
+            f"{in_bytes(free)} that are free {_FILLED:.0%} may be filled: reduce --d-model, --n-layer or "
+            "--context-length"
+        )
+    micro_batches = ranks.largest(fewest)
+    return replace(config, training=replace(config.training, micro_batches=micro_batches))
+
+
+def free_memory_of(device: torch.device) -> int | None:
+    """The memory of a device that nobody uses, in bytes; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    told = Path("/proc/meminfo")  # of Linux, which lends much of its memory to copies of files
+    if device.type == "cpu" and told.exists():
+        lines = dict(line.split(":", 1) for line in told.read_text(encoding="ascii").splitlines())
+        if "MemAvailable" in lines:
+            return int(lines["MemAvailable"].split()[0]) * 1024
+    total = memory_of(device)
+    return total and total // 2
+
+
+def _needs(config: RunConfig, place: Place, ranks: Ranks) -> str:
+    room = memory_of(place.device)
+    training, context = config.training, config.model.context_length
+    held = step_bytes(config, place.dtype, training.micro_batches, ranks)
+    parts = ", ".join(f"{name} {in_bytes(part)}" for name, part in held._asdict().items() if name != "peak")
+    message = (
+        f"out of memory with batch_size {training.batch_size} in {training.micro_batches} micro_batches and "
+        f"context_length {context}; a step needs {in_bytes(held.peak)} at least: {parts}"
+    )
+    recompute = "" if config.run.checkpoint_activations else "; or use --checkpoint-activations"
+    if room is not None:
+        message += f"; there are {in_bytes(room)}"
+    # What has just failed did not fit, whatever was counted: so less than that, by a tenth at least.
+    fewest = largest_that_fits(config, place.dtype, 0.9 * min(room or held.peak, held.peak), ranks)
+    if fewest is None or fewest <= training.micro_batches:
+        return f"{message}. Reduce --d-model, --n-layer or --context-length{recompute}"
+    return (
+        f"{message}. The largest batch that fits, with the same result: --micro-batches {fewest}, "
+        f"{training.batch_size // fewest // ranks.size} at a time{recompute}"
+    )
+
+
+def refuse_what_cannot_fit(config: RunConfig, device: torch.device, ranks: Ranks) -> None:
     """Raises InputError for a run that needs more memory than the machine has."""
-    if not hasattr(os, "sysconf"):  # Windows
-        return
-    present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    needed = needed_bytes(config)
-    if needed > present:
+    present = memory_of(torch.device("cpu"))
+    needed = needed_bytes(config, device, ranks)
+    if present is not None and needed > present:
         raise InputError(
             f"{parameter_count(config.model):,} parameters and their training need {needed / 2**30:,.1f} GiB "
             f"of memory at least, but this machine has {present / 2**30:,.1f}: reduce --d-model, --n-layer, "

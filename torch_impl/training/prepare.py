@@ -16,9 +16,9 @@ from torch_impl.train import StepMetrics, TrainState, start
 from torch_impl.training.checkpoint import (
     Progress,
     load_model,
-    load_moments,
     load_parameters,
     load_progress,
+    put_back,
 )
 from torch_impl.training.command_line import Request
 from torch_impl.training.config import RunConfig, read_config
@@ -26,8 +26,11 @@ from torch_impl.training.corpus import Corpus, make_tokenizer
 from torch_impl.training.device import Place, choose_place
 from torch_impl.training.files import InputError, settle_folder
 from torch_impl.training.growth import with_chat_tokens, with_new_rows
-from torch_impl.training.memory import refuse_what_cannot_fit
+from torch_impl.training.memory import fitted, refuse_what_cannot_fit
 from torch_impl.training.objectives import Objective, load_for, make_objective
+from torch_impl.training.ranks import Ranks, refuse_uneven
+from torch_impl.training.recompute import recompute_blocks
+from torch_impl.training.spikes import SpikeWatch
 from torch_impl.training.telemetry import MetricsLog, TensorBoardEvents
 from torch_impl.training.tokenizer import Tokenizer, WordTokenizer
 from torch_impl.training.word_vectors import coverage, place_word_vectors, read_word_vectors
@@ -41,6 +44,7 @@ class Run:
     """What a run holds while it trains."""
 
     folder: Path
+    place: Place
     config: RunConfig
     tokenizer: Tokenizer
     state: TrainState
@@ -48,7 +52,8 @@ class Run:
     objective: Objective
     before: float  # seconds spent in the sessions before this one
     metrics: MetricsLog
-    events: TensorBoardEvents
+    events: TensorBoardEvents | None  # of the first process alone
+    spikes: SpikeWatch = field(default_factory=SpikeWatch)
     pending: list[StepMetrics] = field(default_factory=list)  # steps whose metrics are not read yet
     started: float = field(default_factory=time.perf_counter)  # this session
 
@@ -65,16 +70,26 @@ class _Saved(NamedTuple):
     progress: Progress
 
 
-def prepare(request: Request) -> Run:
+def prepare(request: Request, ranks: Ranks) -> Run:
     """The run that the request describes. Raises InputError or ConfigError where it cannot be.
 
-    A new run's folder is made when nothing can be wrong with the request any more.
+    A new run's folder is made when nothing can be wrong with the request any more. Of several processes the
+    first one writes, before the others read.
     """
-    config, place = request.config, choose_place(request.config.run)
-    saved = _load(request.resume, place) if request.resume else None
+    config, place = request.config, choose_place(request.config.run, ranks)
+    refuse_uneven(config.training.batch_size, 1 if request.fit else config.training.micro_batches, ranks.size)
+    sharded = config.run.shard and ranks.size > 1
+    if sharded and config.training.optimizer == "muon":
+        raise InputError(
+            "--optimizer muon needs whole matrices, which --shard divides; leave one of them out, or use "
+            "--optimizer adamw"
+        )
+    home = torch.device("cpu") if sharded else place.device  # of the model while it is whole
+    saved = _load(request.resume, place.dtype, home, ranks) if request.resume else None
     corpus = load_for(config)
     if saved is None:
-        tokenizer = make_tokenizer(config.tokenizer, corpus, request.cache)
+        with ranks.machine_by_machine():
+            tokenizer = make_tokenizer(config.tokenizer, corpus, request.cache)
         if request.init_from and tokenizer.vocab_size != config.model.text_tokens:
             raise InputError(
                 f"{config.tokenizer.tokenizer} has {tokenizer.vocab_size} tokens, but the model in "
@@ -84,29 +99,37 @@ def prepare(request: Request) -> Run:
             tokenizer = with_chat_tokens(tokenizer)
         vocab_size = tokenizer.vocab_size + config.model.added_tokens
         config = replace(config, model=replace(config.model, vocab_size=vocab_size))
-        refuse_what_cannot_fit(config)
+        if not request.fit:
+            refuse_what_cannot_fit(config, place.device, ranks)
     else:
         _check_goes_on(request, saved.progress, corpus)
         tokenizer = saved.tokenizer
-    objective = make_objective(corpus, tokenizer, config, request.cache, place.device)
+    if request.fit:
+        config = fitted(config, place, ranks)
+        rows = config.training.batch_size // config.training.micro_batches
+        print(f"batches of {config.training.batch_size} sequences, {rows} at a time")
+    with ranks.machine_by_machine():
+        objective = make_objective(corpus, tokenizer, config, request.cache, place.device)
 
     if saved is None:
-        model = _first_model(request.init_from, config, place)
+        model = _first_model(request.init_from, config, place.dtype, home)
         if config.start.word_vectors:
             _begin_with_word_vectors(model, config, tokenizer, objective.train_tokens)
         progress = Progress(corpus.sha256())
-        state = start(model, config.training, place.compile)
-        folder = _create_folder(request.out, config)
+        state = _start(model, config, place, ranks)
+        folder = ranks.told(_create_folder(request.out, config) if ranks.first else None)
         metrics = MetricsLog(folder / "metrics.jsonl")
     else:
         progress, folder = saved.progress, request.resume
-        state = start(saved.model, config.training, place.compile)
-        _put_back(folder / "last", state, progress)
+        state = _start(saved.model, config, place, ranks)
+        put_back(folder / "last", state, progress)
         metrics = MetricsLog(folder / "metrics.jsonl")
-        metrics.forget_after(-1 if progress.best_val_loss is None else progress.step)
+        if ranks.first:
+            metrics.forget_after(-1 if progress.best_val_loss is None else progress.step)
 
     run = Run(
         folder=folder,
+        place=place,
         config=config,
         tokenizer=tokenizer,
         state=state,
@@ -114,7 +137,7 @@ def prepare(request: Request) -> Run:
         objective=objective,
         before=progress.seconds,
         metrics=metrics,
-        events=TensorBoardEvents(folder / "tensorboard", progress.step),
+        events=TensorBoardEvents(folder / "tensorboard", progress.step) if ranks.first else None,
     )
     if request.init_from:
         print(f"weights from {request.init_from}")
@@ -122,24 +145,34 @@ def prepare(request: Request) -> Run:
     return run
 
 
-def _first_model(init_from: Path | None, config: RunConfig, place: Place) -> Embedded:
+def _start(model: Embedded, config: RunConfig, place: Place, ranks: Ranks) -> TrainState:
+    if config.run.checkpoint_activations:
+        recompute_blocks(model)
+    return start(model, config.training, place.compile, ranks, place.device if config.run.shard else None)
+
+
+def _first_model(
+    init_from: Path | None, config: RunConfig, dtype: torch.dtype, device: torch.device
+) -> Embedded:
     """The model before its first step: with the weights of its seed, or of another folder."""
-    model = make_model(config.model, place.dtype)
+    model = make_model(config.model, dtype)
     if init_from is None:
         model.initialise(config.training.seed)
-        return model.to(place.device)
+        return model.to(device)
     params = load_parameters(init_from, read_config(init_from).model)
     if config.model.positions == "learned":  # a shorter context needs only the first of them
         name = "position_embedding.weight"
         params[name] = params[name][: config.model.context_length]
     model.load_state_dict(with_new_rows(params, config.model.vocab_size))
-    return model.to(place.device)
+    return model.to(device)
 
 
-def _load(folder: Path, place: Place) -> _Saved:
-    settle_folder(folder / "last")
-    settle_folder(folder / "best")
-    loaded = load_model(folder / "last", place.dtype, place.device)
+def _load(folder: Path, dtype: torch.dtype, device: torch.device, ranks: Ranks) -> _Saved:
+    if ranks.first:
+        settle_folder(folder / "last")
+        settle_folder(folder / "best")
+    ranks.wait()
+    loaded = load_model(folder / "last", dtype, device)
     return _Saved(loaded.tokenizer, loaded.model, load_progress(folder / "last"))
 
 
@@ -183,14 +216,6 @@ def _begin_with_word_vectors(
         print(f"the embeddings are frozen, also those that begin at random{tied}")
 
 
-def _put_back(checkpoint: Path, state: TrainState, progress: Progress) -> None:
-    """The optimizer and the loss scale as they were."""
-    load_moments(checkpoint, state)
-    state.step = progress.step
-    if progress.loss_scale and state.scaler.is_enabled():
-        state.scaler.load_state_dict(progress.loss_scale)
-
-
 def _create_folder(out: Path | None, config: RunConfig) -> Path:
     name = f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = out or Path("runs") / name
@@ -209,8 +234,11 @@ def _tell(run: Run, place: Place, resumed: bool) -> None:
     """What is trained, on what, and where."""
     parameters = sum(parameter.numel() for parameter in run.state.model.parameters())
     kind = run.config.model.architecture
+    ranks, shard = run.state.ranks, run.config.run.shard
+    among = f", {'divided among' if shard else 'in each of'} {ranks.size} processes" * (ranks.size > 1)
     print(
-        f"preset {run.config.preset} on {place}: {kind} of {parameters:,} parameters; run folder {run.folder}"
+        f"preset {run.config.preset} on {place}: {kind} of {parameters:,} parameters{among}; "
+        f"run folder {run.folder}"
     )
     print(f"attention: {_attention_paths(run, place)}")
     print(run.objective.describe())

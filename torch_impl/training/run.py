@@ -13,30 +13,38 @@ import torch
 from tqdm import tqdm
 
 from torch_impl.train import StepMetrics, train_steps
+from torch_impl.training.anomaly import not_finite, offenders
 from torch_impl.training.checkpoint import save_checkpoint
 from torch_impl.training.command_line import Request
 from torch_impl.training.files import refuse_links, write_file
+from torch_impl.training.keeping import keep, keep_newest
 from torch_impl.training.lock import locked
+from torch_impl.training.memory import accounted
 from torch_impl.training.prepare import Run, prepare
+from torch_impl.training.ranks import joined
 from torch_impl.training.stopping import Diverged, StopRequest, stop_requests
 from torch_impl.training.telemetry import draw_losses, in_words
 
 
 def train(request: Request) -> int:
-    """Carry out what the command line asks for; the exit code."""
+    """Carry out what the command line asks for; the exit code. Raises AnotherFailed where another process of
+    the run has said already why it ends."""
     with ExitStack() as held:
-        if request.resume:
+        ranks = held.enter_context(joined(torch.cuda.is_available()))
+        if request.resume and ranks.first:
             refuse_links(request.resume)
             held.enter_context(locked(request.resume))
-        run = prepare(request)
-        held.callback(run.events.close)
-        if not request.resume:
-            held.enter_context(locked(run.folder))
-        with stop_requests() as stop:
+        run = prepare(request, ranks)
+        if ranks.first:
+            held.callback(run.events.close)
+            if not request.resume:
+                held.enter_context(locked(run.folder))
+        with stop_requests() as stop, accounted(run.config, run.place, ranks):
             _train(run, stop)
-        draw_losses(
-            run.folder / "losses.png", run.metrics.rows(), run.config.model.vocab_size, str(run.folder)
-        )
+        if ranks.first:
+            draw_losses(
+                run.folder / "losses.png", run.metrics.rows(), run.config.model.vocab_size, str(run.folder)
+            )
         if stop.signal is not None and run.progress.step < run.config.training.steps:
             print(f"stopped after step {run.progress.step}; to go on: {how_to_resume(run.folder)}")
             return stop.exit_code
@@ -72,6 +80,8 @@ def _train(run: Run, stop: StopRequest) -> None:
     if progress.best_val_loss is None:
         _save(run, "last")  # from here on, a killed run can be resumed
         _evaluate(run, None, None)
+    elif run.state.ranks.first:
+        keep_newest(run.folder, progress.step, settings.keep_checkpoints)
     tokens_per_step = config.batch_size * run.objective.tokens_per_sequence
     training_seconds, steps_before = 0.0, progress.step  # since the last evaluation
     mark = time.perf_counter()
@@ -79,6 +89,7 @@ def _train(run: Run, stop: StopRequest) -> None:
         for metrics in train_steps(run.state, run.objective.sample, config):
             run.pending.append(metrics)
             step, done = run.state.step, run.state.step == config.steps
+            stop.agree(run.state.ranks)
             evaluating = done or step % settings.eval_every == 0
             saving = done or step % settings.checkpoint_every == 0 or stop.signal is not None
             if not (evaluating or saving or step % settings.log_every == 0):
@@ -92,9 +103,13 @@ def _train(run: Run, stop: StopRequest) -> None:
             if evaluating:
                 _evaluate(run, metrics, speed)
                 training_seconds, steps_before = 0.0, step
-            if saving:
+            since_best = (step - progress.best_step) / settings.eval_every  # evaluations
+            weary = evaluating and 0 < settings.patience <= since_best
+            if saving or weary:
                 _save(run, "last")
-            if stop.signal is not None:
+            if weary:
+                tqdm.write(f"no evaluation was better than that of step {progress.best_step}: stopped early")
+            if weary or stop.signal is not None:
                 break
             mark = time.perf_counter()
 
@@ -110,16 +125,36 @@ def _read_pending(run: Run) -> float:
     norms = torch.stack([metrics.grad_norm for metrics in pending]).tolist()
     for step, (loss, norm) in enumerate(zip(losses, norms, strict=True), progress.step + 1):
         if not math.isfinite(loss):
-            raise _diverged(run, step, f"the loss is {loss}")
+            raise _diverged(run, step, f"the loss is {loss}: {_cause(run, step)}")
         if not math.isfinite(norm) and not scaler.is_enabled():
-            raise _diverged(run, step, f"the norm of the gradient is {norm}")
+            raise _diverged(run, step, f"the norm of the gradient is {norm}: {_cause(run, step)}")
     if scaler.is_enabled() and scaler.get_scale() == 0:
         raise _diverged(run, run.state.step, "the gradient overflows float16 at any loss scale")
+    for step, loss in enumerate(losses, progress.step + 1):
+        if run.spikes.leaps(loss):
+            _tell_spike(run, step, loss)
     progress.loss_sum += sum(losses)
     progress.loss_count += len(losses)
     progress.step = run.state.step
     pending.clear()
     return losses[-1]
+
+
+def _tell_spike(run: Run, step: int, loss: float) -> None:
+    """Say that the loss leaps, and keep the checkpoint from before."""
+    kept = run.folder / f"before-step-{step}"
+    if run.state.ranks.first and not kept.exists():
+        keep(run.folder / "last", kept)
+    tqdm.write(
+        f"step {step}: the loss leaps to {loss:.3f} from about {run.spikes.mean:.3f}; going on. The "
+        f"checkpoint from before is kept as {kept}"
+    )
+
+
+def _cause(run: Run, step: int) -> str:
+    """Which component and which tensors are to blame, found by repeating the step."""
+    tqdm.write(f"step {step} failed; repeating it from the last checkpoint to see where (Ctrl-C leaves)")
+    return offenders(run.state, run.folder / "last", run.objective.sample, run.config, step)
 
 
 def _diverged(run: Run, step: int, what: str) -> Diverged:
@@ -149,8 +184,9 @@ def _evaluate(run: Run, metrics: StepMetrics | None, tokens_per_second: float | 
         "seconds": round(run.seconds(), 3),
     }
     progress.loss_sum, progress.loss_count = 0.0, 0
-    run.metrics.append(row)
-    run.events.scalars(progress.step, row)
+    if run.events is not None:
+        run.metrics.append(row)
+        run.events.scalars(progress.step, row)
     known = f"; ln V = {math.log(config.model.vocab_size):.3f}" if progress.step == 0 else ""
     tqdm.write(f"step {progress.step}: held-out text {in_words(faces)}{known}")
     if progress.best_val_loss is None or loss < progress.best_val_loss:
@@ -160,12 +196,14 @@ def _evaluate(run: Run, metrics: StepMetrics | None, tokens_per_second: float | 
 
 def _save(run: Run, name: str) -> None:
     """Write the checkpoint of that name, unless a weight is no finite number."""
-    weights = [parameter.isfinite().all() for parameter in run.state.model.parameters()]
-    if not torch.stack(weights).all():
-        raise _diverged(run, run.progress.step, "a weight is no finite number")
+    bad = not_finite(dict(run.state.model.named_parameters()))
+    if run.state.ranks.largest(len(bad)):
+        raise _diverged(run, run.progress.step, f"weights are not finite: {', '.join(bad[:8])}")
     run.progress.seconds = run.seconds()
     run.progress.loss_scale = run.state.scaler.state_dict() or None
     save_checkpoint(run.folder / name, run.config, run.tokenizer, run.state, run.progress)
+    if name == "last" and run.state.ranks.first:
+        keep_newest(run.folder, run.progress.step, run.config.run.keep_checkpoints)
 
 
 def _write_sample(run: Run) -> None:
@@ -174,5 +212,6 @@ def _write_sample(run: Run) -> None:
     if not length:
         return
     example = run.objective.example(run.state.model, length)
-    write_file(run.folder / "sample.txt", example.encode("utf-8"))
+    if run.state.ranks.first:
+        write_file(run.folder / "sample.txt", example.encode("utf-8"))
     print(f"\n{example}\n")

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from torch_impl.training.ranks import Ranks
+
 
 class Diverged(ArithmeticError):
     """The loss or the gradient is no finite number any more. The message is one line."""
@@ -16,6 +18,10 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: int | None = None
+
+    def agree(self, ranks: Ranks) -> None:
+        """What one process of a run was asked is asked of all, at the same step."""
+        self.signal = ranks.largest(self.signal or 0) or None
 
     @property
     def exit_code(self) -> int:

@@ -1,0 +1,80 @@
+"""Checkpoints beside the best and the last one, and losses that leap."""
+
+import json
+import math
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from run_tests.conftest import content
+from torch_impl.training import keeping
+from torch_impl.training import run as run_module
+from torch_impl.training.keeping import keep, kept_checkpoints
+from torch_impl.training.spikes import SpikeWatch
+
+
+def steps_in(run: str) -> list[int]:
+    """The steps of the kept checkpoints, as they themselves tell."""
+    return [json.loads((path / "training.json").read_bytes())["step"] for path in kept_checkpoints(Path(run))]
+
+
+def test_the_newest_are_kept_and_never_fewer_than_the_best_and_the_last(small_run, cli):
+    assert small_run("--out", "run", "--keep-checkpoints", 2).code == 0  # they are of steps 0, 5, 10, 12
+    assert steps_in("run") == [10, 12] == [int(path.name[5:]) for path in kept_checkpoints(Path("run"))]
+    assert Path("run/last").is_dir() and Path("run/best").is_dir()
+    assert cli("--resume", "run", "--steps", 14, "--keep-checkpoints", 1).code == 0
+    assert steps_in("run") == [14]
+    assert small_run("--out", "none").code == 0
+    assert not kept_checkpoints(Path("none")) and content(Path("none"))
+
+
+def test_a_kept_checkpoint_is_whole_and_a_place_to_begin_from(small_run, cli, text):
+    small_run("--out", "run", "--keep-checkpoints", 3)
+    for name in ("model.safetensors", "optimizer.safetensors", "tokenizer.json", "config.json"):
+        assert (Path("run/step-12") / name).read_bytes() == (Path("run/last") / name).read_bytes()
+    flags = ("--train-file", text, "--steps", 1, "--device", "cpu", "--sample-tokens", 0)
+    assert cli("cpu", "--init-from", "run/step-10", *flags).code == 0
+
+
+def test_a_disk_without_links_keeps_copies(tmp_path, monkeypatch):
+    (tmp_path / "last").mkdir()
+    (tmp_path / "last" / "file").write_bytes(b"content")
+    monkeypatch.setattr(keeping.os, "link", lambda *paths: (_ for _ in ()).throw(OSError("no links here")))
+    keep(tmp_path / "last", tmp_path / "step-1")
+    (tmp_path / "last" / "file").write_bytes(b"other")
+    assert (tmp_path / "step-1" / "file").read_bytes() == b"content"
+
+
+def test_a_run_that_gets_no_better_ends_early_and_keeps_its_best(small_run, cli):
+    """A learning rate far too high: the first evaluation stays the best, and patience ends at the third."""
+    flags = ("--learning-rate", 3, "--warmup-steps", 0, "--steps", 40)
+    outcome = small_run("--out", "run", "--patience", 2, *flags)
+    assert outcome.code == 0 and "stopped early" in outcome.out and "finished" in outcome.out
+    best, last = (json.loads(Path("run", name, "training.json").read_bytes()) for name in ("best", "last"))
+    assert last["best_step"] == best["step"] and last["step"] == best["step"] + 2 * 4 < 40
+    assert small_run("--out", "patient", *flags).code == 0
+    assert json.loads(Path("patient/last/training.json").read_bytes())["step"] == 40
+
+
+def test_a_leap_of_the_loss_is_told_once_and_what_was_before_is_kept(small_run, monkeypatch):
+    train_steps = run_module.train_steps
+
+    def leaping(state, sample, config):
+        for metrics in train_steps(state, sample, config):
+            yield metrics._replace(loss=metrics.loss * 4) if 70 <= state.step < 74 else metrics
+
+    monkeypatch.setattr(run_module, "train_steps", leaping)
+    outcome = small_run("--out", "run", "--steps", 80, "--eval-every", 80, "--checkpoint-every", 30)
+    assert outcome.code == 0 and outcome.out.count("the loss leaps to") == 1
+    assert "step 70: the loss leaps to " in outcome.out and str(Path("run/before-step-70")) in outcome.out
+    assert json.loads(Path("run/before-step-70/training.json").read_bytes())["step"] == 60
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_noisy_loss_that_falls_has_no_leaps(seed):
+    """A thousand losses that fall from 5 to 2, with the noise of small batches."""
+    random, watch = Random(seed), SpikeWatch()
+    losses = [2 + 3 * math.exp(-step / 200) + random.gauss(0, 0.15) for step in range(1000)]
+    assert not any(watch.leaps(loss) for loss in losses)
+    assert watch.leaps(losses[-1] + 3) and not watch.leaps(losses[-1] + 3)

@@ -1,0 +1,83 @@
+"""Curves of runs beside each other."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from torch_impl.training import plot
+
+
+def run_of(name: str, losses: list[float], **more: object) -> Path:
+    """A run folder that holds what it has told of itself, and nothing else."""
+    Path(name).mkdir(parents=True)
+    rows = [
+        {"step": 10 * i, "train_loss": loss - 0.1 if i else None, "val_loss": loss, "bits_per_byte": None}
+        | {"perplexity": 2.0, "learning_rate": 1e-3 if i else None, "grad_norm": 1.0, "tokens": 80 * i}
+        | {"tokens_per_second": 1234 if i else None, "seconds": 2.0 * i, **more}
+        for i, loss in enumerate(losses)
+    ]
+    Path(name, "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return Path(name)
+
+
+@pytest.fixture
+def call(capsys):
+    def run(*arguments):
+        capsys.readouterr()
+        code = plot.main([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_runs_are_drawn_and_told_best_first(call):
+    run_of("runs/slow", [5.0, 4.0, 3.5])
+    run_of("runs/fast", [5.0, 3.0, 3.25])
+    code, out, _ = call("runs/slow", "runs/fast", "--out", "both.png")
+    assert code == 0 and Path("both.png").read_bytes().startswith(b"\x89PNG\r\n")
+    heading, first, second, name = out.splitlines()
+    assert heading.split() == ["run", "steps", "best", "at", "step", "last", "tokens/s", "seconds"]
+    assert first.split() == ["fast", "20", "3.0000", "10", "3.2500", "1,234", "4"]
+    assert second.split()[0] == "slow" and name == "both.png"
+
+
+@pytest.mark.parametrize("y", ["loss", "perplexity", "learning_rate", "grad_norm", "tokens_per_second"])
+@pytest.mark.parametrize("x", ["step", "tokens", "seconds"])
+def test_each_curve_has_the_numbers_of_its_run(x, y):
+    rows = plot.read_curve(run_of("run", [5.0, 4.0, 3.0]), "run").rows
+    (axes,) = plot.draw([plot.Curve("run", rows)], x, y, log=False).axes
+    measured = "val_loss" if y == "loss" else y
+    drawn = axes.lines[0]
+    wanted = [row for row in rows if row[measured] is not None]
+    assert drawn.get_xdata().tolist() == [row[x] for row in wanted]
+    assert drawn.get_ydata().tolist() == [row[measured] for row in wanted]
+    if y == "loss":
+        assert axes.lines[1].get_ydata().tolist() == pytest.approx([3.9, 2.9])
+
+
+def test_names_are_as_long_as_tells_them_apart():
+    paths = [Path(path) for path in ("a/seed/run", "b/seed/run", "c")]
+    assert plot.names_of(paths[:2]) == ["a/seed/run", "b/seed/run"]
+    assert plot.names_of([paths[0], paths[2]]) == ["run", "c"]
+    assert plot.names_of(paths[:1] * 2) == ["run", "run"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "name at least one run folder"),
+        (("nowhere",), "nowhere is no run folder"),
+        (("empty",), "empty has no evaluations yet"),
+        (("run", "--out", "x.gif"), "--out x.gif must end in .png, .svg or .pdf"),
+        (("run", "--y", "bits-per-byte"), "y"),
+        (("run", "--y", "bits_per_byte"), "--y bits_per_byte: these runs have none"),
+        (("run", "--out", "nowhere/x.png"), "No such file"),
+        (("run", "--colour"), "unknown flag --colour"),
+    ],
+)
+def test_a_mistake_is_one_line(call, arguments, message):
+    Path("empty").mkdir()
+    run_of("run", [3.0])
+    code, out, err = call(*arguments)
+    assert code in (1, 2) and message in err and len(err.splitlines()) == 1 and not out

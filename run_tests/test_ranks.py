@@ -1,0 +1,176 @@
+"""Several processes, as torchrun starts them, are one run: the same losses, one voice, one set of files."""
+
+import contextlib
+import json
+import multiprocessing
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from run_tests import rank_worker
+from run_tests.conftest import SMALL, metrics
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.xdist_group("ranks")  # one process of the suite starts them, once
+
+
+def forking() -> Any:
+    """Where the system can, processes come from one that has everything loaded."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    from multiprocessing import forkserver  # which not every system has
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["run_tests.rank_worker"])
+    with contextlib.chdir(ROOT):  # where it looks for what it is to load
+        forkserver.ensure_running()
+    return context
+
+
+class Family:
+    """Processes that play ranks; they are started when they are first needed."""
+
+    def __init__(self) -> None:
+        self.context = forking()
+        self.members: list[tuple[Any, Any]] = []
+
+    def ask(self, size: int, name: str, **arguments: object) -> list[Any]:
+        """What the first `size` processes answer; None for one that died."""
+        while len(self.members) < size:
+            ours, theirs = self.context.Pipe()
+            process = self.context.Process(
+                target=rank_worker.serve, args=(theirs, len(self.members)), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self.members.append((process, ours))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        for _, pipe in self.members[:size]:
+            pipe.send((name, size, port, arguments))
+        return [self._answer(pipe) for _, pipe in self.members[:size]]
+
+    def _answer(self, pipe: Any) -> Any:
+        assert pipe.poll(60), "a process does not answer"
+        try:
+            answer = pipe.recv()
+        except EOFError:
+            return None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def disband(self) -> None:
+        for process, pipe in self.members:
+            pipe.close()
+            process.kill()
+            process.join()
+        self.members = []
+
+
+@pytest.fixture(scope="module")
+def family() -> Iterator[Family]:
+    family = Family()
+    yield family
+    family.disband()
+
+
+@pytest.fixture
+def torchrun(family: Family, text: Path) -> Callable[..., list[Any]]:
+    """The small run with a batch that one, two and three processes can divide; or another command."""
+
+    def call(size: int, *flags: object, **disturbance: object) -> list[Any]:
+        new = [] if "--resume" in flags else [*SMALL.split(), "--train-file", text, "--batch-size", 12]
+        arguments = [str(flag) for flag in (*new, *flags)]
+        arguments = [
+            str(Path(a).absolute()) if before in ("--out", "--resume", "--cache") else a
+            for before, a in zip(["", *arguments], arguments, strict=False)
+        ]
+        if "--resume" not in flags:
+            arguments += ["--cache", str(Path("cache").absolute())]
+        return family.ask(size, "command", arguments=arguments, **disturbance)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("shard", "changes"),
+    [
+        (False, {}),
+        (False, {"architecture": "encoder-decoder", "micro_batches": 2}),
+        (True, {"positions": "rope", "norm": "rmsnorm"}),
+        (True, {"architecture": "encoder", "micro_batches": 2}),
+    ],
+)
+def test_one_two_and_four_processes_have_the_same_losses(family, shard, changes):
+    """With dropout, clipping, label smoothing, and rows of which different numbers of tokens count."""
+    alone, *others = (family.ask(size, "trajectory", shard=shard, **changes) for size in (1, 2, 4))
+    for told in others:
+        for each in told:
+            assert each == pytest.approx(alone[0], rel=1e-9)
+
+
+def test_sharded_each_process_holds_its_part(family):
+    whole, moments = family.ask(2, "held", shard=False)[0]
+    assert moments == 2 * whole
+    parts = family.ask(2, "held", shard=True)
+    assert tuple(map(sum, zip(*parts, strict=True))) == (whole, moments)
+    assert max(weights for weights, _ in parts) < 0.6 * whole
+
+
+@pytest.mark.parametrize("shard", ["--no-shard", "--shard"])
+def test_what_two_processes_saved_one_and_three_go_on_with(torchrun, shard):
+    """The second process alone is told to stop; both do, after the same step."""
+    torchrun(1, "--out", "whole", "--precision", "float32")
+    stopped = torchrun(2, "--out", "two", shard, stop=(1, 7))
+    assert [code for code, _, _ in stopped] == [130, 130]
+    step = json.loads(Path("two/last/training.json").read_bytes())["step"]
+    assert step == 7 and f"stopped after step {step}" in stopped[0][1]
+    shutil.copytree("two", "three")
+    for size, folder in ((1, "two"), (3, "three")):
+        assert [answer[0] for answer in torchrun(size, "--resume", folder)] == [0] * size
+        for row, wanted in zip(metrics(Path(folder)), metrics(Path("whole")), strict=True):
+            numbers, expected = ([*filter(None, part.values())] for part in (row, wanted))
+            assert numbers == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_first_process_alone_speaks_and_writes(torchrun):
+    (_, out, err), *others = torchrun(3, "--out", "run")
+    assert "in each of 3 processes" in out and out.count("step 12: ") == 1 and "12/12" in err
+    assert all(answer == (0, "", "") for answer in others)
+    assert [row["step"] for row in metrics(Path("run"))] == [0, 4, 8, 12]
+    assert len(list(Path("run/tensorboard").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--batch-size", 10],
+            "10 sequences at a time, which do not divide among 3 processes; use --batch-size 12",
+        ),
+        (["--device", "mps"], "--device mps: the 3 processes of torchrun compute on GPUs of their own"),
+        (["--optimizer", "muon", "--shard"], "--optimizer muon needs whole matrices, which --shard divides"),
+        (["--device", "cuda"], "--nproc-per-node 3: CUDA finds"),
+        (["--n-head", 3], "d_model 16 does not divide into n_head 3 heads"),
+    ],
+)
+def test_a_mistake_is_told_once(torchrun, flags, message):
+    answers = torchrun(3, "--out", "run", *flags)
+    told = "".join(err for _, _, err in answers)
+    assert message in told and told.count("error: ") == 1
+    assert all(code in (1, 2) for code, _, _ in answers) and not Path("run").exists()
+
+
+def test_a_process_that_dies_does_not_hang_the_others(torchrun, family):
+    first, second = torchrun(2, "--out", "run", die=(1, 7))
+    assert second is None
+    code, _, err = first
+    assert code == 1 and "another process of the run is gone" in err and "Traceback" not in err
+    family.disband()
+    assert torchrun(1, "--resume", "run")[0][0] == 0

@@ -1,0 +1,119 @@
+"""What went wrong in a step, by doing it again: a step is a pure function of its checkpoint and its number.
+
+The run goes back to last/, repeats the steps up to the one that failed, and looks into that one: which
+component was the first to make a number that is not finite, and whose gradients are not.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ref_numpy.dropout import DropoutKey
+from ref_numpy.loss import IGNORE
+from torch_impl.train import Sample, TrainState, model_loss, train_steps
+from torch_impl.training.checkpoint import load_state
+from torch_impl.training.config import RunConfig
+
+_SHOWN = 4  # names of each kind
+
+
+def not_finite(tensors: dict[str, Tensor | None]) -> list[str]:
+    """The names of those that hold a number that is none, or is infinite."""
+    return [name for name, tensor in tensors.items() if tensor is not None and not _is_finite(tensor)]
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # this process's part
+    return bool(local.detach().isfinite().all())
+
+
+def offenders(state: TrainState, checkpoint: Path, sample: Sample, config: RunConfig, step: int) -> str:
+    """What is not finite in a step, counted from 1, as a sentence; the state is that of the step afterwards.
+
+    All processes of a run look, each at its own rows.
+    """
+    load_state(checkpoint, state)
+    training, device = config.training, state.rates.device
+    for _ in islice(train_steps(state, sample, training), step - 1 - state.step):
+        pass
+    weights = not_finite(dict(state.model.named_parameters()))
+    if weights:
+        return f"the weights of {_listed(weights)} are not finite before the step"
+    clock = torch.tensor(state.step, device=device)
+    components = first_not_finite(state, sample(clock, training), clock, config)
+    gradients = not_finite({name: p.grad for name, p in state.model.named_parameters()})
+    components, gradients = max(state.ranks.gathered((components, gradients)), key=any)
+    if not components and not gradients:
+        return "done again, the step is finite"
+    if config.run.detect_anomaly:
+        bad = _listed(components + gradients)
+        return f"{_by_reference(state, sample, clock, config)}; not finite: {bad}"
+    made = f"the first to make one is {components[0]}" if components else "all components make finite ones"
+    return f"{made}; gradients that are not finite: {_listed(gradients) or 'none'}"
+
+
+def _by_reference(state: TrainState, sample: Sample, clock: Tensor, config: RunConfig) -> str:
+    """Which component computes something else than the NumPy reference on the batch of a step."""
+    from torch_impl.training.against_reference import compared
+
+    departures: list[str] = []
+    with compared(state.model, departures):
+        first_not_finite(state, sample(clock, config.training), clock, config)
+    departures = max(state.ranks.gathered(departures), key=bool)
+    if not departures:
+        return (
+            "each component does with its inputs what the NumPy reference does, so the numbers are too large"
+        )
+    return f"the first component that departs from the NumPy reference is {departures[0]}"
+
+
+def first_not_finite(
+    state: TrainState, batch: tuple[Tensor, ...], clock: Tensor, config: RunConfig
+) -> list[str]:
+    """Components whose outputs are not finite in forward passes on a batch, in the order in which they end.
+
+    The gradients are in the parameters afterwards.
+    """
+    *_, targets = batch
+    micro_batches, rows, _ = targets.shape
+    own = state.ranks.rows(rows)
+    found: list[str] = []
+    with _watched(state.model, found):
+        for m in range(micro_batches):
+            key = None
+            if state.model.config.dropout > 0:
+                row = torch.full_like(clock, m * rows + own.start)
+                key = DropoutKey(config.training.seed, clock, first_row=row)
+            part = tuple(tensor[m, own] for tensor in batch)
+            count = (targets != IGNORE).sum()
+            loss = model_loss(state.model, part, key, config.training.label_smoothing, count)
+            if not _is_finite(loss):
+                found.append("the loss")
+            state.scaler.scale(loss).backward()
+    return found
+
+
+@contextmanager
+def _watched(model: nn.Module, found: list[str]) -> Iterator[None]:
+    def watch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        def look(module: nn.Module, inputs: tuple, output: object) -> None:
+            if isinstance(output, Tensor) and not _is_finite(output):
+                found.append(name)
+
+        return module.register_forward_hook(look)
+
+    handles = [watch(name or "the model", module) for name, module in model.named_modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

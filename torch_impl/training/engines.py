@@ -1,0 +1,76 @@
+"""How the gradients of a run's processes are joined: by PyTorch's own engines.
+
+DDP, where every process holds the whole model, and FSDP2, where each holds a part of every parameter and the
+others' parts of a block for as long as it computes there. Both take the mean of the gradients.
+Only a run of several processes imports this file: PyTorch's engines take a second to load.
+"""
+
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+from warnings import catch_warnings
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.nn.parallel import DistributedDataParallel
+
+from torch_impl.block import Block
+from torch_impl.cross_block import CrossBlock
+from torch_impl.seq2seq import Seq2Seq
+from torch_impl.training.ranks import Engine, Loss, Ranks
+
+
+def joined_engine(
+    model: nn.Module, loss_function: Loss, ranks: Ranks, sharded_on: torch.device | None, compiled: bool
+) -> Engine:
+    """The engine of a model on several processes: FSDP2 on a kind of device, which changes the parameters in
+    place, or else DDP."""
+    if sharded_on is not None:
+        return _sharded(model, loss_function, ranks, sharded_on, compiled)
+    with catch_warnings(action="ignore", category=FutureWarning):  # the next name is not known to 2.11
+        replicated = DistributedDataParallel(
+            _ModelLoss(model, loss_function), broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+    loss = torch.compile(replicated) if compiled else replicated
+    return Engine(loss, lambda last: nullcontext() if last else replicated.no_sync())
+
+
+class _ModelLoss(nn.Module):
+    """A model with its loss: what DDP wraps is what backward begins from."""
+
+    def __init__(self, model: nn.Module, loss_function: Loss) -> None:
+        super().__init__()
+        self.model, self.loss_function = model, loss_function
+
+    def forward(self, *arguments: Any) -> Tensor:
+        return self.loss_function(self.model, *arguments)
+
+
+def _sharded(
+    model: nn.Module, loss_function: Loss, ranks: Ranks, device: torch.device, compiled: bool
+) -> Engine:
+    """FSDP2, block by block. Weights travel in the precision of the computation, gradients in their own."""
+    mesh = init_device_mesh(device.type, (ranks.size,))
+    precise = model.token_embedding.weight.dtype
+    policy = MixedPrecisionPolicy(model.compute_dtype, precise, cast_forward_inputs=False)
+    for block in [module for module in model.modules() if isinstance(module, Block | CrossBlock)]:
+        if compiled:
+            block.compile()
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    if isinstance(model, Seq2Seq):
+        for method in ("encode", "decode"):
+            register_fsdp_forward_method(model, method)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_force_sum_reduction_for_comms(True)  # and divided afterwards: gloo knows no means
+
+    # Every micro-batch hands its gradients on: to add them up here first would take the room of all of them.
+    return Engine(partial(loss_function, model), lambda last: nullcontext())

@@ -1,0 +1,171 @@
+"""Curves of runs, beside each other: `python -m torch_impl.training.plot RUN [RUN ...]`. See --help.
+
+A picture, and a table of how each run ended. A run that still trains is drawn as far as it is.
+"""
+
+import io
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import tyro
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from torch_impl.training.files import InputError, write_file
+from torch_impl.training.flags import parse_flags
+from torch_impl.training.telemetry import MetricsLog, Row
+
+_AXES = {
+    "step": "step",
+    "tokens": "tokens trained on",
+    "seconds": "seconds of training",
+    "loss": "loss, nats per token",
+    "bits_per_byte": "bits per byte of held-out text",
+    "perplexity": "perplexity of held-out text",
+    "learning_rate": "learning rate",
+    "grad_norm": "norm of the gradient, before clipping",
+    "tokens_per_second": "tokens per second",
+}
+
+
+@dataclass(frozen=True)
+class PlotFlags:
+    """The command line of this module."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Run folders."""
+    out: str = "curves.png"
+    """Picture to write: PNG, or SVG or PDF by its ending."""
+    x: Literal["step", "tokens", "seconds"] = "step"
+    """What the curves run along."""
+    y: Literal["loss", "bits_per_byte", "perplexity", "learning_rate", "grad_norm", "tokens_per_second"] = (
+        "loss"
+    )
+    """What they show: loss is that on the held-out text, and thin, that on the training text."""
+    log: bool = False
+    """Draw both axes by powers of ten."""
+
+
+class Curve(NamedTuple):
+    """What a run has told of itself."""
+
+    name: str
+    rows: list[Row]
+
+
+def read_curve(folder: Path, name: str) -> Curve:
+    """Raises InputError for a folder that is no run, and for one without an evaluation."""
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no run folder")
+    rows = MetricsLog(folder / "metrics.jsonl").rows()
+    if not rows:
+        raise InputError(f"{folder} has no evaluations yet (metrics.jsonl is empty or missing)")
+    return Curve(name, rows)
+
+
+def names_of(folders: list[Path]) -> list[str]:
+    """The last parts of the paths, as many as tell them apart."""
+    parts = 1
+    while parts < max(len(folder.parts) for folder in folders):
+        names = ["/".join(folder.parts[-parts:]) for folder in folders]
+        if len(set(names)) == len(set(folders)):
+            return names
+        parts += 1
+    return [folder.as_posix() for folder in folders]
+
+
+def draw(curves: list[Curve], x: str, y: str, log: bool) -> Figure:
+    """The curves in one picture, each in a colour of its own, its best evaluation marked."""
+    figure = Figure(figsize=(9, 5.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    measured = "val_loss" if y == "loss" else y
+    for number, (name, rows) in enumerate(curves):
+        colour = f"C{number % 10}"
+        shown = [row for row in rows if row.get(measured) is not None]
+        best = min(rows, key=lambda row: row["val_loss"])
+        label = f"{name}: best {best['val_loss']:.3f} at step {best['step']:,}"
+        axes.plot(
+            [row[x] for row in shown], [row[measured] for row in shown], ".-", color=colour, label=label
+        )
+        if y == "loss":
+            trained = [row for row in rows if row["train_loss"] is not None]
+            axes.plot(
+                [row[x] for row in trained], [row["train_loss"] for row in trained], color=colour, lw=0.7
+            )
+        if best in shown and measured in ("val_loss", "bits_per_byte", "perplexity"):
+            axes.plot(best[x], best[measured], "o", mfc="none", ms=9, color=colour)
+    axes.set(xlabel=_AXES[x], ylabel=_AXES[y])
+    if y == "loss":
+        axes.set_title("held-out text, and thin, training text", fontsize="medium")
+    if log:
+        axes.set(xscale="log", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize="small")
+    return figure
+
+
+def table(curves: list[Curve]) -> str:
+    """How each run ended, best first."""
+    heading = ("run", "steps", "best", "at step", "last", "tokens/s", "seconds")
+    lines = [heading]
+    for name, rows in sorted(curves, key=lambda curve: min(row["val_loss"] for row in curve.rows)):
+        best, last = min(rows, key=lambda row: row["val_loss"]), rows[-1]
+        speed = last.get("tokens_per_second")
+        lines.append(
+            (
+                name,
+                f"{last['step']:,}",
+                f"{best['val_loss']:.4f}",
+                f"{best['step']:,}",
+                f"{last['val_loss']:.4f}",
+                f"{speed:,}" if speed else "",
+                f"{last.get('seconds') or 0:,.0f}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) if not i else cell.rjust(width) for i, (cell, width) in enumerate(cells))
+        for cells in (zip(line, widths, strict=True) for line in lines)
+    )
+
+
+def main(arguments: list[str]) -> int:
+    """The exit code: 0; 2 for a request that cannot be met, 1 for a failure, each with one line on stderr."""
+    try:
+        flags = parse_flags(
+            PlotFlags(), arguments, "python -m torch_impl.training.plot", "Draw and compare curves of runs."
+        )
+        if not flags.runs:
+            raise InputError("name at least one run folder; see --help")
+        out = Path(flags.out)
+        kind = out.suffix[1:].lower()
+        if kind not in ("png", "svg", "pdf"):
+            raise InputError(f"--out {out} must end in .png, .svg or .pdf")
+        folders = [Path(os.path.normpath(run)) for run in flags.runs]
+        curves = [read_curve(f, name) for f, name in zip(folders, names_of(folders), strict=True)]
+        if all(
+            row.get("val_loss" if flags.y == "loss" else flags.y) is None for c in curves for row in c.rows
+        ):
+            raise InputError(f"--y {flags.y}: these runs have none; use --y loss")
+        picture = io.BytesIO()
+        draw(curves, flags.x, flags.y, flags.log).savefig(picture, format=kind)
+        write_file(out, picture.getvalue())
+        print(f"{table(curves)}\n{out}")
+    except InputError as error:
+        message, code = str(error), 2
+    except KeyboardInterrupt:
+        message, code = "interrupted", 130
+    except OSError as error:
+        message, code = f"{error.filename}: {error.strerror}" if error.filename else str(error), 1
+    else:
+        return 0
+    print(f"plot: error: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
