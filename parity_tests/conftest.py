@@ -2,10 +2,14 @@
 
 import json
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, Verbosity, settings
+
+from parity_tests import tally
 
 # The cases are small: threads would only wait for each other. torch reads this when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -45,43 +49,166 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.fixture(scope="session")
-def target(request: pytest.FixtureRequest):
-    """What the suite is pointed at."""
+def pytest_configure(config: pytest.Config) -> None:
+    """A backend that does not fit, or a device that is not there, is one line, before any test runs."""
+    backend, device = config.getoption("--backend"), config.getoption("--device")
+    if device != "cpu":
+        import torch
+
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).partition("\n")[0]
+            raise pytest.UsageError(
+                f"--device {device}: PyTorch has no such device here ({reason})"
+            ) from None
+    if backend != DEFAULT_BACKEND:
+        from parity_tests.backend import Backend, BackendError
+        from parity_tests.exchange import NotOffered
+
+        try:
+            Backend(backend).require_device(device)
+        except (BackendError, NotOffered) as error:
+            raise pytest.UsageError(f"--backend {backend}: {error}") from None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A backend of somebody's own is judged by the tests that look at it, and not by all others."""
+    if config.getoption("--backend") == DEFAULT_BACKEND:
+        return
+    others = [item for item in items if not _looks_at_the_backend(item)]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item not in set(others)]
+
+
+def _looks_at_the_backend(item: pytest.Item) -> bool:
+    names = set(getattr(item, "fixturenames", ())) - set(
+        getattr(getattr(item, "callspec", None), "params", ())
+    )
+    return bool({"agree", "offered"} & names)
+
+
+def _precisions(config: pytest.Config) -> tuple[str, ...]:
     import torch
 
-    from parity_tests import parity
-
-    precisions = tuple(request.config.getoption("--dtype") or ("float32", "bfloat16"))
+    precisions = tuple(config.getoption("--dtype") or ("float32", "bfloat16"))
     if "tf32" in precisions and len(precisions) > 1:
         pytest.exit("--dtype tf32 changes how float32 products are computed, so it has to be judged alone", 4)
     torch.set_float32_matmul_precision("high" if precisions == ("tf32",) else "highest")
-    backend, device = request.config.getoption("--backend"), request.config.getoption("--device")
-    folder = request.config.getoption("--record")
+    return precisions
+
+
+@contextmanager
+def _written(folder: Path | None) -> Iterator[Callable[[tuple], None]]:
+    """What writes judgements down, if they are asked for."""
     if folder is None:
-        yield parity.target(backend, device, precisions)
+        yield lambda judgement: None
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{os.environ.get('PYTEST_XDIST_WORKER', 'main')}.jsonl").open(
-        "a", encoding="utf-8"
-    ) as file:
-        yield parity.target(
-            backend,
-            device,
-            precisions,
-            record=lambda judgement: print(json.dumps(judgement._asdict()), file=file),
-        )
+    name = f"{os.environ.get('PYTEST_XDIST_WORKER', 'main')}.jsonl"
+    with (folder / name).open("a", encoding="utf-8") as file:
+        yield lambda judgement: print(json.dumps(judgement._asdict()), file=file)
 
 
 @pytest.fixture(scope="session")
-def agree(target):
+def ours(request: pytest.FixtureRequest):
+    """torch_impl, on the device and in the precisions that were asked for, whatever backend is under test."""
+    from parity_tests import parity
+
+    config = request.config
+    return parity.target(DEFAULT_BACKEND, config.getoption("--device"), _precisions(config))
+
+
+@pytest.fixture(scope="session")
+def target(request: pytest.FixtureRequest):
+    """What the suite is pointed at."""
+    from parity_tests import parity
+
+    config = request.config
+    backend, device = config.getoption("--backend"), config.getoption("--device")
+    with _written(config.getoption("--record")) as write:
+
+        def record(judgement: parity.Judgement) -> None:
+            tally.judged(judgement.component, judgement.precision)
+            write(judgement)
+
+        listeners = {"record": record, "declined": tally.declined}
+        yield parity.target(backend, device, _precisions(config), **listeners)
+
+
+@pytest.fixture(scope="session")
+def offered(target):
+    """offered(component): the target, if its backend has the component; otherwise the test is skipped."""
+
+    def require(component: str):
+        __tracebackhide__ = True
+        if not target.backend.offers(component):
+            tally.declined(component, "", "")
+            pytest.skip(f"{component} is not offered by {target.backend.name}")
+        return target
+
+    return require
+
+
+@pytest.fixture(scope="session")
+def agree(offered):
     """agree(component, **arguments): values and gradients are the reference's, and as well rounded."""
     from parity_tests import parity
 
     def check(component: str, seed: int = 0, judge_rounding: bool = True, **arguments) -> None:
         __tracebackhide__ = True
-        if not target.backend.offers(component):
-            pytest.skip(f"{component} is not offered by {target.backend.module.__name__}")
-        parity.require_parity(target, component, arguments, seed, judge_rounding)
+        parity.require_parity(offered(component), parity.Case(component, arguments, seed), judge_rounding)
 
     return check
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function):
+    """What was judged in a test, and what the backend declined, goes into its report.
+
+    A test in which a precision that was asked for was declined throughout counts as skipped.
+    """
+    from parity_tests.exchange import NotOffered
+
+    tally.begin()
+    failed = True
+    try:
+        result = yield
+        failed = False
+    except NotOffered as refusal:
+        failed = False
+        pytest.skip(f"not offered: {refusal}")
+    finally:
+        pyfuncitem.user_properties.append(("parity", tally.as_lines(failed)))
+    asked = set(pyfuncitem.config.getoption("--dtype") or ())
+    if unjudged := tally.never_judged(asked):
+        pytest.skip(unjudged)
+    return result
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(call: pytest.CallInfo):
+    """A failing case as a script stands by itself below the failure, to be copied as it is."""
+    report = yield
+    script = getattr(call.excinfo.value, "script", None) if call.excinfo else None
+    if script:
+        report.sections.append(("The case, as a script for the folder of parity_tests", script))
+    return report
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """What the backend offers and how it came out."""
+    reports = [report for found in terminalreporter.stats.values() for report in found]
+    lines = [
+        line
+        for report in reports
+        if getattr(report, "when", "") == "call"
+        for name, tallied in report.user_properties
+        if name == "parity"
+        for line in tallied
+    ]
+    if lines:
+        backend, device = (terminalreporter.config.getoption(name) for name in ("--backend", "--device"))
+        terminalreporter.section(f"parity of {backend} with the reference")
+        for line in tally.summary(lines, device):
+            terminalreporter.write_line(line)
