@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from parity_tests.parity import Case, Target
 
 Arrays = Mapping[str, np.ndarray]
+MANY = 5  # results that a report lists one by one
 
 
 class Disagreement(AssertionError):
@@ -77,10 +78,16 @@ class Disagreement(AssertionError):
         return f"  {place} is {got[worst]:.12g}, the reference has {want[worst]:.12g} (in float64); {excused}"
 
     def _overview(self) -> list[str]:
-        """Each result: whether it agrees, or how much of it does not."""
+        """Each result, if there are not too many: whether it agrees, or how much of it does not."""
         agree = [name for name in self.want if not self._beyond(name).any()]
-        lines = [f"  {name}: {self._extent(name)}" for name in self.want if name not in agree]
-        return lines + ([f"  agree: {', '.join(agree)}"] if agree else [])
+        off = [name for name in self.want if name not in agree]
+        lines = [f"  {name}: {self._extent(name)}" for name in off[:MANY]]
+        if off[MANY:]:
+            lines.append(f"  and {len(off) - MANY} results more")
+        if agree:
+            more = f" and {len(agree) - MANY} results more" if agree[MANY:] else ""
+            lines.append(f"  agree: {', '.join(agree[:MANY])}{more}")
+        return lines
 
     def _extent(self, name: str) -> str:
         beyond, got, want = self._beyond(name), self.got[name], self.want[name]

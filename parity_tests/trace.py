@@ -241,11 +241,12 @@ def first_parting(target: "Target", case: "Case", wrong: list[str]) -> str:
         return (
             "None of its parts could be watched: they are no modules or functions with the reference's names."
         )
-    own = [name.partition(".")[2].rpartition(".")[0] for name in wrong if "." in name]
-    if not own:
+    own = {name.partition(".")[2].rpartition(".")[0] for name in wrong}
+    first = next((part for part, place, _ in reference if place == ARRIVES and part in own), None)
+    if first is None:
         return "In float64 all its parts agree."
     return (
-        f"FIRST PART TO DIFFER, in the order of execution: {own[-1]}, in the gradients of its parameters.\n"
+        f"FIRST PART TO DIFFER, in the order of execution: {first}, in the gradients of its parameters.\n"
         "All that flows between the parts agrees, forward and backward."
     )
 
