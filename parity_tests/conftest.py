@@ -155,7 +155,7 @@ def agree(offered):
     """agree(component, **arguments): values and gradients are the reference's, and as well rounded."""
     from parity_tests import parity
 
-    def check(component: str, seed: int = 0, judge_rounding: bool = True, **arguments) -> None:
+    def check(component: str, seed: int = 0, /, judge_rounding: bool = True, **arguments) -> None:
         __tracebackhide__ = True
         parity.require_parity(offered(component), parity.Case(component, arguments, seed), judge_rounding)
 
