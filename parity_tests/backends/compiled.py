@@ -1,7 +1,8 @@
 """Parts of torch_impl as torch.compile makes them: fused, in an order of its own, backward passes included.
 
-The first case of a kind takes seconds. Sizes are symbols, so that other sizes need no compilation; where
-something else changes so often that the compiler would give up and run it as it stands, it raises instead.
+The first case of a kind takes seconds. Sizes are symbols and leading axes are joined, so that few other cases
+need a compilation; where one changes so much that the compiler would give up and run the source as it stands,
+it raises instead.
 """
 
 import torch
@@ -11,7 +12,22 @@ from parity_tests.backends import fast
 torch._dynamo.config.recompile_limit = 64
 torch._dynamo.config.fail_on_recompile_limit_hit = True
 
-rmsnorm = torch.compile(fast.rmsnorm, dynamic=True)
-layernorm = torch.compile(fast.layernorm, dynamic=True)
-swiglu = torch.compile(fast.swiglu, dynamic=True)
-cross_entropy = torch.compile(fast.cross_entropy, dynamic=True)
+_gelu_tanh = torch.compile(fast.gelu_tanh, dynamic=True)
+_rmsnorm = torch.compile(fast.rmsnorm, dynamic=True)
+_cross_entropy = torch.compile(fast.cross_entropy, dynamic=True)
+
+
+def _rows(x):
+    return x.reshape(-1, x.shape[-1])
+
+
+def gelu_tanh(x):
+    return _gelu_tanh(x.flatten()).view(x.shape)
+
+
+def rmsnorm(x, weight, epsilon):
+    return _rmsnorm(_rows(x), weight, epsilon).view(x.shape)
+
+
+def cross_entropy(logits, targets, label_smoothing, count):
+    return _cross_entropy(_rows(logits), targets.flatten(), label_smoothing, count)
