@@ -1,9 +1,12 @@
 """Options and profiles of the suite. torch is imported by the tests that need it, not here."""
 
+import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from parity_tests import tally
 # The cases are small: threads would only wait for each other. torch reads this when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+SHARE = pytest.StashKey[float]()  # a drawn test's share of the time that is given
 DEFAULT_BACKEND = "parity_tests.backends.fast"
 
 _shared = {
@@ -42,6 +46,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="precision whose rounding is judged; may be repeated (default: float32 and bfloat16)",
     )
     group.addoption(
+        "--minutes",
+        type=float,
+        metavar="M",
+        help="with the thorough profile: draw other cases, again and again, until M minutes have passed",
+    )
+    group.addoption(
+        "--keep",
+        action="store_true",
+        help="write each failing case into parity_tests/kept, from where it is judged in every later run",
+    )
+    group.addoption(
         "--record",
         type=Path,
         metavar="FOLDER",
@@ -49,8 +64,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(trylast=True)  # Hypothesis takes its own options first
 def pytest_configure(config: pytest.Config) -> None:
     """A backend that does not fit, or a device that is not there, is one line, before any test runs."""
+    if config.getoption("--minutes") is not None:
+        if settings().derandomize:
+            raise pytest.UsageError(
+                "--minutes draws other cases each time: add --hypothesis-profile=thorough"
+            )
+        settings.register_profile("round", settings(), max_examples=100)
+        settings.load_profile("round")
     backend, device = config.getoption("--backend"), config.getoption("--device")
     if device != "cpu":
         import torch
@@ -74,11 +97,26 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """A backend of somebody's own is judged by the tests that look at it, and not by all others."""
+    for item in items:
+        item.stash[SHARE] = 1 / max(sum(map(_is_drawn, items)), 1)
     if config.getoption("--backend") == DEFAULT_BACKEND:
         return
     others = [item for item in items if not _looks_at_the_backend(item)]
     config.hook.pytest_deselected(items=others)
     items[:] = [item for item in items if item not in set(others)]
+
+
+def _is_drawn(item: pytest.Item) -> bool:
+    return getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
+
+
+def _repeat(item: pytest.Function, minutes: float) -> None:
+    """Runs a test with other cases again and again, for its share of the time that all processes have."""
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    end = time.monotonic() + 60 * minutes * processes * item.stash[SHARE]
+    arguments = {name: item.funcargs[name] for name in signature(item.obj).parameters}
+    while time.monotonic() < end:
+        item.obj(**arguments)
 
 
 def _looks_at_the_backend(item: pytest.Item) -> bool:
@@ -174,6 +212,9 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function):
     failed = True
     try:
         result = yield
+        minutes = pyfuncitem.config.getoption("--minutes")
+        if minutes is not None and _is_drawn(pyfuncitem):
+            _repeat(pyfuncitem, minutes)
         failed = False
     except NotOffered as refusal:
         failed = False
@@ -187,12 +228,15 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function):
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(call: pytest.CallInfo):
-    """A failing case as a script stands by itself below the failure, to be copied as it is."""
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
+    """A failing case as a script stands by itself below the failure, to be copied as it is, or is kept."""
     report = yield
     script = getattr(call.excinfo.value, "script", None) if call.excinfo else None
     if script:
         report.sections.append(("The case, as a script for the folder of parity_tests", script))
+        if item.config.getoption("--keep"):
+            name = f"{item.originalname}_{hashlib.sha256(script.encode()).hexdigest()[:8]}.py"
+            (Path(__file__).parent / "kept" / name).write_text(script + "\n", encoding="utf-8")
     return report
 
 
