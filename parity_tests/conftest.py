@@ -93,17 +93,20 @@ def pytest_configure(config: pytest.Config) -> None:
             Backend(backend).require_device(device)
         except (BackendError, NotOffered) as error:
             raise pytest.UsageError(f"--backend {backend}: {error}") from None
+        except Exception as error:  # whatever a module does when it is imported
+            told = f"{type(error).__name__}: {error}"
+            raise pytest.UsageError(f"--backend {backend} cannot be imported: {told}") from error
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """A backend of somebody's own is judged by the tests that look at it, and not by all others."""
-    for item in items:
-        item.stash[SHARE] = 1 / max(sum(map(_is_drawn, items)), 1)
-    if config.getoption("--backend") == DEFAULT_BACKEND:
-        return
-    others = [item for item in items if not _looks_at_the_backend(item)]
-    config.hook.pytest_deselected(items=others)
-    items[:] = [item for item in items if item not in set(others)]
+    if config.getoption("--backend") != DEFAULT_BACKEND:
+        others = [item for item in items if not _looks_at_the_backend(item)]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in set(others)]
+    drawn = [item for item in items if _is_drawn(item)]
+    for item in drawn:
+        item.stash[SHARE] = 1 / len(drawn)
 
 
 def _is_drawn(item: pytest.Item) -> bool:

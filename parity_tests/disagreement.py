@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from parity_tests import tolerances
-from parity_tests.exchange import NotOffered
+from parity_tests.exchange import NotOffered, scale_of
 from parity_tests.snippet import code
 from parity_tests.trace import first_parting
 
@@ -124,7 +124,7 @@ class Disagreement(AssertionError):
         except NotOffered:
             return f"MATHEMATICS OR ROUNDING? {self.target.backend.name} has no float64, which would tell."
         off = {n: float(np.abs(exact[n] - want).max(initial=0)) for n, want in self.want.items()}
-        scale = max(float(np.abs(want).max(initial=0)) for want in self.want.values())
+        scale = scale_of({"dy": dy, **arguments}, self.want)
         bad = [n for n, error in off.items() if not error <= tolerances.mathematics(self.want[n], scale)]
         if bad:
             return f"MATHEMATICS: in float64, too, {bad[0]} is off, by {off[bad[0]]:.1e}."
@@ -135,7 +135,8 @@ class Disagreement(AssertionError):
         )
 
     def _verdict_in_float64(self, name: str) -> str:
-        got, want = self.got[name], self.want[name]
+        differ = self.got[name] != self.want[name]  # infinities that are equal have no difference
+        got, want = self.got[name][differ], self.want[name][differ]
         error = float(np.abs(got - want).max(initial=0))
         is_float32 = got.any() and np.array_equal(got, got.astype(np.float32))
         if (
@@ -147,7 +148,7 @@ class Disagreement(AssertionError):
                 "ROUNDING: every number here is one of float32. Something computes in less than the float64\n"
                 "that it was given: a .float(), a constant tensor, an autocast."
             )
-        size = float(np.abs(want).max(initial=0))
+        size = float(np.abs(self.want[name]).max(initial=0))
         share = f", {error / size:.0e} of the largest" if size else ""
         suspect = "Another formula, mask, axis, constant or term"
         if 1e-9 * size < error < 1e-6 * size:

@@ -53,6 +53,12 @@ def flat(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return pairs
 
 
+def scale_of(arguments: Mapping[str, Any], results: Mapping[str, np.ndarray]) -> float:
+    """The largest number of a case, infinities apart."""
+    arrays = [value for value in flat({**arguments, **results}).values() if is_floating(value)]
+    return max((float(np.abs(a[np.isfinite(a)]).max(initial=0.0)) for a in arrays), default=0.0)
+
+
 def sender(kind: Any, dtype: str, device: str) -> Callable[[Any], Any]:
     """What turns a value of the suite into the backend's: arrays rounded to dtype and moved to the device.
 

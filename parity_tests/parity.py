@@ -11,7 +11,7 @@ from parity_tests import tolerances
 from parity_tests.backend import Backend, Result, leaves, run_reference
 from parity_tests.components import DIFFERENTIABLE, reference, reference_function
 from parity_tests.disagreement import Arrays, Disagreement
-from parity_tests.exchange import Misfit, NotOffered, flat, is_floating, map_floats
+from parity_tests.exchange import Misfit, NotOffered, flat, is_floating, map_floats, scale_of
 from parity_tests.snippet import code
 from parity_tests.tolerances import PRECISIONS
 
@@ -142,12 +142,6 @@ def _uncertainty(
             error[name] = max(error[name], np.abs(got.named()[name] - value).max(initial=0.0))
             change[name] = max(change[name], np.abs(value - exact[name]).max(initial=0.0))
     return {name: error[name] + change[name] for name in exact}
-
-
-def scale_of(arguments: Mapping[str, Any], results: Arrays) -> float:
-    """The largest number of a case, infinities apart."""
-    arrays = [value for value in flat(arguments).values() if is_floating(value)] + list(results.values())
-    return max((float(np.abs(a[np.isfinite(a)]).max(initial=0.0)) for a in arrays), default=0.0)
 
 
 def _units(value: np.ndarray, exact: np.ndarray, bound: Any) -> float:

@@ -29,7 +29,7 @@ EXAMPLES = {
         "config": ModelConfig(n_head=3, d_model=18, positions="rope"),
     },
     "swiglu": {
-        "x": X,
+        "x": X[None],
         **{
             f"{name}_{kind}": value
             for name, weight in (("gate", F), ("up", F[::-1]), ("down", F.T))

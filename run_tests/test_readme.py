@@ -1,6 +1,8 @@
 """The README keeps its promises: its links lead somewhere, and its transcript still shows the code."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 HOUSE = Path(__file__).parent.parent
@@ -32,3 +34,24 @@ def test_the_debugger_stops_where_the_transcript_says():
     assert re.findall(r"break (ref_numpy/\w+\.py:\d+)", README) == [
         f"{path}:{n}" for path, n, *_ in (stops[0], stops[1])
     ]
+
+
+def judged(folder: Path, source: str) -> subprocess.CompletedProcess:
+    """The suite's verdict on my_norm.py, by its norms alone: the other tests would only be skipped."""
+    (folder / "my_norm.py").write_text(source, encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", str(HOUSE / "parity_tests" / "test_layernorm.py"), "-n0"]
+    options = ["--backend", "my_norm", "-p", "no:cacheprovider"]
+    return subprocess.run([*command, *options], cwd=folder, capture_output=True, text=True, encoding="utf-8")
+
+
+def test_the_suite_says_of_the_worked_example_what_stands_here(tmp_path):
+    """The module with its bug fails in these words, and with the line that mends it passes."""
+    module = re.search(r"```python\n(# my_norm\.py\n.*?)```", README, re.DOTALL)[1]
+    mended = re.search(r"```python\n( +scale = .*?\n)```", README, re.DOTALL)[1]
+    said = re.findall(r"^    E +(.*)$", README, re.MULTILINE)
+    done = judged(tmp_path, module)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert len(said) > 5 and [line for line in said if line not in done.stdout] == []
+    broken = re.search(r" +scale = .*\n", module)[0]
+    done = judged(tmp_path, module.replace(broken, mended))
+    assert done.returncode == 0, done.stdout + done.stderr
