@@ -59,8 +59,8 @@ def contraction(magnitude: np.ndarray, length: int, precision: Precision) -> np.
     """Elementwise bound of a sum of `length` products: [2 u + min(n, 4 sqrt n) u_sum] (|A| |B|).
 
     The first term rounds both factors (TF32), each by u, or the result, by u; the second is the sum's own
-    rounding, at most n roundings (Higham, Accuracy and Stability of Numerical Algorithms, 3.1) and, their signs
-    being random, rarely more than 4 standard deviations of n of them. magnitude is |A| |B|.
+    rounding, at most n roundings (Higham, Accuracy and Stability of Numerical Algorithms, 3.1) and, their
+    signs being random, rarely more than 4 standard deviations of n of them. magnitude is |A| |B|.
     """
     sums = min(length, 4 * length**0.5)
     return (2 * precision.u + sums * precision.u_sum) * magnitude
@@ -76,8 +76,8 @@ def rounding(
     f:           2, since who sums in another order draws another error of the same size, and the largest of
                  many elements of one draw is within twice that of another; for a gradient 3, which is made of
                  the rounded values of the forward pass besides.
-    4 u:         a result that is stored is rounded, u at a time: here, in the plain implementation, and on the
-                 way by whichever side stores one intermediate value more.
+    4 u:         a result that is stored is rounded, u at a time: here, in the plain implementation, and on
+                 the way by whichever side stores one intermediate value more.
     16 * 2^-24:  sums are kept in float32, and may cancel to nothing: the suite's longest have 13 terms and a
                  bias, each of the size of scale and rounded once.
 
