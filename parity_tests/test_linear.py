@@ -1,7 +1,6 @@
 """Linear layers: parity, and each element within the bound of its own contraction."""
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
