@@ -43,14 +43,16 @@ def mathematics(want: np.ndarray, scale: float) -> float:
 
     The first term stands in the gap. Below it: a sum of n terms, each with a rounding of 1e-16, is rarely
     further off than sqrt(n) of them, and a model of three layers, some twenty operations with n up to a
-    hundred, amplifies that by the slopes of its norms and softmaxes: the largest error measured is 4e-14 of a
-    result, in a gradient of such a model. Above it: the least of the classic bugs, a table of angles in
-    float32, moves a result by 1e-8. On a logarithmic scale 1e-11 lies in the middle.
+    hundred, amplifies that by the slopes of its norms and softmaxes: a few 1e-14 of a result at worst. Above
+    it: the least of the classic bugs, a table of angles in float32, moves a result by 1e-8. On a logarithmic
+    scale 1e-11 lies in the middle.
 
     The second is for what cancels. scale is the largest number anywhere in the case, inputs and results. The
     attention gradient of a query with one key is 0, computed as a difference of numbers of that scale, each
-    right to 1.1e-16 of it and the products before it to a few times that: measured, up to 4e-16 of scale.
-    That times 50 is 2e-14.
+    right to 1.1e-16 of it, and the products before it to several times that: 2e-14 is two hundred roundings.
+
+    Measured over thousands of cases, the largest honest errors are 0.08 of this bound (attention with scores of
+    hundreds) and 0.02 elsewhere.
     """
     return 1e-11 * np.abs(want).max(initial=0.0) + 2e-14 * scale
 

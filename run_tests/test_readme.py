@@ -5,6 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
+
+from parity_tests.disagreement import Disagreement
+from parity_tests.parity import Case
+from parity_tests.strategies import seeded
+
 HOUSE = Path(__file__).parent.parent
 README = (HOUSE / "README.md").read_text(encoding="utf-8")
 
@@ -36,22 +43,27 @@ def test_the_debugger_stops_where_the_transcript_says():
     ]
 
 
-def judged(folder: Path, source: str) -> subprocess.CompletedProcess:
-    """The suite's verdict on my_norm.py, by its norms alone: the other tests would only be skipped."""
-    (folder / "my_norm.py").write_text(source, encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", str(HOUSE / "parity_tests" / "test_layernorm.py"), "-n0"]
-    options = ["--backend", "my_norm", "-p", "no:cacheprovider"]
-    return subprocess.run([*command, *options], cwd=folder, capture_output=True, text=True, encoding="utf-8")
-
-
 def test_the_suite_says_of_the_worked_example_what_stands_here(tmp_path):
     """The module with its bug fails in these words, and with the line that mends it passes."""
     module = re.search(r"```python\n(# my_norm\.py\n.*?)```", README, re.DOTALL)[1]
     mended = re.search(r"```python\n( +scale = .*?\n)```", README, re.DOTALL)[1]
     said = re.findall(r"^    E +(.*)$", README, re.MULTILINE)
-    done = judged(tmp_path, module)
+    path = tmp_path / "my_norm.py"
+    path.write_text(module, encoding="utf-8")
+    # By its norms alone: the other tests would only be skipped.
+    command = [sys.executable, "-m", "pytest", str(HOUSE / "parity_tests" / "test_layernorm.py"), "-n0"]
+    done = subprocess.run(
+        [*command, "--backend", "my_norm", "-p", "no:cacheprovider"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
     assert done.returncode == 1, done.stdout + done.stderr
     assert len(said) > 5 and [line for line in said if line not in done.stdout] == []
-    broken = re.search(r" +scale = .*\n", module)[0]
-    done = judged(tmp_path, module.replace(broken, mended))
-    assert done.returncode == 0, done.stdout + done.stderr
+    case = Case("rmsnorm", {"x": seeded((3, 5), "normal", 1), "weight": np.arange(5.0), "epsilon": 1e-5})
+    with pytest.raises(Disagreement, match="the whole is 1.26"):
+        case.judge(str(path))
+    path.write_text(module.replace(re.search(r" +scale = .*\n", module)[0], mended), encoding="utf-8")
+    for precision in ("float64", "float32", "bfloat16"):
+        case.judge(str(path), precision=precision)
