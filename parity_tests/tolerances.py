@@ -51,8 +51,8 @@ def mathematics(want: np.ndarray, scale: float) -> float:
     attention gradient of a query with one key is 0, computed as a difference of numbers of that scale, each
     right to 1.1e-16 of it, and the products before it to several times that: 2e-14 is two hundred roundings.
 
-    Measured over thousands of cases, the largest honest errors are 0.08 of this bound (attention with scores of
-    hundreds) and 0.02 elsewhere.
+    Measured over thousands of cases, the largest honest errors are 0.08 of this bound (attention with scores
+    of hundreds) and 0.02 elsewhere.
     """
     return 1e-11 * np.abs(want).max(initial=0.0) + 2e-14 * scale
 
