@@ -10,11 +10,12 @@ from parity_tests.backend import Backend, BackendError
 from parity_tests.disagreement import Disagreement
 from parity_tests.exchange import Misfit, NotOffered
 from parity_tests.parity import Case, require_parity
-from parity_tests.strategies import REGIMES, array, seeded
+from parity_tests.strategies import REGIMES, array, model_params, seeded
 from ref_numpy.config import ModelConfig, SamplingConfig
 
 X, W = seeded((3, 5), "normal", 1), seeded((5,), "normal", 2)
 F = seeded((7, 5), "normal", 3) / 5**0.5
+SINUSOIDAL = ModelConfig(vocab_size=5, n_head=2, d_model=6, positions="sinusoidal")
 EXAMPLES = {
     "linear": {"x": X, "weight": F, "bias": seeded((7,), "normal", 4)},
     **{name: {"x": X} for name in ("relu", "gelu", "gelu_tanh", "silu")},
@@ -35,6 +36,13 @@ EXAMPLES = {
             for name, weight in (("gate", F), ("up", F[::-1]), ("down", F.T))
             for kind, value in (("weight", weight.copy()), ("bias", None))
         },
+    },
+    "transformer": {
+        "params": model_params(SINUSOIDAL, 1),
+        "ids": np.array([[1, 0, 2], [2, 4, 3]]),
+        "config": SINUSOIDAL,
+        "key": None,
+        "documents": None,
     },
     "cross_entropy": {"logits": X, "targets": np.array([4, -100, 0]), "label_smoothing": 0.0, "count": None},
     "adam": {"param": X, "gradient": X, "m": X, "v": X**2, "t": 3, "learning_rate": 0.1}
@@ -78,7 +86,7 @@ def judge(
             "plain_torch",
             ["linear", "gelu", "layernorm", "rmsnorm", "embedding", "attention", "rope", "swiglu"],
         ),
-        ("plain_torch", ["cross_entropy", "adam"]),
+        ("plain_torch", ["cross_entropy", "adam", "transformer"]),
         ("hugging_face", ["linear", "relu", "gelu", "gelu_tanh", "silu", "attention", "rope", "swiglu"]),
         ("hugging_face", ["cross_entropy"]),
     ],

@@ -188,7 +188,7 @@ def _embed(params, ids, places, config, key):
         x = x + params["position_embedding.weight"][places]
     elif config.positions == "sinusoidal":
         features = torch.arange(C, device=ids.device)
-        angle = places.double()[..., None] / 10000 ** (features // 2 * 2 / C).double()
+        angle = places.double()[..., None] / 10000 ** ((features // 2 * 2).double() / C)
         x = x * math.sqrt(C) + torch.where(features % 2 == 0, angle.sin(), angle.cos()).to(x)
     return x if key is None else dropout(x, config.dropout, key)
 
