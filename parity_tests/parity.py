@@ -1,28 +1,56 @@
 """Runs one case on both sides and judges it by the two questions of tolerances.py."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from parity_tests import tolerances
-from parity_tests.backend import Backend, Result, flat, is_floating, map_floats, reference, run_reference
+from parity_tests.backend import Backend, Result, leaves, run_reference
+from parity_tests.components import DIFFERENTIABLE, reference, reference_function
+from parity_tests.disagreement import Arrays, Disagreement
+from parity_tests.exchange import Misfit, NotOffered, flat, is_floating, map_floats, scale_of
+from parity_tests.snippet import code
 from parity_tests.tolerances import PRECISIONS
 
 PLAIN = "parity_tests.backends.plain_torch"
 
 
+class Judgement(NamedTuple):
+    """How one case came out in one question: the largest error of each result, in units of its bound.
+
+    precision is "float64" for the question of mathematics, otherwise that whose rounding was judged. Above 1
+    the case has failed; infinite is what is NaN, or off where nothing is excused.
+    """
+
+    component: str
+    precision: str
+    device: str
+    units: dict[str, float]
+
+
 class Target(NamedTuple):
-    """What the suite is pointed at: a backend, a device, and the precisions to judge its rounding in."""
+    """What the suite is pointed at: a backend, a device, the precisions to judge its rounding in, and who is
+    told of every judgement, and of what the backend declined and why (component, precision, reason)."""
 
     backend: Backend
     plain: Backend
     device: str
     precisions: tuple[str, ...]
+    record: Callable[[Judgement], None] = lambda judgement: None
+    declined: Callable[[str, str, str], None] = lambda component, precision, reason: None
+
+    @property
+    def mathematics_on(self) -> str:
+        """The device of the first question: the CPU, but for backends that do not run there."""
+        return "cpu" if "cpu" in getattr(self.backend.module, "DEVICES", ("cpu",)) else self.device
 
 
-def target(backend: str, device: str, precisions: tuple[str, ...]) -> Target:
-    return Target(Backend(backend), Backend(PLAIN), device, precisions)
+def target(backend: str, device: str, precisions: tuple[str, ...], **listeners: Callable) -> Target:
+    """The target by its names. Raises BackendError for a module that is not there or does not fit."""
+    return Target(Backend(backend), Backend(PLAIN), device, precisions, **listeners)
 
 
 def rounded(arguments: Mapping[str, Any], precision: str) -> dict[str, Any]:
@@ -31,6 +59,60 @@ def rounded(arguments: Mapping[str, Any], precision: str) -> dict[str, Any]:
 
     dtype = getattr(torch, PRECISIONS[precision].torch_dtype)
     return map_floats(lambda a: torch.as_tensor(a).to(dtype).to(torch.float64).numpy(), arguments)
+
+
+class Case(NamedTuple):
+    """A component, the arguments it is given, and the seed of the cotangent that is sent back through it."""
+
+    component: str
+    arguments: Mapping[str, Any]
+    seed: int = 0
+
+    def cotangent(self) -> np.ndarray:
+        """A random one: a cotangent of ones hides whole terms."""
+        forward, _ = reference(self.component)
+        y, _ = forward(*self.arguments.values())
+        return np.asarray(np.random.default_rng(self.seed).standard_normal(np.shape(y)))
+
+    def inputs(self, precision: str) -> tuple[dict[str, Any], np.ndarray]:
+        """Arguments and cotangent as a precision holds them."""
+        held = rounded({"dy": self.cotangent(), **self.arguments}, precision)
+        dy = held.pop("dy")
+        return held, dy
+
+    def judge(self, backend: str, device: str = "cpu", precision: str = "float64") -> None:
+        """Raises Disagreement where the backend is off in this case, and says so where it is not."""
+        aim = target(backend, device, (precision,))
+        if self.component not in DIFFERENTIABLE:
+            require_same_results(aim, self)
+        elif precision == "float64":
+            require_same_mathematics(aim, self)
+        else:
+            require_well_rounded(aim, self, precision)
+        print(f"{backend} agrees on this case of {self.component} ({precision}).")
+
+
+@contextmanager
+def _explained(target: Target, case: Case, precision: str) -> Iterator[None]:
+    """What goes wrong inside a backend, and results that cannot be compared, are told with their case."""
+    __tracebackhide__ = True
+    try:
+        yield
+    except NotOffered:
+        raise
+    except Exception as error:
+        if isinstance(error, Misfit):
+            error = Misfit(f"{case.component} of {target.backend.name}: {error}")
+        device = target.mathematics_on if precision == "float64" else target.device
+        error.script = code(*case, target.backend.name, device, precision)
+        raise error from None
+
+
+def _run(target: Target, case: Case, precision: str, arguments: Mapping[str, Any], dy: np.ndarray) -> Result:
+    __tracebackhide__ = True
+    device = target.mathematics_on if precision == "float64" else target.device
+    with _explained(target, case, precision):
+        return target.backend.run(case.component, arguments, dy, PRECISIONS[precision].torch_dtype, device)
 
 
 def _uncertainty(
@@ -62,81 +144,96 @@ def _uncertainty(
     return {name: error[name] + change[name] for name in exact}
 
 
-def _scale(arguments: Mapping[str, Any], cotangent: np.ndarray, want: Result) -> float:
-    arrays = [value for value in flat(arguments).values() if is_floating(value)]
-    arrays += [cotangent, *want.named().values()]
-    return max(float(np.abs(array).max(initial=0.0)) for array in arrays)
+def _units(value: np.ndarray, exact: np.ndarray, bound: Any) -> float:
+    """The largest error in units of its bound; no error at all is 0 of any bound."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        units = np.where(value == exact, 0.0, np.abs(value - exact.astype(float)) / bound)
+    return float(np.where(np.isnan(units), np.inf, units).max(initial=0.0))
 
 
-def _require(component: str, question: str, got: Result, want: Result, bounds: Mapping[str, Any]) -> None:
-    """Raises AssertionError with the worst element where an error exceeds its bound. NaN never passes."""
+def _require(target: Target, case: Case, precision: str, got: Arrays, want: Arrays, bounds: Arrays) -> None:
+    """Records the judgement, and raises Disagreement where an error exceeds its bound. NaN never passes.
+
+    Raises Misfit where the results of the two sides are not even of the same kind.
+    """
     __tracebackhide__ = True
-    found, wanted = set(got.named()), set(want.named())  # a gradient that one side forgot is no agreement
-    assert found == wanted, f"{component}: only one side has {', '.join(sorted(found ^ wanted))}"
-    for name, exact in want.named().items():
-        value = got.named()[name]
-        assert value.shape == exact.shape, f"{component}: {name} has shape {value.shape}, not {exact.shape}"
-        excess = np.abs(value - exact) - np.broadcast_to(bounds[name], exact.shape)
-        if exact.size == 0 or (excess <= 0).all():
-            continue
-        worst = np.unravel_index(np.argmax(np.where(np.isnan(excess), np.inf, excess)), exact.shape)
-        where = ", ".join(str(int(i)) for i in worst)
-        raise AssertionError(
-            f"{component}, {question}: {name}[{where}] is {value[worst]:.12g}, "
-            f"the reference has {exact[worst]:.12g}; they differ by {abs(value[worst] - exact[worst]):.2e}, "
-            f"{np.broadcast_to(bounds[name], exact.shape)[worst]:.2e} is excused"
-        )
+    with _explained(target, case, precision):
+        if one_sided := sorted(set(got) ^ set(want)):
+            raise Misfit(f"only one side has {', '.join(one_sided)}")
+        for name, exact in want.items():
+            if got[name].shape != exact.shape:
+                raise Misfit(f"{name} has shape {got[name].shape}, not {exact.shape}")
+    units = {name: _units(got[name], exact, bounds[name]) for name, exact in want.items()}
+    device = target.mathematics_on if precision == "float64" else target.device
+    target.record(Judgement(case.component, precision, device, units))
+    if any(unit > 1 for unit in units.values()):
+        raise Disagreement(target, case, precision, got, want, bounds)
 
 
-def require_same_mathematics(
-    target: Target, component: str, arguments: Mapping[str, Any], cotangent: np.ndarray
-) -> None:
-    """Question 1: values and gradients in float64, on the CPU."""
+def require_same_mathematics(target: Target, case: Case) -> None:
+    """Question 1: values and gradients in float64."""
     __tracebackhide__ = True
-    want = run_reference(component, arguments, cotangent)
-    got = target.backend.run(component, arguments, cotangent, "float64", "cpu")
-    scale = _scale(arguments, cotangent, want)
-    bounds = {name: tolerances.mathematics(value, scale) for name, value in want.named().items()}
-    _require(component, "same mathematics (float64)", got, want, bounds)
+    dy = case.cotangent()
+    want = run_reference(case.component, case.arguments, dy).named()
+    got = _run(target, case, "float64", case.arguments, dy).named()
+    scale = scale_of({"dy": dy, **case.arguments}, want)
+    bounds = {name: tolerances.mathematics(value, scale) for name, value in want.items()}
+    _require(target, case, "float64", got, want, bounds)
 
 
-def require_well_rounded(
-    target: Target, component: str, arguments: Mapping[str, Any], cotangent: np.ndarray, precision: str
-) -> None:
+def require_well_rounded(target: Target, case: Case, precision: str) -> None:
     """Question 2: values and gradients in a lower precision, on the target's device.
 
     Not judged where an input or the plain implementation overflows: float16 ends at 65504.
     """
     __tracebackhide__ = True
     p = PRECISIONS[precision]
-    arguments, cotangent = rounded(arguments, precision), rounded({"dy": cotangent}, precision)["dy"]
+    arguments, dy = case.inputs(precision)
     if not all(np.isfinite(value).all() for value in flat(arguments).values() if is_floating(value)):
         return
-    want = run_reference(component, arguments, cotangent)
-    got = target.backend.run(component, arguments, cotangent, p.torch_dtype, target.device)
-    uncertainty = _uncertainty(target, component, arguments, cotangent, precision)
+    want = run_reference(case.component, arguments, dy).named()
+    got = _run(target, case, precision, arguments, dy).named()
+    uncertainty = _uncertainty(target, case.component, arguments, dy, precision)
     if not np.isfinite(list(uncertainty.values())).all():
         return
-    scale = _scale(arguments, cotangent, want)
+    scale = scale_of({"dy": dy, **arguments}, want)
     bounds = {
         name: tolerances.rounding(value, uncertainty[name], scale, p, is_gradient=name != "y")
-        for name, value in want.named().items()
+        for name, value in want.items()
     }
-    _require(component, f"well rounded ({precision} on {target.device})", got, want, bounds)
+    _require(target, case, precision, got, want, bounds)
 
 
-def require_parity(
-    target: Target, component: str, arguments: Mapping[str, Any], seed: int, judge_rounding: bool = True
-) -> None:
-    """Both questions for one case, with a random cotangent: a cotangent of ones hides whole terms.
+def require_same_results(target: Target, case: Case) -> None:
+    """For functions without gradients: numbers in float64 as in question 1, all else equal."""
+    __tracebackhide__ = True
+    want = leaves(reference_function(case.component)(*case.arguments.values()))
+    with _explained(target, case, "float64"):
+        got = target.backend.call(case.component, case.arguments)
+    scale = scale_of(case.arguments, {name: value for name, value in want.items() if value.dtype.kind == "f"})
+    bounds = {
+        name: tolerances.mathematics(value[np.isfinite(value)], scale) if value.dtype.kind == "f" else 0.0
+        for name, value in want.items()
+    }
+    _require(target, case, "float64", got, want, bounds)
+
+
+def require_parity(target: Target, case: Case, judge_rounding: bool = True) -> None:
+    """All questions for one case; which of them the backend declines is told to the target's listener.
 
     The second question is not put where rounding is luck, which no bound tells from a bug: with a kink behind
     rounded values (a ReLU after a matrix product) a gradient jumps when a value is rounded to its other side.
     """
     __tracebackhide__ = True
-    forward, _ = reference(component)
-    y, _ = forward(*arguments.values())
-    cotangent = np.asarray(np.random.default_rng(seed).standard_normal(np.shape(y)))
-    require_same_mathematics(target, component, arguments, cotangent)
-    for precision in target.precisions if judge_rounding else ():
-        require_well_rounded(target, component, arguments, cotangent, precision)
+    questions: dict[str, Callable[[], None]] = {}
+    if case.component in DIFFERENTIABLE:
+        questions["float64"] = partial(require_same_mathematics, target, case)
+        for precision in target.precisions if judge_rounding else ():
+            questions[precision] = partial(require_well_rounded, target, case, precision)
+    else:
+        questions["float64"] = partial(require_same_results, target, case)
+    for precision, ask in questions.items():
+        try:
+            ask()
+        except NotOffered as refusal:
+            target.declined(case.component, precision, str(refusal))

@@ -4,6 +4,9 @@ Sizes are small, different from each other and mostly prime, so that no transpos
 Values come from a seed and a regime, since Hypothesis' own arrays are mostly one constant.
 """
 
+from collections import OrderedDict
+from typing import NamedTuple
+
 import numpy as np
 from hypothesis import strategies as st
 
@@ -16,6 +19,32 @@ SIZES = (1, 2, 3, 4, 5, 7, 8, 11, 13)
 REGIMES = ("normal", "tiny", "huge", "offset", "ties", "constant_row", "one_hot")
 
 seeds = st.integers(0, 2**32 - 1)
+
+
+class Origin(NamedTuple):
+    """How an array was made: function(*arguments), or an item of what that returned."""
+
+    function: str
+    arguments: tuple
+    item: str | None = None
+
+
+# Of the last cases' large arrays, by their contents, so that a report can name what is too long to spell out.
+_origins: OrderedDict[bytes, Origin] = OrderedDict()
+LARGE = 60
+
+
+def _made(values: np.ndarray, origin: Origin) -> np.ndarray:
+    if values.size > LARGE:
+        _origins[values.tobytes()] = origin
+        if len(_origins) > 1000:
+            _origins.popitem(last=False)
+    return values
+
+
+def origin_of(values: np.ndarray) -> Origin | None:
+    """How a large array was made, if it was made here a moment ago."""
+    return _origins.get(values.tobytes()) if values.size > LARGE else None
 
 
 def sizes(count: int, least: int = 1) -> st.SearchStrategy[list[int]]:
@@ -50,11 +79,15 @@ def array(random: np.random.Generator, shape: tuple[int, ...], regime: str = "no
     return values
 
 
+def seeded(shape: tuple[int, ...], regime: str, seed: int) -> np.ndarray:
+    """The array of a shape, a regime and a seed."""
+    return _made(array(np.random.default_rng(seed), shape, regime), Origin("seeded", (shape, regime, seed)))
+
+
 @st.composite
 def arrays(draw: st.DrawFn, shape: tuple[int, ...], regimes: tuple[str, ...] = REGIMES) -> np.ndarray:
     """An array of a shape, its regime and seed drawn."""
-    regime, seed = draw(st.sampled_from(regimes)), draw(seeds)
-    return array(np.random.default_rng(seed), shape, regime)
+    return seeded(shape, draw(st.sampled_from(regimes)), draw(seeds))
 
 
 @st.composite
@@ -153,6 +186,7 @@ def model_params(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
             params[name] = values / shape[1] ** 0.5
         else:
             params[name] = 0.5 * values
+        _made(params[name], Origin("model_params", (config, seed), name))
     return params
 
 

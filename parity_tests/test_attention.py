@@ -50,7 +50,7 @@ def test_parity(agree, arguments, sloped, seed):
     agree("attention", seed, has_small_scores(arguments), **arguments, slopes=slopes)
 
 
-def test_a_query_that_sees_nothing_gets_zero_and_passes_nothing_back(target):
+def test_a_query_that_sees_nothing_gets_zero_and_passes_nothing_back(offered):
     """The middle query is blind: a zero vector, and no gradient, while its neighbours are served."""
     random = np.random.default_rng(0)
     arguments = {name: array(random, (1, 1, 3, 4)) for name in "qkv"}
@@ -59,10 +59,10 @@ def test_a_query_that_sees_nothing_gets_zero_and_passes_nothing_back(target):
     y, cache = attention_forward(*arguments.values(), mask)
     assert y[0, 0, 1].tolist() == [0, 0, 0, 0]
     assert attention_backward(dy, cache)[0][0, 0, 1].tolist() == [0, 0, 0, 0]
-    if target.backend.offers("attention"):
-        got = target.backend.run("attention", arguments | {"mask": mask}, dy, "float64", "cpu")
-        assert got.y[0, 0, 1].tolist() == [0, 0, 0, 0]
-        assert got.gradients["q"][0, 0, 1].tolist() == [0, 0, 0, 0]
+    target, case = offered("attention"), arguments | {"mask": mask, "slopes": None}
+    got = target.backend.run("attention", case, dy, "float64", target.mathematics_on)
+    assert got.y[0, 0, 1].tolist() == [0, 0, 0, 0]
+    assert got.gradients["q"][0, 0, 1].tolist() == [0, 0, 0, 0]
 
 
 @given(arguments=attention_cases(), data=st.data())
@@ -91,19 +91,20 @@ def test_one_key_is_copied_and_equal_scores_are_averaged():
     assert y[0, 0].tolist() == [[1, 2], [2, 4]]
 
 
-def test_scores_of_any_size_are_weighed(target):
+def test_scores_of_any_size_are_weighed(offered):
     """Scores of 0, 10^4, 10^4 and of 0, -10^4, -10^4: exp of them alone would overflow, or leave nothing."""
     arguments = {
         "q": np.array([100.0, -100.0]).reshape(1, 1, 2, 1),
         "k": np.array([0.0, 100.0, 100.0]).reshape(1, 1, 3, 1),
         "v": np.array([1.0, 2.0, 4.0]).reshape(1, 1, 3, 1),
         "mask": np.ones((2, 3), bool),
+        "slopes": None,
     }
     y, _ = attention_forward(*arguments.values())
     assert y.ravel().tolist() == [3, 1]
-    if target.backend.offers("attention"):
-        got = target.backend.run("attention", arguments, y, "float64", "cpu")
-        assert got.y.ravel().tolist() == [3, 1]
+    target = offered("attention")
+    got = target.backend.run("attention", arguments, y, "float64", target.mathematics_on)
+    assert got.y.ravel().tolist() == [3, 1]
 
 
 def test_scores_are_divided_by_the_root_of_the_head_width():

@@ -18,7 +18,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parity_tests.backend import flat, is_floating, map_floats, reference, run_by_hand, run_reference
+from parity_tests.backend import run_by_hand, run_reference
+from parity_tests.components import reference
+from parity_tests.exchange import flat, is_floating, map_floats
 from parity_tests.strategies import (
     array,
     documents,

@@ -18,11 +18,15 @@ def test_parity(agree, shape, data, p, key, seed):
 
 
 @given(shape=sizes(3), p=rates, key=dropout_keys())
-def test_masks_are_equal(target, shape, p, key):
+def test_parity_of_keep_mask(agree, shape, p, key):
     """Over enough units that sixteen bits sometimes equal the threshold itself."""
-    shape = (*shape, 101)
-    got = fast.keep_mask(shape, p, key, target.device)
-    assert got.tolist() == keep_mask(shape, p, key).tolist()
+    agree("keep_mask", shape=(*shape, 101), p=p, key=key)
+
+
+@given(shape=sizes(3), p=rates, key=dropout_keys())
+def test_masks_are_those_of_the_cpu_on_any_device(ours, shape, p, key):
+    got = fast.keep_mask(tuple(shape), p, key, ours.device)
+    assert got.tolist() == keep_mask(tuple(shape), p, key).tolist()
 
 
 @given(shape=sizes(3, least=2), p=rates, key=dropout_keys(), data=st.data())

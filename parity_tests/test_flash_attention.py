@@ -216,32 +216,32 @@ def on(device, pattern):
 
 
 @given(data=st.data(), seed=seeds)
-def test_patterns_are_well_rounded(target, data, seed):
+def test_patterns_are_well_rounded(ours, data, seed):
     """Errors of at most twice (gradients: three times) those of the plain formulas on the same large case."""
     B, K, group, T, D = 2, 2, 3, 37, 16
     random = np.random.default_rng(seed)
     pattern = data.draw(patterns(B, K * group, T))
     shapes = [(B, K * group, T, D), (B, K, T, D), (B, K, T, D), (B, K * group, T, D)]
-    for precision in target.precisions:
+    for precision in ours.precisions:
         p = PRECISIONS[precision]
         dtype = getattr(torch, p.torch_dtype)
         q, k, v, dy = (torch.tensor(array(random, shape)).to(dtype).double().numpy() for shape in shapes)
         wanted = by_the_reference(q, k, v, dy, pattern)
         mask, bias = (
-            None if part is None else torch.tensor(part).to(target.device)
+            None if part is None else torch.tensor(part).to(ours.device)
             for part in definition(pattern, B, K * group, T, T)
         )
 
         def plain(q, k, v, mask=mask, bias=bias):
             repeated = (value.repeat_interleave(group, dim=1) for value in (k, v))
             bias = None if bias is None else bias.to(q.dtype)
-            return target.plain.module.flash_attention(q, *repeated, mask, bias, None)
+            return ours.plain.module.flash_attention(q, *repeated, mask, bias, None)
 
-        def ours(q, k, v):
-            return flash_attention(q, k, v, on(target.device, pattern), queries_at_once=10)
+        def fused(q, k, v):
+            return flash_attention(q, k, v, on(ours.device, pattern), queries_at_once=10)
 
-        yardstick = by_autograd(plain, q, k, v, dy, p.torch_dtype, target.device)
-        got = by_autograd(ours, q, k, v, dy, p.torch_dtype, target.device)
+        yardstick = by_autograd(plain, q, k, v, dy, p.torch_dtype, ours.device)
+        got = by_autograd(fused, q, k, v, dy, p.torch_dtype, ours.device)
         scale = max(np.abs(value).max() for value in (q, k, v, dy, *wanted))
         for i, (value, exact, honest) in enumerate(zip(got, wanted, yardstick, strict=True)):
             error = np.abs(honest - exact).max()
@@ -272,7 +272,7 @@ def examples(B, H, T):
 
 @pytest.mark.parametrize("name", examples(1, 1, 1))
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention_is_given_the_pattern(name, target, monkeypatch):
+def test_flex_attention_is_given_the_pattern(name, ours, monkeypatch):
     """On CUDA the compiled kernel and its gradients; elsewhere, where it cannot train, its formulas."""
     random = np.random.default_rng(0)
     B, K, H, T, D = 2, 2, 4, 300, 16
@@ -280,9 +280,9 @@ def test_flex_attention_is_given_the_pattern(name, target, monkeypatch):
     k, v = (array(random, (B, K, T, D)) for _ in range(2))
     pattern = examples(B, H, T)[name]
     wanted = by_the_reference(q, k, v, dy, pattern, tile=64)
-    moved = on(target.device, pattern)
-    if target.device.startswith("cuda"):
-        got = by_autograd(lambda *qkv: fast._flex(*qkv, moved), q, k, v, dy, "float32", target.device)
+    moved = on(ours.device, pattern)
+    if ours.device.startswith("cuda"):
+        got = by_autograd(lambda *qkv: fast._flex(*qkv, moved), q, k, v, dy, "float32", ours.device)
     else:
         monkeypatch.setattr(fast, "_compiled", lambda kernel: kernel)
         got = [fast._flex(*(torch.tensor(value) for value in (q, k, v)), pattern).numpy()]

@@ -28,13 +28,11 @@ decoders = model_configs(architectures=("decoder",))
 
 
 @given(config=decoders, seed=seeds, prompt=st.integers(1, 15), sampling=sampling_configs())
-def test_generated_texts_are_equal(config, seed, prompt, sampling):
-    """Also beyond the context length, where the oldest tokens fall out of sight."""
-    params = model_params(config, seed)
+def test_parity(agree, config, seed, prompt, sampling):
+    """Every token of a text, also beyond the context length, where the oldest tokens fall out of sight."""
     ids = np.random.default_rng(seed).integers(config.vocab_size, size=prompt)
-    want = list(generate(params, ids, config, 9, sampling, seed))
-    got = list(fast.generate(model_of(config, params), torch.from_numpy(ids), 9, sampling, seed))
-    assert got == want
+    case = {"params": model_params(config, seed), "prompt": ids, "config": config, "n_tokens": 9}
+    agree("generate", **case, sampling=sampling, seed=seed)
 
 
 @given(config=decoders, seed=seeds, sampling=sampling_configs())

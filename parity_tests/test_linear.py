@@ -1,7 +1,6 @@
 """Linear layers: parity, and each element within the bound of its own contraction."""
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,10 +30,9 @@ def test_parity(agree, arguments, seed):
 
 
 @given(seed=seeds, length=st.sampled_from([1, 3, 64, 257, 1024]))
-def test_each_element_is_within_the_bound_of_its_contraction(target, seed, length):
+def test_each_element_is_within_the_bound_of_its_contraction(offered, seed, length):
     """Also for long sums, whose inner error the other rule would not bound."""
-    if not target.backend.offers("linear"):
-        pytest.skip(f"linear is not offered by {target.backend.module.__name__}")
+    target = offered("linear")
     random = np.random.default_rng(seed)
     drawn = {
         "x": array(random, (3, length)),

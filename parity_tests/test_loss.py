@@ -60,15 +60,15 @@ def test_shares_of_any_split_add_up_to_the_whole(arguments, cut):
 
 
 @given(seed=seeds)
-def test_the_loss_of_bfloat16_logits_keeps_float32(target, seed):
+def test_the_loss_of_bfloat16_logits_keeps_float32(ours, seed):
     """In bfloat16 a mean over many tokens would lose its last digits, and small improvements with them."""
     random = np.random.default_rng(seed)
     logits = rounded({"logits": random.standard_normal((40, 50))}, "bfloat16")["logits"]
     targets = random.integers(50, size=40)
     want, _ = cross_entropy_forward(logits, targets)
     on_device = (
-        torch.from_numpy(logits).to(target.device, torch.bfloat16),
-        torch.from_numpy(targets).to(target.device),
+        torch.from_numpy(logits).to(ours.device, torch.bfloat16),
+        torch.from_numpy(targets).to(ours.device),
     )
     got = cross_entropy(*on_device)
     assert got.dtype == torch.float32 and got.item() == pytest.approx(want, rel=1e-6)

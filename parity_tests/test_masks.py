@@ -13,6 +13,21 @@ from torch_impl import masks as fast
 packed = documents(3, 8).filter(lambda numbers: numbers is not None)
 
 
+@given(length=st.integers(1, 9), before=st.integers(0, 5))
+def test_parity_of_causal_mask(agree, length, before):
+    agree("causal_mask", length=length, before=before)
+
+
+@given(length=st.integers(1, 9), window=st.integers(1, 12), before=st.integers(0, 5))
+def test_parity_of_window_mask(agree, length, window, before):
+    agree("window_mask", length=length, window=window, before=before)
+
+
+@given(numbers=packed, before=st.integers(0, 5))
+def test_parity_of_document_mask(agree, numbers, before):
+    agree("document_mask", documents=numbers, before=before)
+
+
 @given(length=st.integers(1, 40))
 def test_a_token_sees_what_came_before(length):
     want = [[key <= query for key in range(length)] for query in range(length)]

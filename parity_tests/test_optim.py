@@ -59,6 +59,38 @@ class Parameters(nn.Module):
         return {name: parameter.detach().numpy() for name, parameter in self.named_parameters()}
 
 
+@st.composite
+def steps_of_adam(draw):
+    """A matrix somewhere in its training."""
+    random, shape = np.random.default_rng(draw(seeds)), tuple(draw(sizes(2)))
+    return {
+        "param": array(random, shape),
+        "gradient": draw(st.sampled_from([1e-6, 1, 1e3])) * array(random, shape),
+        "m": array(random, shape),
+        "v": array(random, shape) ** 2,
+        "t": draw(st.sampled_from([1, 2, 3, 10, 1000])),
+        "learning_rate": draw(st.sampled_from([1e-3, 0.1])),
+        **{name: draw(SETTINGS[name]) for name in ("beta1", "beta2", "epsilon")},
+    }
+
+
+@given(arguments=steps_of_adam())
+def test_parity_of_adam(agree, arguments):
+    agree("adam", **arguments)
+
+
+@given(arguments=steps_of_adam(), weight_decay=st.sampled_from([0.0, 0.1, 0.5]))
+def test_parity_of_adamw(agree, arguments, weight_decay):
+    agree("adamw", **arguments, weight_decay=weight_decay)
+
+
+@given(shape=sizes(2), seed=seeds, size=st.sampled_from([1e-6, 1, 1e3]), limit=SETTINGS["clip"])
+def test_parity_of_clipping(agree, shape, seed, size, limit):
+    random = np.random.default_rng(seed)
+    gradients = {"matrix": size * array(random, tuple(shape)), "vector": array(random, (shape[0],))}
+    agree("clip_by_global_norm", gradients=gradients, limit=limit)
+
+
 @given(
     config=optimizer_configs(),
     shape=sizes(2),

@@ -139,7 +139,7 @@ def test_what_cannot_be_quantised(side, weight, bits, group_size, message):
     has_bias=st.booleans(),
     at_once=st.sampled_from([1, 20, 1 << 19]),
 )
-def test_products(target, seed, rows, shape, bits, group_size, has_bias, at_once):
+def test_products(ours, seed, rows, shape, bits, group_size, has_bias, at_once):
     """By the rounding rule for products: in float64 the same mathematics, below within their condition.
 
     However many rows at a time. Below float64 the dequantised weight is rounded before it is multiplied, or
@@ -150,10 +150,10 @@ def test_products(target, seed, rows, shape, bits, group_size, has_bias, at_once
     x, bias = array(random, (*rows, shape[1])), array(random, (shape[0],)) if has_bias else None
     usual, fast._NUMBERS_AT_ONCE = fast._NUMBERS_AT_ONCE, at_once
     try:
-        for name in ("float64", *target.precisions):
+        for name in ("float64", *ours.precisions):
             precision = tolerances.PRECISIONS[name]
             dtype = getattr(torch, precision.torch_dtype)
-            device = "cpu" if name == "float64" else target.device
+            device = "cpu" if name == "float64" else ours.device
             scales = torch.from_numpy(drawn.scales).to(torch.float64 if name == "float64" else torch.float32)
             inputs = torch.from_numpy(x).to(dtype)
             added = torch.from_numpy(bias).to(dtype) if has_bias else None

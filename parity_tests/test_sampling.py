@@ -42,6 +42,16 @@ def test_filtered_logits_and_sampled_tokens_are_equal(logits, seen, config, u):
     assert want[token] > -np.inf, "what was ruled out is never drawn"
 
 
+@given(logits=logits_of_any_size, seen=st.lists(st.integers(0, 4)), config=sampling_configs())
+def test_parity_of_filtered_logits(agree, logits, seen, config):
+    agree("filtered_logits", logits=logits, seen=seen, config=config)
+
+
+@given(logits=logits_of_any_size, config=sampling_configs(), u=st.floats(0, 1, exclude_max=True))
+def test_parity_of_sample_token(agree, logits, config, u):
+    agree("sample_token", logits=logits, seen=[0, 2, 2], config=config, u=u)
+
+
 @given(logits=logits_of_any_size, k=st.integers(1, 60))
 def test_top_k_keeps_the_k_largest_and_their_equals(logits, k):
     kept = ~np.isneginf(plain.keep_top_k(logits, k))

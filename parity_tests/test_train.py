@@ -11,6 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from parity_tests.parity import Target
+from parity_tests.steps import Step, require_same_step
 from parity_tests.strategies import model_configs, model_params, seeds
 from ref_numpy.config import ModelConfig, TrainConfig
 from ref_numpy.data import sample_batch
@@ -71,24 +73,22 @@ def values(state: fast.TrainState) -> dict[str, np.ndarray]:
 
 
 def require_one_trajectory(
-    model_config: ModelConfig, config: TrainConfig, sample: Callable, fast_sample: Callable
+    ours: Target, model_config: ModelConfig, config: TrainConfig, sample: Callable, fast_sample: Callable
 ) -> None:
     """Both loops, each with batches of its own: losses, norms, parameters agree, and they learn."""
     params = init_params(model_config, config.seed, np.float64)
     state, losses = state_of(params, model_config, config), []
     loops = train(params, sample, model_config, config), fast.train_steps(state, fast_sample, config)
-    for (after, want), got in zip(*loops, strict=True):
-        assert got.loss.item() == pytest.approx(want.loss, rel=1e-9)
-        assert got.grad_norm.item() == pytest.approx(want.grad_norm, rel=1e-8)
-        for name, value in values(state).items():
-            largest = np.abs(after[name]).max()
-            np.testing.assert_allclose(value, after[name], rtol=1e-8, atol=1e-8 * largest)
-        losses.append(want.loss)
+    for step, (want, got) in enumerate(zip(*loops, strict=True)):
+        step_of = Step(step, sample(step, config), params, model_config, config)
+        require_same_step(ours, step_of, want, (values(state), got))
+        params, metrics = want
+        losses.append(metrics.loss)
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.1, "nothing was learned, so little was tested"
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_fifty_steps_agree(schedule):
+def test_fifty_steps_agree(ours, schedule):
     """Dropout, decay, clipping, warm-up, uneven micro-batches, tied embeddings."""
     config = replace(TRAINING, schedule=schedule)
     params = init_params(MODEL, config.seed, np.float64)
@@ -99,18 +99,15 @@ def test_fifty_steps_agree(schedule):
     for step in range(config.steps):
         inputs, targets = sample_batch(tokens, MODEL.context_length, step, config)
         targets = unevenly_counted(targets, step)
+        step_of = Step(step, (inputs, targets), params, MODEL, config)
         params, moments, want = train_step(params, moments, (inputs, targets), step, MODEL, config)
 
         clock = torch.tensor(step)
         fast_inputs, _ = fast_data.sample_batch(torch.from_numpy(tokens), MODEL.context_length, clock, config)
         got = fast.train_step(state, (fast_inputs, torch.from_numpy(targets)), clock, config)
-        assert got.loss.item() == pytest.approx(want.loss, rel=1e-9)
-        assert got.grad_norm.item() == pytest.approx(want.grad_norm, rel=1e-8)
-        assert got.learning_rate.item() == want.learning_rate
+        require_same_step(ours, step_of, (params, want), (values(state), got))
         losses.append(want.loss)
         norms.append(want.grad_norm)
-    for name, value in values(state).items():
-        np.testing.assert_allclose(value, params[name], rtol=1e-8, atol=1e-8 * np.abs(params[name]).max())
     assert np.mean(losses[-10:]) < np.mean(losses[:10]) - 0.1, "nothing was learned, so little was tested"
     assert min(norms) < config.clip < max(norms), "clipping has to act on some steps and not on others"
 

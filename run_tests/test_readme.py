@@ -1,7 +1,16 @@
 """The README keeps its promises: its links lead somewhere, and its transcript still shows the code."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
+
+import numpy as np
+import pytest
+
+from parity_tests.disagreement import Disagreement
+from parity_tests.parity import Case
+from parity_tests.strategies import seeded
 
 HOUSE = Path(__file__).parent.parent
 README = (HOUSE / "README.md").read_text(encoding="utf-8")
@@ -32,3 +41,29 @@ def test_the_debugger_stops_where_the_transcript_says():
     assert re.findall(r"break (ref_numpy/\w+\.py:\d+)", README) == [
         f"{path}:{n}" for path, n, *_ in (stops[0], stops[1])
     ]
+
+
+def test_the_suite_says_of_the_worked_example_what_stands_here(tmp_path):
+    """The module with its bug fails in these words, and with the line that mends it passes."""
+    module = re.search(r"```python\n(# my_norm\.py\n.*?)```", README, re.DOTALL)[1]
+    mended = re.search(r"```python\n( +scale = .*?\n)```", README, re.DOTALL)[1]
+    said = re.findall(r"^    E +(.*)$", README, re.MULTILINE)
+    path = tmp_path / "my_norm.py"
+    path.write_text(module, encoding="utf-8")
+    # By its norms alone: the other tests would only be skipped.
+    command = [sys.executable, "-m", "pytest", str(HOUSE / "parity_tests" / "test_layernorm.py"), "-n0"]
+    done = subprocess.run(
+        [*command, "--backend", "my_norm", "-p", "no:cacheprovider"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert len(said) > 5 and [line for line in said if line not in done.stdout] == []
+    case = Case("rmsnorm", {"x": seeded((3, 5), "normal", 1), "weight": np.arange(5.0), "epsilon": 1e-5})
+    with pytest.raises(Disagreement, match=r"the whole is 1\.26"):
+        case.judge(str(path))
+    path.write_text(module.replace(re.search(r" +scale = .*\n", module)[0], mended), encoding="utf-8")
+    for precision in ("float64", "float32", "bfloat16"):
+        case.judge(str(path), precision=precision)

@@ -1,21 +1,25 @@
 """torch_impl under the reference's names: the suite's default target.
 
 Its functions are offered as they are, flash attention with the mask for a pattern; its modules (attention
-heads, ffn, block, transformer) are called with the weights handed in.
+heads, ffn, block, transformer) are called with the weights handed in; its optimizer is given its moments.
 """
 
 from dataclasses import replace
 
 import torch
+from torch import nn
 from torch.func import functional_call
 
+from ref_numpy.config import TrainConfig
+from torch_impl import generate as generation
+from torch_impl import optim
 from torch_impl.activations import gelu, gelu_tanh, relu, silu  # noqa: F401
 from torch_impl.alibi import alibi_slopes
 from torch_impl.attention import attention  # noqa: F401
 from torch_impl.block import Block
 from torch_impl.cross_attention import CrossAttention
 from torch_impl.cross_block import CrossBlock
-from torch_impl.dropout import dropout  # noqa: F401
+from torch_impl.dropout import dropout, keep_mask  # noqa: F401
 from torch_impl.embedding import embedding  # noqa: F401
 from torch_impl.ffn import FFN, SwiGLU
 from torch_impl.flash_attention import AttentionPattern
@@ -23,9 +27,11 @@ from torch_impl.flash_attention import flash_attention as fused
 from torch_impl.layernorm import layernorm, rmsnorm  # noqa: F401
 from torch_impl.linear import linear  # noqa: F401
 from torch_impl.loss import cross_entropy  # noqa: F401
+from torch_impl.masks import causal_mask, document_mask, window_mask  # noqa: F401
 from torch_impl.multi_head_attention import MultiHeadAttention, attend_by
 from torch_impl.positions import learned_positions  # noqa: F401
 from torch_impl.rope import RotaryPositions
+from torch_impl.sampling import filtered_logits, sample_token  # noqa: F401
 from torch_impl.seq2seq import Seq2Seq
 from torch_impl.transformer import Transformer
 
@@ -108,3 +114,46 @@ def _whole(model_class, params, config, *inputs):
     held = torch.promote_types(dtype, torch.float32)
     model = model_class(config, compute_dtype=dtype).to(inputs[0].device, held)
     return functional_call(model, {name: value.to(held) for name, value in params.items()}, inputs)
+
+
+def _holding(params):
+    """A module with these parameters."""
+    module = nn.Module()
+    for name, value in params.items():
+        module.register_parameter(name, nn.Parameter(value.clone()))
+    return module
+
+
+def _step(param, gradient, m, v, t, learning_rate, config):
+    module = _holding({"param": param})
+    module.param.grad = gradient.clone()
+    optimizer = optim.make_optimizer(module, config)
+    past = {"step": torch.tensor(t - 1.0), "exp_avg": m.clone(), "exp_avg_sq": v.clone()}
+    optimizer.state[module.param].update(past)
+    optim.set_learning_rate(optimizer, torch.tensor(learning_rate, dtype=torch.float64))
+    optimizer.step()
+    return module.param, past["exp_avg"], past["exp_avg_sq"]
+
+
+def adam(param, gradient, m, v, t, learning_rate, beta1, beta2, epsilon):
+    config = TrainConfig(optimizer="adam", weight_decay=0.0, beta1=beta1, beta2=beta2, epsilon=epsilon)
+    return _step(param, gradient, m, v, t, learning_rate, config)
+
+
+def adamw(param, gradient, m, v, t, learning_rate, beta1, beta2, epsilon, weight_decay):
+    config = TrainConfig(weight_decay=weight_decay, beta1=beta1, beta2=beta2, epsilon=epsilon)
+    return _step(param, gradient, m, v, t, learning_rate, config)
+
+
+def clip_by_global_norm(gradients, limit):
+    module = _holding(gradients)
+    for name, parameter in module.named_parameters():
+        parameter.grad = gradients[name].clone()
+    norm = optim.clip_by_global_norm(module, limit)
+    return {name: parameter.grad for name, parameter in module.named_parameters()}, norm
+
+
+def generate(params, prompt, config, n_tokens, sampling, seed):
+    model = Transformer(config, torch.float64).double()
+    model.load_state_dict(params)
+    return generation.generate(model, prompt, n_tokens, sampling, seed)

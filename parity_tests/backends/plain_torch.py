@@ -188,7 +188,7 @@ def _embed(params, ids, places, config, key):
         x = x + params["position_embedding.weight"][places]
     elif config.positions == "sinusoidal":
         features = torch.arange(C, device=ids.device)
-        angle = places.double()[..., None] / 10000 ** (features // 2 * 2 / C).double()
+        angle = places.double()[..., None] / 10000 ** ((features // 2 * 2).double() / C)
         x = x * math.sqrt(C) + torch.where(features % 2 == 0, angle.sin(), angle.cos()).to(x)
     return x if key is None else dropout(x, config.dropout, key)
 
@@ -251,3 +251,15 @@ def cross_entropy(logits, targets, label_smoothing, count):
     each = -(1 - label_smoothing) * picked - label_smoothing * log_p.mean(-1)
     count = counted.sum() if count is None else count
     return (each * counted).sum() / max(int(count), 1)
+
+
+def adam(param, gradient, m, v, t, learning_rate, beta1, beta2, epsilon):
+    m = beta1 * m + (1 - beta1) * gradient
+    v = beta2 * v + (1 - beta2) * gradient**2
+    step = m / (1 - beta1**t) / (torch.sqrt(v / (1 - beta2**t)) + epsilon)
+    return param - learning_rate * step, m, v
+
+
+def adamw(param, gradient, m, v, t, learning_rate, beta1, beta2, epsilon, weight_decay):
+    moved, m, v = adam(param, gradient, m, v, t, learning_rate, beta1, beta2, epsilon)
+    return moved - learning_rate * weight_decay * param, m, v
