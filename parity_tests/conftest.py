@@ -1,6 +1,8 @@
 """Options and profiles of the suite. torch is imported by the tests that need it, not here."""
 
+import json
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, Verbosity, settings
@@ -35,6 +37,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=["float32", "tf32", "bfloat16", "float16"],
         help="precision whose rounding is judged; may be repeated (default: float32 and bfloat16)",
     )
+    group.addoption(
+        "--record",
+        type=Path,
+        metavar="FOLDER",
+        help="write every judgement as a line of JSON into this folder, a file for each process",
+    )
 
 
 @pytest.fixture(scope="session")
@@ -48,9 +56,21 @@ def target(request: pytest.FixtureRequest):
     if "tf32" in precisions and len(precisions) > 1:
         pytest.exit("--dtype tf32 changes how float32 products are computed, so it has to be judged alone", 4)
     torch.set_float32_matmul_precision("high" if precisions == ("tf32",) else "highest")
-    return parity.target(
-        request.config.getoption("--backend"), request.config.getoption("--device"), precisions
-    )
+    backend, device = request.config.getoption("--backend"), request.config.getoption("--device")
+    folder = request.config.getoption("--record")
+    if folder is None:
+        yield parity.target(backend, device, precisions)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"{os.environ.get('PYTEST_XDIST_WORKER', 'main')}.jsonl").open(
+        "a", encoding="utf-8"
+    ) as file:
+        yield parity.target(
+            backend,
+            device,
+            precisions,
+            record=lambda judgement: print(json.dumps(judgement._asdict()), file=file),
+        )
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """Runs one case on both sides and judges it by the two questions of tolerances.py."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,17 +12,37 @@ from parity_tests.tolerances import PRECISIONS
 PLAIN = "parity_tests.backends.plain_torch"
 
 
+class Judgement(NamedTuple):
+    """How one case came out in one question: the largest error of each result, in units of its bound.
+
+    precision is "float64" for the question of mathematics, otherwise that whose rounding was judged. Above 1
+    the case has failed; infinite is what is NaN, or off where nothing is excused.
+    """
+
+    component: str
+    precision: str
+    device: str
+    units: dict[str, float]
+
+
 class Target(NamedTuple):
-    """What the suite is pointed at: a backend, a device, and the precisions to judge its rounding in."""
+    """What the suite is pointed at: a backend, a device, the precisions to judge its rounding in, and who is
+    told of every judgement."""
 
     backend: Backend
     plain: Backend
     device: str
     precisions: tuple[str, ...]
+    record: Callable[[Judgement], None] = lambda judgement: None
 
 
-def target(backend: str, device: str, precisions: tuple[str, ...]) -> Target:
-    return Target(Backend(backend), Backend(PLAIN), device, precisions)
+def target(
+    backend: str,
+    device: str,
+    precisions: tuple[str, ...],
+    record: Callable[[Judgement], None] = lambda judgement: None,
+) -> Target:
+    return Target(Backend(backend), Backend(PLAIN), device, precisions, record)
 
 
 def rounded(arguments: Mapping[str, Any], precision: str) -> dict[str, Any]:
@@ -68,14 +88,39 @@ def _scale(arguments: Mapping[str, Any], cotangent: np.ndarray, want: Result) ->
     return max(float(np.abs(array).max(initial=0.0)) for array in arrays)
 
 
-def _require(component: str, question: str, got: Result, want: Result, bounds: Mapping[str, Any]) -> None:
-    """Raises AssertionError with the worst element where an error exceeds its bound. NaN never passes."""
+def _units(value: np.ndarray, exact: np.ndarray, bound: Any) -> float:
+    """The largest error in units of its bound; no error at all is 0 of any bound."""
+    error = np.abs(value - exact)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        units = np.where(error == 0, 0.0, error / bound)
+    return float(np.where(np.isnan(units), np.inf, units).max(initial=0.0))
+
+
+def _require(
+    target: Target,
+    component: str,
+    precision: str,
+    device: str,
+    got: Result,
+    want: Result,
+    bounds: Mapping[str, Any],
+) -> None:
+    """Records the case, and raises AssertionError with the worst element where an error exceeds its bound.
+
+    NaN never passes.
+    """
     __tracebackhide__ = True
+    mathematics = precision == "float64"
+    question = "same mathematics (float64)" if mathematics else f"well rounded ({precision} on {device})"
     found, wanted = set(got.named()), set(want.named())  # a gradient that one side forgot is no agreement
     assert found == wanted, f"{component}: only one side has {', '.join(sorted(found ^ wanted))}"
     for name, exact in want.named().items():
+        shape = got.named()[name].shape
+        assert shape == exact.shape, f"{component}: {name} has shape {shape}, not {exact.shape}"
+    units = {name: _units(got.named()[name], exact, bounds[name]) for name, exact in want.named().items()}
+    target.record(Judgement(component, precision, device, units))
+    for name, exact in want.named().items():
         value = got.named()[name]
-        assert value.shape == exact.shape, f"{component}: {name} has shape {value.shape}, not {exact.shape}"
         excess = np.abs(value - exact) - np.broadcast_to(bounds[name], exact.shape)
         if exact.size == 0 or (excess <= 0).all():
             continue
@@ -97,7 +142,7 @@ def require_same_mathematics(
     got = target.backend.run(component, arguments, cotangent, "float64", "cpu")
     scale = _scale(arguments, cotangent, want)
     bounds = {name: tolerances.mathematics(value, scale) for name, value in want.named().items()}
-    _require(component, "same mathematics (float64)", got, want, bounds)
+    _require(target, component, "float64", "cpu", got, want, bounds)
 
 
 def require_well_rounded(
@@ -122,7 +167,7 @@ def require_well_rounded(
         name: tolerances.rounding(value, uncertainty[name], scale, p, is_gradient=name != "y")
         for name, value in want.named().items()
     }
-    _require(component, f"well rounded ({precision} on {target.device})", got, want, bounds)
+    _require(target, component, precision, target.device, got, want, bounds)
 
 
 def require_parity(
