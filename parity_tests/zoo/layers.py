@@ -1,0 +1,486 @@
+"""Bugs in what is done to each token: norms, projections, activations, positions, and how layers are stacked."""
+
+from parity_tests.zoo.bug import bugs
+
+BUGS = [
+    *bugs(
+        "ref_numpy/layernorm.py",
+        (
+            "epsilon_outside_the_root",
+            "Epsilon is added to the standard deviation, not to the variance.",
+            "1.0 / np.sqrt(variance + epsilon)",
+            "1.0 / (np.sqrt(variance) + epsilon)",
+        ),
+        (
+            "unbiased_variance",
+            "The variance divides by C - 1.",
+            "variance = (centred * centred).mean(axis=-1, keepdims=True)",
+            "variance = x.var(axis=-1, ddof=1, keepdims=True)",
+        ),
+        (
+            "gradient_through_mean_dropped",
+            "The gradient forgets that x moves the mean.",
+            "g - through_mean - through_scale",
+            "g - through_scale",
+        ),
+        (
+            "rms_gradient_without_weight",
+            "The gradient of RMSNorm's input forgets the weight.",
+            "weight, _ = cache\n    g = dy * weight",
+            "weight, _ = cache\n    g = dy",
+        ),
+        (
+            "rms_of_centred",
+            "RMSNorm divides by the standard deviation.",
+            "1.0 / np.sqrt((x * x).mean(axis=-1, keepdims=True) + epsilon)",
+            "1.0 / np.sqrt(x.var(axis=-1, keepdims=True) + epsilon)",
+        ),
+    ),
+    *bugs(
+        "torch_impl/layernorm.py",
+        (
+            "default_epsilon",
+            "The epsilon asked for is not handed on, so PyTorch's own is used.",
+            "F.layer_norm(x, weight.shape, weight, bias, epsilon)",
+            "F.layer_norm(x, weight.shape, weight, bias)",
+        ),
+        (
+            "rms_epsilon_outside_the_root",
+            "RMSNorm adds epsilon to the root of the mean of squares.",
+            "return F.rms_norm(x, weight.shape, weight, epsilon)",
+            "return weight * x / ((x * x).mean(-1, keepdim=True).sqrt() + epsilon)",
+        ),
+        (
+            "rms_subtracts_the_mean",
+            "RMSNorm is a LayerNorm without bias.",
+            "F.rms_norm(x, weight.shape, weight, epsilon)",
+            "F.layer_norm(x, weight.shape, weight, None, epsilon)",
+        ),
+        (
+            "module_forgets_bias",
+            "The module LayerNorm does not add its bias.",
+            "layernorm(x, self.weight.to(x.dtype), bias, self.epsilon)",
+            "layernorm(x, self.weight.to(x.dtype), None, self.epsilon)",
+        ),
+    ),
+    *bugs(
+        "ref_numpy/linear.py",
+        (
+            "bias_gradient_averaged",
+            "The gradient of the bias is a mean over rows.",
+            "dy_rows.sum(axis=0)",
+            "dy_rows.mean(axis=0)",
+        ),
+    ),
+    *bugs(
+        "torch_impl/linear.py",
+        (
+            "single_row_without_bias",
+            "A single row, as in generation, is not given the bias.",
+            "return y if bias is None else y + bias",
+            "return y",
+        ),
+    ),
+    *bugs(
+        "ref_numpy/activations.py",
+        (
+            "relu_gradient_at_zero",
+            "At x = 0 the gradient passes.",
+            "np.where(x > 0, dy, 0)",
+            "np.where(x >= 0, dy, 0)",
+        ),
+        (
+            "density_too_narrow",
+            "The normal density in GELU's gradient is exp(-x^2), not exp(-x^2 / 2).",
+            "np.exp(-0.5 * x * x)",
+            "np.exp(-x * x)",
+        ),
+        (
+            "cubic_not_differentiated",
+            "In the tanh form's gradient the factor 3 of the cubic term is missing.",
+            "1.0 + 3 * 0.044715 * x * x",
+            "1.0 + 0.044715 * x * x",
+        ),
+        (
+            "sigmoid_gradient_dropped",
+            "SiLU's gradient has 1 - s where s (1 - s) x belongs.",
+            "(1.0 + x * (1.0 - s))",
+            "(1.0 + (1.0 - s))",
+        ),
+    ),
+    *bugs(
+        "torch_impl/activations.py",
+        (
+            "tanh_for_exact",
+            "The exact GELU is the tanh approximation.",
+            "return F.gelu(x)",
+            'return F.gelu(x, approximate="tanh")',
+        ),
+        (
+            "quick_gelu",
+            "SiLU has the factor 1.702 of the quick GELU.",
+            "F.silu(x)",
+            "x * (1.702 * x).sigmoid()",
+        ),
+    ),
+    *bugs(
+        "ref_numpy/dropout.py",
+        (
+            "kept_units_scaled_down",
+            "Kept units are multiplied by 1 - p.",
+            "scale = 1.0 / (1.0 - _threshold(p) / 65536)",
+            "scale = 1.0 - _threshold(p) / 65536",
+        ),
+        (
+            "gradient_not_scaled",
+            "The gradient of a kept unit lacks the factor 1 / (1 - p).",
+            "dy * keep * scale",
+            "dy * keep",
+        ),
+        (
+            "halves_swapped",
+            "The upper half of a word comes first.",
+            "[words & 0xFFFF, words >> 16]",
+            "[words >> 16, words & 0xFFFF]",
+        ),
+        (
+            "dropped_at_the_threshold",
+            "A unit whose bits equal the threshold goes as well: one in 65536.",
+            ">= _threshold(p)).reshape",
+            "> _threshold(p)).reshape",
+        ),
+    ),
+    *bugs(
+        "torch_impl/dropout.py",
+        (
+            "rows_overlap",
+            "The first row of a micro-batch is counted in blocks, not in rows.",
+            "key.first_row * blocks_per_row",
+            "key.first_row",
+        ),
+        (
+            "kept_units_not_scaled",
+            "Kept units are not scaled up.",
+            "key, x.device) * scale",
+            "key, x.device)",
+        ),
+        (
+            "one_mask_for_all_layers",
+            "The site is not part of the key.",
+            "key.step, key.site)",
+            "key.step, 0)",
+        ),
+    ),
+    *bugs(
+        "ref_numpy/embedding.py",
+        (
+            "repeated_tokens_count_once",
+            "A token that stands twice gets the gradient of one of its places.",
+            "np.add.at(dweight, cache.ids, dy)",
+            "dweight[cache.ids] += dy",
+        ),
+    ),
+    *bugs(
+        "torch_impl/embedding.py",
+        (
+            "token_0_is_padding",
+            "Token 0 learns nothing.",
+            "F.embedding(ids, weight)",
+            "F.embedding(ids, weight, padding_idx=0)",
+        ),
+    ),
+    *bugs(
+        "ref_numpy/positions.py",
+        (
+            "sine_for_cosine",
+            "Even features are cosines, odd ones sines.",
+            "np.sin(angle), np.cos(angle))",
+            "np.cos(angle), np.sin(angle))",
+        ),
+        (
+            "shared_places_count_once",
+            "A place that several sequences hold gets the gradient of one of them.",
+            "np.add.at(dweight, cache.places, dy)",
+            "dweight[cache.places] += dy",
+        ),
+    ),
+    *bugs(
+        "torch_impl/positions.py",
+        (
+            "sines_before_cosines",
+            "All sines come first, then all cosines.",
+            "torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)",
+            "torch.cat([angle.sin(), angle.cos()], dim=-1)",
+        ),
+        (
+            "table_stays_rounded",
+            "A model that is moved to float64 keeps the table that it had in float32.",
+            "self.table = table.to(self.table.device)",
+            "self.table = self.table.to(table.dtype)",
+        ),
+    ),
+    *bugs(
+        "ref_numpy/rope.py",
+        (
+            "clockwise",
+            "Pairs turn the other way round.",
+            "a * cos - b * sin, a * sin + b * cos, config",
+            "a * cos + b * sin, b * cos - a * sin, config",
+        ),
+        (
+            "gradient_turns_on",
+            "The gradient is turned forward again, not back.",
+            "da * cos + db * sin, db * cos - da * sin",
+            "da * cos - db * sin, db * cos + da * sin",
+        ),
+        (
+            "frequencies_of_half_the_width",
+            "The exponent of the base lacks its 2.",
+            "-2.0 * pairs / config.head_width",
+            "-1.0 * pairs / config.head_width",
+        ),
+        (
+            "scale_stretches",
+            "Position interpolation multiplies places where it ought to divide.",
+            "places / config.rope_scale",
+            "places * config.rope_scale",
+        ),
+    ),
+    *bugs(
+        "torch_impl/rope.py",
+        (
+            "sine_for_cosine",
+            "The table of sines holds cosines.",
+            "angles.sin().to(device, dtype)",
+            "angles.cos().to(device, dtype)",
+        ),
+        (
+            "interleaved_not_woven",
+            "In the interleaved layout the turned halves are put one after the other.",
+            "torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)",
+            "torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)",
+        ),
+        (
+            "angles_in_float32",
+            "The exponents of the frequencies are rounded to float32.",
+            "config.head_width, 2, dtype=torch.float64)",
+            "config.head_width, 2, dtype=torch.float32)",
+        ),
+        (
+            "table_stays_rounded",
+            "A model that is moved to float64 keeps the angles that it had in float32.",
+            "self._fill(self.cos.dtype, self.cos.device)\n        return self",
+            "return self",
+        ),
+    ),
+    *bugs(
+        "ref_numpy/ffn.py",
+        (
+            "gate_and_product_swapped",
+            "The two factors of SwiGLU get each other's gradients.",
+            "dwide, dopened = dproduct",
+            "dopened, dwide = dproduct",
+        ),
+        (
+            "gradient_through_gate_dropped",
+            "x is read twice, but only one of its gradients comes back.",
+            "dx = through_gate + through_up",
+            "dx = through_up",
+        ),
+        (
+            "derivative_at_the_output",
+            "The activation's derivative is taken at its output.",
+            "FFNCache(up_cache, hidden, down_cache",
+            "FFNCache(up_cache, bent, down_cache",
+        ),
+    ),
+    *bugs(
+        "torch_impl/ffn.py",
+        (
+            "gate_on_the_wrong_half",
+            "SiLU bends the product and not the gate.",
+            "silu(self.gate(x)) * self.up(x)",
+            "self.gate(x) * silu(self.up(x))",
+        ),
+        (
+            "narrow_then_bend",
+            "The activation comes after the second projection.",
+            "self.down(self.activation(self.up(x)))",
+            "self.activation(self.down(self.up(x)))",
+        ),
+    ),
+    *bugs(
+        "ref_numpy/block.py",
+        (
+            "residual_of_the_normed",
+            "The residual path carries the normed input.",
+            "y = x + dropped",
+            "y = normed + dropped",
+        ),
+        (
+            "sublayers_share_a_mask",
+            "Both sublayers of a block drop the same units.",
+            "site=2 * layer + 2)",
+            "site=2 * layer + 1)",
+        ),
+        (
+            "post_norm_skipped_on_the_way_back",
+            "The residual path's gradient does not go through the norm.",
+            "return dsum + through_sublayer",
+            "return dy + through_sublayer",
+        ),
+    ),
+    *bugs(
+        "torch_impl/block.py",
+        (
+            "one_norm_for_both",
+            "The feed-forward layer is normed with the weights of the attention's norm.",
+            "self.ffn, self.norm2, self.config",
+            "self.ffn, self.norm1, self.config",
+        ),
+        (
+            "residual_path_dropped_too",
+            "Dropout acts on the sum with the residual path.",
+            "x + dropout(sublayer(norm(x)), config.dropout, key)",
+            "dropout(x + sublayer(norm(x)), config.dropout, key)",
+        ),
+    ),
+    *bugs(
+        "ref_numpy/cross_block.py",
+        (
+            "sites_of_the_block_before",
+            "The three dropout sites begin one too early.",
+            "for n in (1, 2, 3))",
+            "for n in (0, 1, 2))",
+        ),
+    ),
+    *bugs(
+        "torch_impl/cross_block.py",
+        (
+            "one_norm_for_two",
+            "The feed-forward layer is normed with the weights of the cross-attention's norm.",
+            "self.ffn, self.norm3, self.config",
+            "self.ffn, self.norm2, self.config",
+        ),
+    ),
+    *bugs(
+        "ref_numpy/transformer.py",
+        (
+            "tied_gradient_of_the_head_dropped",
+            "A tied embedding learns from the lookup alone.",
+            'gradients["token_embedding.weight"] = gradients["token_embedding.weight"] + dhead',
+            "pass",
+        ),
+        (
+            "places_start_again",
+            "After a past, places are counted from 0.",
+            "np.arange(before, S)",
+            "np.arange(S - before)",
+        ),
+        (
+            "embedding_scale_forgotten_on_the_way_back",
+            "The gradient of a scaled embedding is not scaled.",
+            "scaled = dx * _embedding_scale(cache.config)",
+            "scaled = dx",
+        ),
+        (
+            "position_gradient_averaged",
+            "The table of positions gets the mean over the batch.",
+            "dx.sum(axis=0) if shared",
+            "dx.mean(axis=0) if shared",
+        ),
+    ),
+    *bugs(
+        "torch_impl/transformer.py",
+        (
+            "packed_documents_go_on_counting",
+            "The second text of a packed sequence does not begin at place 0.",
+            "        if documents is None:\n            places",
+            "        if True:\n            places",
+        ),
+        (
+            "first_place_for_last",
+            "Generation is given the logits of the first place.",
+            "x[:, -1:] if last_only",
+            "x[:, :1] if last_only",
+        ),
+        (
+            "two_tokens_see_everything",
+            "Two tokens after a past are not kept in causal order.",
+            "elif length > 1:",
+            "elif length > 2:",
+        ),
+        (
+            "embedding_not_scaled",
+            "Embeddings beside sinusoids are not scaled by sqrt C.",
+            'sqrt(config.d_model) if config.positions == "sinusoidal" else 1.0',
+            "1.0",
+        ),
+    ),
+    *bugs(
+        "ref_numpy/seq2seq.py",
+        (
+            "memory_gradient_of_one_block",
+            "The encoder learns from the decoder's first block alone.",
+            "dmemory = dmemory + dread",
+            "dmemory = dread",
+        ),
+        (
+            "shared_embedding_gradient_overwritten",
+            "The embedding's gradient from the encoder replaces that from the decoder.",
+            "gradients[name] + gradient if name in gradients else gradient",
+            "gradient",
+        ),
+    ),
+    *bugs(
+        "torch_impl/seq2seq.py",
+        (
+            "causal_encoder",
+            "The encoder sees only what came before.",
+            "AttentionPattern(alibi_slopes=self.slopes(), key_mask",
+            "AttentionPattern(causal=True, alibi_slopes=self.slopes(), key_mask",
+        ),
+        (
+            "padding_of_the_source_seen",
+            "The decoder looks at the padding of the source.",
+            "padding_mask(present)\n",
+            "padding_mask(torch.ones_like(present))\n",
+        ),
+    ),
+    *bugs(
+        "ref_numpy/quantise.py",
+        (
+            "uneven_range",
+            "8 bits go to 128, which int8 does not hold.",
+            "LIMITS = {8: 127, 4: 7}",
+            "LIMITS = {8: 128, 4: 7}",
+        ),
+        (
+            "truncated",
+            "Values are cut off, not rounded.",
+            "np.rint(groups",
+            "np.trunc(groups",
+        ),
+        (
+            "packed_halves_swapped",
+            "Columns of the first half go into the high bits.",
+            "nibbles[:, :half] | nibbles[:, half:] << 4",
+            "nibbles[:, :half] << 4 | nibbles[:, half:]",
+        ),
+    ),
+    *bugs(
+        "torch_impl/quantise.py",
+        (
+            "sign_lost",
+            "Negative 4-bit numbers come back positive.",
+            "(signed << 4) >> 4, signed >> 4",
+            "signed & 15, signed >> 4",
+        ),
+        (
+            "scales_tiled",
+            "Scales of groups are repeated in turns, not one after the other.",
+            "scales.repeat_interleave(g, dim=1)",
+            "scales.repeat(1, g)",
+        ),
+    ),
+]
