@@ -2,10 +2,10 @@
 
     python -m parity_tests.zoo
 
-plants them one by one in copies of the project, and runs the component's own test on each. A bug that survives
-is a hole in the suite.
+plants them one by one in copies of the project, and runs the component's own test on each. A bug that
+survives is a hole in the suite.
 """
 
-from parity_tests.zoo import attention, layers, learning, writing
+from parity_tests.zoo import attention, layers, learning, positions, writing
 
-ZOO = [*attention.BUGS, *layers.BUGS, *learning.BUGS, *writing.BUGS]
+ZOO = [*attention.BUGS, *positions.BUGS, *layers.BUGS, *learning.BUGS, *writing.BUGS]

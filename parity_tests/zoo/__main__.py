@@ -29,7 +29,7 @@ class Options:
     matrix: bool = False
     """Run a component's test to its end, and list all that fail, not only the first."""
     also: tuple[str, ...] = ()
-    """Further test files to run on each bug, such as parity_tests/test_transformer.py; they decide nothing."""
+    """Further test files to run on each bug, such as parity_tests/test_block.py; they decide nothing."""
     out: Path | None = None
     """Folder for zoo.md, zoo.png and zoo.json; none by default."""
     limit: float = 300.0
@@ -72,7 +72,7 @@ def run(options: Options, bugs: Sequence[Bug]) -> list[Outcome]:
 def main(arguments: list[str]) -> int:
     """The exit code: 0 where all were caught, 1 where one was not, 2 for a mistake, 130 for Ctrl-C."""
     try:
-        options = parse_flags(Options(), arguments, "python -m parity_tests.zoo", "Plant bugs, and see them caught.")
+        options = parse_flags(Options(), arguments, "python -m parity_tests.zoo", "Plants bugs to be caught.")
         if options.jobs < 1:
             raise InputError(f"--jobs is {options.jobs}, but must be at least 1")
         for test in options.also:

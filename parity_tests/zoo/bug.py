@@ -15,7 +15,7 @@ class Bug(NamedTuple):
     killed_by: str  # the component's own test file, which has to fail
 
     def plant(self, root: Path) -> None:
-        """Writes the bug into the tree. Raises ValueError where the text does not stand there exactly once."""
+        """Writes the bug into the tree. Raises ValueError where `old` does not stand there exactly once."""
         path = root / self.file
         text = path.read_text(encoding="utf-8")
         if (found := text.count(self.old)) != 1:

@@ -57,15 +57,19 @@ def page(content: dict[str, Any]) -> str:
         "",
         "![Time to the first failure, by component](zoo.png)",
         "",
-        "*Seconds* run from the start of pytest, its imports included, "
-        f"{'to the end of the last test' if any(len(bug['by']) > 1 for bug in bugs) else 'to the first failure'}"
-        f"; the longest took {slowest['seconds']:.0f} (`{slowest['name']}`).",
+        f"*Seconds* are those of pytest, its imports included; the longest took {slowest['seconds']:.0f} "
+        f"(`{slowest['name']}`).",
     ]
     by_test = defaultdict(list)
     for bug in bugs:
         by_test[bug["test"]].append(bug)
     for test, some in sorted(by_test.items()):
-        lines += ["", f"## [{Path(test).stem}](../{test})", "", "| Bug | What is wrong | Caught by | Seconds |"]
+        lines += [
+            "",
+            f"## [{Path(test).stem}](../{test})",
+            "",
+            "| Bug | What is wrong | Caught by | Seconds |",
+        ]
         lines += ["|---|---|---|---|"]
         for bug in some:
             tests = ", ".join(f"`{name}`" for name in bug["by"]) or "**nothing**"

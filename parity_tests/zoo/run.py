@@ -86,7 +86,7 @@ class Runner:
         command += ["--junitxml=report.xml", "-p", "no:randomly", "-p", "no:cacheprovider"]
         command += [] if self.every_test else ["-x"]
         settings = {
-            "PYTHONDONTWRITEBYTECODE": "1",  # bytecode of a file that is changed within a second would be stale
+            "PYTHONDONTWRITEBYTECODE": "1",  # a stale one would hide the bug
             "PYTHONPATH": str(root),
             "HYPOTHESIS_STORAGE_DIRECTORY": str(folder / "hypothesis"),
             "OMP_NUM_THREADS": "1",
@@ -127,8 +127,9 @@ def copy_project(to: Path) -> None:
 def read_outcome(job: Job, report: Path, output: str, code: int | None) -> Outcome:
     """The verdict of a run by its report (JUnit's XML) and its exit code."""
     if code not in (0, _TESTS_FAILED):
-        lines = [line for line in output.strip().splitlines() if line.strip()]
-        return Outcome(job, [], "", 0.0, lines[-1] if lines else f"pytest has ended with {code}")
+        lines = [line for line in output.splitlines() if line.strip()]
+        errors = [line.removeprefix("E").strip() for line in lines if line.startswith("E ")]
+        return Outcome(job, [], "", 0.0, [f"pytest has ended with {code}", *lines[-1:], *errors][-1])
     suite = ElementTree.parse(report).getroot().find("testsuite")
     failed, message = [], ""
     for case in suite.iter("testcase"):

@@ -30,8 +30,8 @@ BUGS = [
             "if count[pair] == 0:",
         ),
         (
-            "longest_merge_first",
-            "Merges are replayed by the length of what they make, not in the order in which they were learned.",
+            "last_learned_first",
+            "The merges that were learned last are replayed first.",
             "first = min(ranks)",
             "first = max((r for r in ranks if r < len(rank)), default=len(rank))",
         ),
