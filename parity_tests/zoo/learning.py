@@ -34,10 +34,10 @@ BUGS = [
             "[radius * torch.sin(angle), radius * torch.cos(angle)]",
         ),
         (
-            "key_grows_beyond_32_bits",
-            "The first word of the key is not taken mod 2^32.",
-            "(k0 + _W0) & _LOW",
-            "(k0 + _W0)",
+            "key_words_grow_alike",
+            "Both words of the key grow by the constant of the first.",
+            "(k1 + _W1) & _LOW",
+            "(k1 + _W0) & _LOW",
         ),
     ),
     *bugs(
@@ -110,6 +110,36 @@ BUGS = [
             "After its end a target goes on, so the part that is wholly right is too low.",
             "ended = ended | (token == config.end_token)",
             "ended = token == config.end_token",
+        ),
+    ),
+    *bugs(
+        "ref_numpy/packing.py",
+        (
+            "full_rows_refused",
+            "A conversation that would fill a row exactly goes into a new one.",
+            "left[row] >= lengths[number]",
+            "left[row] > lengths[number]",
+        ),
+        (
+            "counted_one_token_early",
+            "Whether a target counts is taken from the token before it.",
+            "np.where(counts[1:], ids[1:], IGNORE)",
+            "np.where(counts[:-1], ids[1:], IGNORE)",
+        ),
+    ),
+    *bugs(
+        "torch_impl/packing.py",
+        (
+            "conversations_see_each_other",
+            "All conversations of a row have one number.",
+            "documents_in[row, place] = document",
+            "documents_in[row, place] = 0",
+        ),
+        (
+            "first_row_that_fits_ignored",
+            "A row in which exactly the length is left is passed over.",
+            "bisect_left(by_room, (length, -1))",
+            "bisect_left(by_room, (length + 1, -1))",
         ),
     ),
     *bugs(
