@@ -110,7 +110,7 @@ def test_scores_of_any_size_are_weighed(target):
 
 @pytest.mark.parametrize("slopes", [None, (0.5,)])
 def test_a_key_that_is_hidden_stays_hidden_below_any_score(slopes):
-    """The one key that is seen has the score -20000. Next to that, -10000 for hidden ones were a high score."""
+    """The key that is seen has the score -20000. Beside that, -10000 for hidden ones were a high score."""
     q, k, v = (np.array(x).reshape(1, 1, -1, 1) for x in ([200.0], [-100.0, 0.0], [1.0, 5.0]))
     mask = np.array([[True, False]])
     y, _ = attention_forward(q, k, v, mask, slopes)
