@@ -36,7 +36,7 @@ def overview(rows: Sequence[Row]) -> bytes:
     for row in rows:
         lift = 0.22 * ((len(precisions) - 1) / 2 - precisions.index(row.precision))
         place = components.index(row.component) + lift
-        low, middle, high, most = (within(x) for x in np.quantile(row.units, [0.05, 0.5, 0.95, 1.0]))
+        low, middle, high, most = np.quantile(within(row.units), [0.05, 0.5, 0.95, 1.0])
         color = COLORS[row.precision]
         axes.plot([low, most], [place, place], color=color, lw=0.8)
         axes.plot([low, high], [place, place], color=color, lw=3, alpha=0.45, solid_capstyle="butt")
@@ -61,15 +61,14 @@ def overview(rows: Sequence[Row]) -> bytes:
     return picture.getvalue()
 
 
-def within(units: float) -> float:
-    """A number of units as it is shown: within the decades of the picture."""
-    return float(np.clip(units, 10**LEAST, 10**MOST))
+def within(units: np.ndarray) -> np.ndarray:
+    """Numbers of units as they are shown: within the decades of the picture."""
+    return np.clip(units, 10**LEAST, 10**MOST)
 
 
 def histogram(row: Row, width: int = 260, height: int = 34) -> str:
     """An SVG: how often which error was seen, from a millionth of the bound to a hundred bounds."""
-    places = np.log10([within(units) for units in row.units])
-    counts, edges = np.histogram(places, BINS, (LEAST, MOST))
+    counts, edges = np.histogram(np.log10(within(row.units)), BINS, (LEAST, MOST))
     heights = np.sqrt(counts / counts.max()) * (height - 12)  # of the root, for the rare ones to be seen
     x = (edges - LEAST) / (MOST - LEAST) * width
     bound = -LEAST / (MOST - LEAST) * width

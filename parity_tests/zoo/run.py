@@ -75,8 +75,11 @@ class Runner:
         with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as copy:
             root = Path(copy)
             copy_project(root)
-            if job.bug is not None:
-                job.bug.plant(root)
+            try:
+                if job.bug is not None:
+                    job.bug.plant(root)
+            except ValueError as error:
+                return Outcome(job, [], "", 0.0, str(error))
             output, code = self._pytest(job.test, root, folder)
             return read_outcome(job, root / "report.xml", output, code)
 
