@@ -35,7 +35,8 @@ def report_of(units: list[float], failed: tuple[tuple[str, str], ...] = ()) -> R
 def test_the_verdict_says_how_close_to_the_edge():
     assert verdict(report_of([0.01, 0.5, 0.2])) == [
         "All is well: 11 tests pass, and in 3 cases no error exceeds its bound.",
-        "Closest to the edge: rmsnorm in bfloat16 on cpu, whose gradient of x is off by 0.50 of what is allowed.",
+        "Closest to the edge: rmsnorm in bfloat16 on cpu, whose gradient of x is off by 0.50 of what "
+        "is allowed.",
         "Of 4 planted bugs the suite caught 3 (2026-11-21).",
     ]
 
@@ -73,8 +74,9 @@ def test_records_of_all_processes_are_put_together(tmp_path: Path):
             "device": "cpu",
             "units": {"y": 0.2, "gradient of x": 0.7},
         },
-        {"component": "alibi", "precision": "float64", "device": "cpu", "units": {"y": float("inf")}},
+        {"component": "alibi", "precision": "float64", "units": {"y": float("inf")}},
     ]
+    lines = [{"device": "cpu", **line} for line in lines]
     (tmp_path / "gw0.jsonl").write_text("\n".join(map(json.dumps, lines[:1])) + "\n", encoding="utf-8")
     (tmp_path / "gw1.jsonl").write_text("\n".join(map(json.dumps, lines[1:])) + "\n", encoding="utf-8")
     alibi, rope = read_records(tmp_path)
