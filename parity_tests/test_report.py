@@ -86,9 +86,9 @@ def test_records_of_all_processes_are_put_together(tmp_path: Path):
 
 def test_results_of_tests_are_counted_by_file(tmp_path: Path):
     cases = [
-        '<testcase classname="parity_tests.test_rope" name="test_a"/>',
-        '<testcase classname="parity_tests.test_rope" name="test_b"><failure message="off&#10; by 2"/></testcase>',
-        '<testcase classname="parity_tests.test_bpe" name="test_c"><skipped message="not offered"/></testcase>',
+        '<testcase classname="p.test_rope" name="test_a"/>',
+        '<testcase classname="p.test_rope" name="test_b"><failure message="off&#10; by 2"/></testcase>',
+        '<testcase classname="p.test_bpe" name="test_c"><skipped message="not offered"/></testcase>',
     ]
     path = tmp_path / "tests.xml"
     path.write_text(f'<testsuites><testsuite time="2.5">{"".join(cases)}</testsuite></testsuites>', "utf-8")

@@ -315,12 +315,6 @@ BUGS = [
             "x[:, -1:] if last_only",
             "x[:, :1] if last_only",
         ),
-        (
-            "two_tokens_see_everything",
-            "Two tokens after a past are not kept in causal order.",
-            "elif length > 1:",
-            "elif length > 2:",
-        ),
         killed_by="parity_tests/test_kv_cache.py",
     ),
     *bugs(

@@ -275,6 +275,36 @@ BUGS = [
         ),
     ),
     *bugs(
+        "ref_numpy/muon.py",
+        (
+            "wide_matrices_stretched",
+            "The root that lets a tall matrix move further acts on wide ones.",
+            "param.shape[0] / param.shape[1]",
+            "param.shape[1] / param.shape[0]",
+        ),
+        (
+            "no_look_ahead",
+            "The step is the momentum itself, without Nesterov's look ahead.",
+            "orthogonalise(momentum * m + (1 - momentum) * gradient)",
+            "orthogonalise(m)",
+        ),
+    ),
+    *bugs(
+        "torch_impl/muon.py",
+        (
+            "one_norm_for_all_matrices",
+            "Matrices of one shape are divided by the norm of all of them.",
+            "sum((-2, -1), keepdim=True)",
+            "sum()",
+        ),
+        (
+            "tall_matrices_not_turned_back",
+            "The step of a tall matrix is laid out as that of its transpose.",
+            "return x.mT if is_tall else x",
+            "return x.reshape_as(matrices) if is_tall else x",
+        ),
+    ),
+    *bugs(
         "ref_numpy/train.py",
         (
             "mean_of_means",

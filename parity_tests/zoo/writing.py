@@ -127,14 +127,14 @@ BUGS = [
         (
             "crossing_token_dropped",
             "Top-p leaves out the token that crosses p.",
-            "cumulative - weights >= p * cumulative[-1]",
-            "(cumulative > p * cumulative[-1]) & (order != order[0])",
+            "cumulative - weights >= p * cumulative[..., -1:]",
+            "(cumulative > p * cumulative[..., -1:]) & (order != order[..., :1])",
         ),
         (
             "last_of_equals",
             "At temperature 0 the last of the likeliest tokens is taken.",
-            ".nonzero()[0])",
-            ".nonzero()[-1])",
+            "return x.argmax(-1)",
+            "return x.shape[-1] - 1 - x.flip(-1).argmax(-1)",
         ),
         (
             "share_of_exactly_p_dropped",
@@ -145,8 +145,8 @@ BUGS = [
         (
             "sum_not_divided_out",
             "u is compared with a cumulative sum that does not end at 1.",
-            "u * cumulative[-1], right=True",
-            "u, right=True",
+            "u[..., None] * cumulative[..., -1:], right=True",
+            "u[..., None].clone(), right=True",
         ),
     ),
     *bugs(
@@ -208,8 +208,8 @@ BUGS = [
         (
             "one_draw_for_all",
             "Every token of a text is drawn with the same u.",
-            "step=i, stream=stream",
-            "step=0, stream=stream",
+            "step=i, stream=stream), 1)[0]\n            tokens",
+            "step=0, stream=stream), 1)[0]\n            tokens",
         ),
         (
             "cache_not_emptied",
@@ -227,10 +227,10 @@ BUGS = [
     *bugs(
         "torch_impl/generate.py",
         (
-            "prompt_not_penalised",
-            "The repetition penalty knows the last token alone.",
-            "sample_token(row, text, sampling, u)",
-            "sample_token(row, text[-1:], sampling, u)",
+            "own_words_not_penalised",
+            "The repetition penalty knows the prompt, and not what was written since.",
+            "self.seen.scatter_(1, tokens[:, None], True)",
+            "pass",
         ),
         (
             "begin_and_padding_written",
