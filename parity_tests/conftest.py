@@ -10,7 +10,7 @@ from inspect import signature
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, Verbosity, settings
+from hypothesis import HealthCheck, Phase, Verbosity, settings
 
 from parity_tests import tally
 
@@ -29,6 +29,9 @@ _shared = {
 # ones draw others each time.
 settings.register_profile("quick", max_examples=8, derandomize=True, **_shared)
 settings.register_profile("normal", max_examples=30, derandomize=True, **_shared)
+# The normal cases; a planted bug has to be found, and its smallest case is of no interest.
+_found = (Phase.explicit, Phase.generate)
+settings.register_profile("zoo", max_examples=30, derandomize=True, phases=_found, **_shared)
 settings.register_profile("thorough", max_examples=1000, verbosity=Verbosity.normal, **_shared)
 settings.load_profile("normal")
 

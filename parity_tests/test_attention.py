@@ -2,12 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from parity_tests.strategies import REGIMES, array, arrays, masks, seeds, sizes
 from ref_numpy.attention import attention_backward, attention_forward
 from ref_numpy.masks import causal_mask
+from torch_impl.attention import attention
 
 # Of q, k and v one at most is large. Where two are, products of theirs cancel, or a rounding moves a score by
 # more than 1, and which key wins is luck.
@@ -105,6 +107,16 @@ def test_scores_of_any_size_are_weighed(offered):
     target = offered("attention")
     got = target.backend.run("attention", arguments, y, "float64", target.mathematics_on)
     assert got.y.ravel().tolist() == [3, 1]
+
+
+@pytest.mark.parametrize("slopes", [None, (0.5,)])
+def test_a_key_that_is_hidden_stays_hidden_below_any_score(slopes):
+    """The key that is seen has the score -20000. Beside that, -10000 for hidden ones were a high score."""
+    q, k, v = (np.array(x).reshape(1, 1, -1, 1) for x in ([200.0], [-100.0, 0.0], [1.0, 5.0]))
+    mask = np.array([[True, False]])
+    y, _ = attention_forward(q, k, v, mask, slopes)
+    assert y.item() == 1
+    assert attention(*map(torch.from_numpy, (q, k, v, mask)), slopes).item() == 1
 
 
 def test_scores_are_divided_by_the_root_of_the_head_width():

@@ -386,3 +386,10 @@ def test_what_is_no_tokenizer_is_refused_by_name(tmp_path, content):
     (tmp_path / "t.json").write_bytes(content)
     with pytest.raises(TokenizerError, match=r"t\.json cannot be read as a tokenizer"):
         ref.load(tmp_path / "t.json")
+
+
+def test_of_overlapping_pairs_the_left_one_is_merged():
+    """aaa is aa a, and not a aa."""
+    vocabulary = new_vocabulary([(b"a", b"a")], split=None)
+    assert [vocabulary.tokens[id] for id in ref.encode("aaa", vocabulary)] == [b"aa", b"a"]
+    assert bpe.BPETokenizer(vocabulary).encode("aaa").tolist() == ref.encode("aaa", vocabulary)

@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from parity_tests.strategies import array, arrays, optional_arrays, seeds, sizes
 from ref_numpy.layernorm import layernorm_forward, rmsnorm_forward
+from torch_impl.layernorm import LayerNorm, RMSNorm, layernorm, rmsnorm
 
 # Not smaller: PyTorch's kernel for CPUs makes the gradient of x a difference of terms that grow with
 # (variance + epsilon)^(-3/2), and loses all digits of it on a constant row with an epsilon of 1e-12.
@@ -54,3 +56,15 @@ def test_epsilon_stands_inside_the_root():
 def test_a_constant_row_is_its_bias():
     y, _ = layernorm_forward(np.full(4, 7.0), np.full(4, 3.0), np.arange(4.0), 1e-5)
     assert y.tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("module", "function"), [(LayerNorm, layernorm), (RMSNorm, rmsnorm)])
+def test_modules_compute_with_all_of_their_parameters_in_the_precision_of_the_input(module, function):
+    random = np.random.default_rng(0)
+    norm = module(5, 1e-2, bias=True) if module is LayerNorm else module(5, 1e-2)
+    with torch.no_grad():
+        for param in norm.parameters():
+            param.copy_(torch.from_numpy(array(random, (5,))))
+    x = torch.from_numpy(array(random, (3, 5)))
+    want = function(x, *(param.detach().double() for param in norm.parameters()), 1e-2)
+    assert torch.equal(norm(x), want) and norm(x).dtype == torch.float64

@@ -163,6 +163,13 @@ def test_a_schedule_rises_to_its_peak_and_falls_to_its_end(config):
         assert rates[-1] == pytest.approx(config.min_learning_rate, abs=1e-12 * config.learning_rate)
 
 
+def test_a_rate_is_set_for_matrices_and_vectors_alike():
+    """They are groups of their own, since only the former decay."""
+    optimizer = fast.make_optimizer(nn.Linear(2, 3), TrainConfig())
+    fast.set_learning_rate(optimizer, torch.tensor(0.25))
+    assert [group["lr"].item() for group in optimizer.param_groups] == [0.25, 0.25]
+
+
 def test_schedules_by_hand():
     """Peak 1, end 0.2, two steps of warm-up out of ten: after 2 + 4 of 8 steps half of the way down."""
     shared = {"steps": 10, "warmup_steps": 2, "learning_rate": 1.0, "min_learning_rate": 0.2}

@@ -17,6 +17,7 @@ from ref_numpy.loss import IGNORE, cross_entropy_forward
 from ref_numpy.pairs import make_pairs, sample_pairs, teacher_forced
 from ref_numpy.seq2seq import seq2seq_forward
 from torch_impl import pairs as fast
+from torch_impl.seq2seq import Seq2Seq
 
 MODEL = ModelConfig(
     "encoder-decoder", vocab_size=15, context_length=9, n_layer=1, n_head=3, d_model=12, dropout=0.1
@@ -124,6 +125,26 @@ def test_evaluation_judges_as_the_reference_writes(config, seed, batch_size):
     got = fast.evaluate_pairs(state_of(params, config, TRAINING).model, fast_pairs, batch_size)
     assert got.loss == pytest.approx(loss, rel=1e-9)
     assert got.exact_match == np.mean(exact)
+
+
+class Scripted(Seq2Seq):
+    """Writes the tokens that it was told to."""
+
+    def encode(self, source, present, key=None):
+        return torch.zeros(*source.shape, self.config.d_model)
+
+    def decode(self, target, memory, present, key=None):
+        wanted = torch.tensor(self.script[: target.shape[1]]).expand(len(target), -1)
+        return torch.nn.functional.one_hot(wanted, self.config.vocab_size).float()
+
+
+def test_from_its_end_on_a_target_is_padding():
+    """What a model writes behind the end is no part of the target, nor is a second end."""
+    model, padding = Scripted(MODEL), MODEL.padding_token
+    model.script = [3, MODEL.end_token, 4, MODEL.end_token, 5]
+    source = torch.zeros(2, 3, dtype=torch.long)
+    written = fast.greedy_targets(model, source, torch.ones_like(source).bool(), 5)
+    assert written.tolist() == 2 * [[3, *4 * [padding]]]
 
 
 def test_an_evaluation_of_a_part_reads_the_first_pairs():

@@ -36,6 +36,12 @@ def test_places_may_come_in_any_order():
     np.testing.assert_allclose(got, table[places], atol=1e-15)
 
 
+def test_a_model_moved_to_another_precision_has_the_sinusoids_of_that():
+    """Those of float32 would stay rounded in float64."""
+    got = fast.SinusoidalPositions(7, 5).double()(torch.arange(7))
+    np.testing.assert_allclose(got, sinusoidal_positions(np.arange(7), 5, np.float64), atol=1e-15)
+
+
 def test_sinusoids_by_hand():
     """Width 5: sine and cosine of t, of t / 10000^(2/5), and the sine alone of t / 10000^(4/5)."""
     slow, slowest = 10000 ** (2 / 5), 10000 ** (4 / 5)

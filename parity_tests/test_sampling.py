@@ -250,6 +250,15 @@ def test_a_forbidden_token_that_does_not_exist_is_refused(sample, array, token):
         sample(array([0.0, 1.0, 2.0]), [], SamplingConfig(forbidden=(token,)), 0.5)
 
 
+@pytest.mark.parametrize(
+    ("keep", "array"), [(plain.keep_min_p, np.array), (fast.keep_min_p, torch.DoubleTensor)]
+)
+def test_a_share_of_exactly_p_stays(keep, array):
+    """The likeliest has a share of exactly 1, and its equals have."""
+    kept = keep(array([1.0, 3.0, 3.0, 2.0]), 1.0)
+    assert [x > -np.inf for x in kept.tolist()] == [False, True, True, False]
+
+
 def test_a_slice_of_the_distribution_begins_with_its_own_boundary():
     """Two equal tokens, u = 1/2: the first owns [0, 1/2), so the second is drawn."""
     assert plain.draw(np.zeros(2), 0.5) == 1

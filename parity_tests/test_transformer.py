@@ -148,13 +148,17 @@ def test_a_sequence_beyond_the_context_is_refused_on_both_sides():
 def test_packed_texts_are_what_each_is_alone(config, seed):
     """Three texts in one sequence, padding between them: each has the logits that it has by itself."""
     params, random = model_params(config, seed), np.random.default_rng(seed)
+    model = Transformer(config, torch.float64).double().requires_grad_(False)
+    model.load_state_dict({name: torch.from_numpy(value) for name, value in params.items()})
     numbers = np.array([[4, 4, PADDING, 0, 0, 0, 9]])
     ids = random.integers(config.vocab_size, size=(1, 7))
     packed, _ = transformer_forward(params, ids, config, documents=numbers)
+    fast_packed = model(torch.from_numpy(ids), documents=torch.from_numpy(numbers)).numpy()
     for number in (4, 0, 9):
         own = numbers[0] == number
         alone, _ = transformer_forward(params, ids[:, own], config)
         np.testing.assert_allclose(packed[:, own], alone, atol=1e-10)
+        np.testing.assert_allclose(fast_packed[:, own], alone, atol=1e-10)
 
 
 def test_a_window_reaches_back_through_the_layers():

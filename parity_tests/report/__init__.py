@@ -1,0 +1,1 @@
+"""The parity report: one page that says whether all is well on this machine, and how close to the edge."""
