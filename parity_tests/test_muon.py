@@ -9,7 +9,7 @@ from parity_tests.strategies import array, seeds, sizes
 from ref_numpy import muon as plain
 from ref_numpy import optim as plain_optim
 from ref_numpy.config import ModelConfig, TrainConfig
-from ref_numpy.parameters import init_params, parameter_shapes
+from ref_numpy.parameters import init_params, is_muons, parameter_shapes
 from torch_impl import muon as fast
 from torch_impl.optim import make_optimizer, set_learning_rate
 from torch_impl.transformer import Transformer
@@ -87,11 +87,11 @@ def test_steps_agree(seed, steps, momentum, decay):
         state = optimizer.state[parameter]
         np.testing.assert_allclose(state["exp_avg"], moments.m[name], rtol=1e-10, atol=1e-12)
         assert state["step"] == steps
-        assert ("exp_avg_sq" in state) != plain.acts_on(name, tuple(parameter.shape))
+        assert ("exp_avg_sq" in state) != is_muons(name, tuple(parameter.shape))
 
 
 def test_muon_serves_the_matrices_of_blocks_alone():
     config = ModelConfig(vocab_size=7, context_length=5, n_layer=1, tied_embeddings=False)
-    served = {name for name, shape in parameter_shapes(config).items() if plain.acts_on(name, shape)}
+    served = {name for name, shape in parameter_shapes(config).items() if is_muons(name, shape)}
     layers = ("attention.qkv", "attention.proj", "ffn.up", "ffn.down")
     assert served == {f"blocks.0.{layer}.weight" for layer in layers}

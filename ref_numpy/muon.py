@@ -19,11 +19,6 @@ _A, _B, _C = 3.4445, -4.7750, 2.0315
 _ITERATIONS = 5
 
 
-def acts_on(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether Muon serves a parameter: the matrices of blocks, and neither embeddings nor the output head."""
-    return len(shape) == 2 and "embedding" not in name and not name.startswith("head.")
-
-
 def orthogonalise(matrix: Float[Array, "M N"]) -> Float[Array, "M N"]:
     """U S' V^T for the matrix U S V^T, with the singular values of S' between about 0.7 and 1.2.
 

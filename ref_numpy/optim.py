@@ -13,7 +13,8 @@ from jaxtyping import Float
 from numpy import ndarray as Array
 
 from ref_numpy.config import TrainConfig
-from ref_numpy.muon import acts_on, muon
+from ref_numpy.muon import muon
+from ref_numpy.parameters import is_muons
 
 Params = dict[str, Array]
 
@@ -97,7 +98,7 @@ def optimizer_step(
         state = (param, gradient, moments.m[name], moments.v[name])
         if config.optimizer == "adam":
             new = adam(*state, *settings)
-        elif config.optimizer == "muon" and acts_on(name, param.shape):
+        elif config.optimizer == "muon" and is_muons(name, param.shape):
             rate = learning_rate * config.muon_learning_rate / config.learning_rate
             new = (*muon(*state[:3], rate, config.muon_momentum, config.weight_decay), state[3])
         else:

@@ -97,3 +97,8 @@ def init_params(config: ModelConfig, seed: int, dtype: DTypeLike = np.float32) -
             value = std * normal(Key(seed, INIT, stream=i), prod(shape)).reshape(shape)
         params[name] = value.astype(dtype)
     return params
+
+
+def is_muons(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether Muon serves a parameter: the matrices of blocks, and neither embeddings nor the output head."""
+    return len(shape) == 2 and "embedding" not in name and not name.startswith("head.")

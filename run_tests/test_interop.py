@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 from ref_numpy.config import ModelConfig
 from run_tests.conftest import content, metrics
-from torch_impl import generate, interop
+from torch_impl import interop
 from torch_impl.interop import from_hf, to_hf
+from torch_impl.training import generate_command
 from torch_impl.training.checkpoint import load_model
 from torch_impl.training.tokenizer import ByteTokenizer
 from torch_impl.transformer import initialised
@@ -56,7 +57,7 @@ def test_a_model_comes_trains_on_and_goes_back(begin, capsys, options):
     capsys.readouterr()
     texts = []
     for place in ("run", "back"):
-        assert generate.main(["--model", place, "--prompt", "The", "--max-new-tokens", "20"]) == 0
+        assert generate_command.main(["--model", place, "--prompt", "The", "--max-new-tokens", "20"]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
 
@@ -139,7 +140,7 @@ def test_a_folder_that_is_no_model(begin, capsys):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-4])
     assert re.search(r"hf.model\.safetensors is damaged", begin("--init-from", "hf").error)
-    assert generate.main(["--model", "hf"]) == 2
+    assert generate_command.main(["--model", "hf"]) == 2
     assert "is damaged" in capsys.readouterr().err
     described = json.loads((folder / "config.json").read_bytes())
     (folder / "config.json").write_text(json.dumps(described | {"model_type": "bert"}), encoding="utf-8")

@@ -10,7 +10,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor, nn
 
 from ref_numpy.config import TrainConfig
-from ref_numpy.muon import acts_on
+from ref_numpy.parameters import is_muons
 from torch_impl.muon import Muon
 from torch_impl.training.ranks import whole
 
@@ -35,7 +35,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
         return torch.optim.Adam(params, **shared)
     muons = set()
     if config.optimizer == "muon":
-        muons = {param for name, param in named.items() if acts_on(name, tuple(param.shape))}
+        muons = {param for name, param in named.items() if is_muons(name, tuple(param.shape))}
     rest = [param for param in params if param not in muons]
     groups = [
         {"params": [param for param in rest if param.ndim >= 2], "weight_decay": config.weight_decay},

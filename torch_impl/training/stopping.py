@@ -5,8 +5,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from torch_impl.training.ranks import Ranks
+if TYPE_CHECKING:  # imports torch, which a signal can do without
+    from torch_impl.training.ranks import Ranks
 
 
 class Diverged(ArithmeticError):
@@ -19,7 +21,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: int | None = None
 
-    def agree(self, ranks: Ranks) -> None:
+    def agree(self, ranks: "Ranks") -> None:
         """What one process of a run was asked is asked of all, at the same step."""
         self.signal = ranks.largest(self.signal or 0) or None
 
