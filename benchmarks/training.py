@@ -14,8 +14,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -69,14 +69,15 @@ class Side(NamedTuple):
     held_out_loss: Callable[[], float]
 
 
-def ours(train: np.ndarray, valid: np.ndarray, _: str) -> Side:
+def ours(train: np.ndarray, valid: np.ndarray, _: str, preset: str = "nanogpt-cpu") -> Side:
     """torch_impl, driven as a run drives it."""
-    model = initialised(MODEL, TRAINING.seed)
-    sample = partial(sample_batch, torch.from_numpy(train), MODEL.context_length)
+    config = PRESETS[preset]
+    model = initialised(config.model, config.training.seed)
+    sample = partial(sample_batch, torch.from_numpy(train), config.model.context_length)
 
     def steps() -> Iterator[None]:
-        for step, metrics in enumerate(train_steps(start(model, TRAINING), sample, TRAINING)):
-            if step % RUN.log_every == 0:
+        for step, metrics in enumerate(train_steps(start(model, config.training), sample, config.training)):
+            if step % config.run.log_every == 0:
                 metrics.loss.item()
             yield
 
@@ -168,27 +169,42 @@ def serve(pipe: Connection, make: Callable[..., Side], threads: int, *arguments:
     side.steps.close()
 
 
-def compare(flags: Flags, text: bytes) -> list[dict]:
-    """The rows; prints how far the ratio varied from turn to turn."""
+@contextmanager
+def served(
+    sides: Sequence[Callable[..., Side]], text: bytes, peer: str, threads: int
+) -> Iterator[list[Connection]]:
+    """A process for each side, and the pipes to them. The last tenth of the text is held out."""
     tokens = np.frombuffer(text, np.uint8).astype(np.int64)
     train, valid = np.split(tokens, [len(tokens) * 9 // 10])
     context = multiprocessing.get_context("spawn")
     pipes, processes = [], []
-    for make in (ours, nanogpt):
+    for make in sides:
         here, there = context.Pipe()
-        arguments = (there, make, flags.threads, train, valid, flags.peer)
+        arguments = (there, make, threads, train, valid, peer)
         processes.append(context.Process(target=serve, args=arguments, daemon=True))
         processes[-1].start()
         there.close()  # a side that dies is then noticed
         pipes.append(here)
+    yield pipes
+    for pipe, process in zip(pipes, processes, strict=True):
+        pipe.send(None)
+        process.join()
 
-    def ask(pipe: Connection, steps: int) -> float:
-        pipe.send(steps)
-        return pipe.recv()
 
+def ask(pipe: Connection, steps: int) -> float:
+    """What `serve` answers."""
+    pipe.send(steps)
+    return pipe.recv()
+
+
+def compare(flags: Flags, text: bytes) -> list[dict]:
+    """The rows; prints how far the ratio varied from turn to turn."""
     total = TRAINING.steps if flags.full else flags.steps
     seconds: list[list[float]] = []
-    with tqdm(total=total, unit="step", dynamic_ncols=True) as bar:
+    with (
+        served((ours, nanogpt), text, flags.peer, flags.threads) as pipes,
+        tqdm(total=total, unit="step", dynamic_ncols=True) as bar,
+    ):
         for first in range(0, total, flags.block):
             steps = min(flags.block, total - first)
             turn = [0.0, 0.0]
@@ -196,10 +212,7 @@ def compare(flags: Flags, text: bytes) -> list[dict]:
                 turn[side] = ask(pipes[side], steps) / steps
             seconds.append(turn)
             bar.update(steps)
-    losses = [ask(pipe, 0) for pipe in pipes] if flags.full else None
-    for pipe, process in zip(pipes, processes, strict=True):
-        pipe.send(None)
-        process.join()
+        losses = [ask(pipe, 0) for pipe in pipes] if flags.full else None
 
     timed = seconds[1:]
     ratios = sorted(theirs / mine for mine, theirs in timed)

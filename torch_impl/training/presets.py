@@ -45,6 +45,33 @@ PRESETS: dict[str, RunConfig] = {
             ),
             RunSettings(device="cpu", eval_every=250, checkpoint_every=250, log_every=10, sample_tokens=500),
         ),
+        # A model of that size, to that loss in a sixth of the steps: Muon, rotary positions, normed queries.
+        RunConfig(
+            "char-fast",
+            ModelConfig(
+                context_length=64,
+                n_layer=4,
+                n_head=4,
+                d_model=128,
+                bias=False,
+                activation="relu",
+                norm="rmsnorm",
+                positions="rope",
+                qk_norm=True,
+            ),
+            TrainConfig(
+                steps=320,
+                batch_size=12,
+                learning_rate=4e-3,
+                min_learning_rate=0.0,
+                warmup_steps=20,
+                schedule="linear",
+                optimizer="muon",
+                muon_learning_rate=0.04,
+                beta2=0.95,
+            ),
+            RunSettings(device="cpu", eval_every=80, checkpoint_every=80, log_every=10, sample_tokens=500),
+        ),
         # GPT-2's smallest model, trained as nanoGPT trains it: half a million tokens a step. It is
         # for gigabytes of text; a small one runs out of pairs before it fills the vocabulary.
         RunConfig(
