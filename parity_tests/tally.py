@@ -47,7 +47,7 @@ def summary(lines: Iterable[Line], device: str) -> list[str]:
     cases: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     for component, precision, outcome, count in lines:
         cases[component, precision][outcome] += count
-    passed, failed, partly, lacking = defaultdict(list), defaultdict(list), [], defaultdict(list)
+    passed, failed, partly, lacking = (defaultdict(list) for _ in range(4))
     for (component, precision), outcomes in sorted(cases.items()):
         refused = [outcome.removeprefix("- ") for outcome in outcomes if outcome.startswith("- ")]
         if outcomes["failed"]:
@@ -58,9 +58,10 @@ def summary(lines: Iterable[Line], device: str) -> list[str]:
             passed[component].append(precision)
             if refused:
                 count = f"{outcomes.total() - outcomes['passed']} of {outcomes.total()} cases"
-                partly.append(f"{component} in {precision}, {count}: {'; '.join(refused)}")
+                partly[component, f"{count}: {'; '.join(refused)}"].append(precision)
     rows = [("passed", line) for line in _together(passed)] + [("failed", line) for line in _together(failed)]
-    rows += [("not offered", line) for line in partly]
+    for (component, why), found in partly.items():
+        rows.append(("not offered", f"{component} in {', '.join(found)}, {why}"))
     for (precision, reason), names in lacking.items():
         line = (
             ", ".join(names) + (f" in {precision}" if precision else "") + (f": {reason}" if reason else "")

@@ -109,7 +109,7 @@ def test_the_example_in_jax_agrees_or_says_what_it_lacks():
         with pytest.raises(ModuleNotFoundError, match="needs JAX, an optional extra: pip install jax"):
             Backend(name)
         return
-    for component in ("linear", "gelu", "layernorm", "rmsnorm", "attention", "swiglu", "cross_entropy"):
+    for component in ("rmsnorm", "attention", "cross_entropy"):
         assert judge(name, component) == (["float64", "float32", "bfloat16"], {})
 
 

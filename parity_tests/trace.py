@@ -157,7 +157,7 @@ def _functions(seen: Recorder, modules: list[Any]) -> Iterator[None]:
                     pairs[component] = _by_hand(seen, component, *(getattr(module, name) for name in names))
                 for name, marked in zip(names, pairs[component], strict=True):
                     stack.enter_context(patch.object(module, name, marked))
-            elif hasattr(module, component):
+            elif callable(getattr(module, component, None)):
                 marked = _by_autograd(seen, component, getattr(module, component))
                 stack.enter_context(patch.object(module, component, marked))
         yield
