@@ -37,7 +37,7 @@ def rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
             "test": test,
             "killed": outcome.killed,
             "by": outcome.failed,
-            "message": outcome.message,
+            "message": outcome.message[:200],
             "seconds": outcome.seconds,
             "also": {},
         }
