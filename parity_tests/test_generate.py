@@ -70,6 +70,16 @@ def test_steps_that_all_do_the_same_write_the_same(config, seed, sampling, promp
     torch.testing.assert_close(torch.stack(seen[True]), torch.stack(seen[False]), atol=1e-10, rtol=0)
 
 
+def test_room_that_nothing_was_written_to_has_no_say(monkeypatch):
+    """Memory that is new may hold NaN, which no mask takes off: once in a while a token was drawn from it."""
+    config = ModelConfig(vocab_size=5, context_length=9, n_layer=1, n_head=1, d_model=4)
+    model, empty = model_of(config, model_params(config, 0)), torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **kind: empty(*shape, **kind).fill_(torch.nan))
+    prompts = [torch.tensor([1, 2])]
+    same, anew = (list(fast.generate_batch(model, prompts, 5, same_work=work)) for work in (True, False))
+    assert same == anew
+
+
 @given(
     config=model_configs(architectures=("encoder-decoder",)),
     seed=seeds,

@@ -17,8 +17,9 @@ class KVCache:
         self, config: ModelConfig, batch: int, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
         shape = (config.n_layer, batch, config.kv_heads, config.context_length, config.head_width)
-        self.k = torch.empty(shape, dtype=dtype, device=device)
-        self.v = torch.empty(shape, dtype=dtype, device=device)
+        # Zeros, not whatever was there: 0 times NaN is NaN, where attention is given all of the room.
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
         self.length = 0  # tokens so far
         self.place = torch.zeros(1, dtype=torch.long, device=device)  # the same, where shapes are held
         self.holds_shapes = False

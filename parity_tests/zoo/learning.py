@@ -268,10 +268,10 @@ BUGS = [
             "",
         ),
         (
-            "rate_set_for_one_group",
-            "The schedule reaches the first group of parameters alone.",
-            "for group in optimizer.param_groups:",
-            "for group in optimizer.param_groups[:1]:",
+            "first_group_is_stepped",
+            "Vectors, such as biases and the weights of norms, are never stepped.",
+            "[param for param in rest if param.ndim < 2]",
+            "[param for param in rest if param.ndim < 1]",
         ),
     ),
     *bugs(

@@ -37,7 +37,7 @@ def rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
             "test": test,
             "killed": outcome.killed,
             "by": outcome.failed,
-            "message": outcome.message,
+            "message": outcome.message[:200],
             "seconds": outcome.seconds,
             "also": {},
         }
@@ -53,7 +53,8 @@ def page(content: dict[str, Any]) -> str:
         "# The bug zoo",
         "",
         f"Killed {killed} of {len(bugs)} planted bugs, each by its component's own test; {content['date']}, "
-        f"Python {content['python']}. `python -m parity_tests.zoo --matrix --out docs` makes this page.",
+        f"Python {content['python']}. `python -m parity_tests.zoo --out docs` makes this page; "
+        "with `--matrix` it names not only the first test that fails, but all.",
         "",
         "![Time to the first failure, by component](zoo.png)",
         "",
@@ -110,6 +111,6 @@ def draw(content: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("seconds of pytest, imports included")
     killed = sum(bug["killed"] for bug in bugs)
     axes.set_title(f"Killed {killed} of {len(bugs)} planted bugs, each by its component's own test")
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper right")
     figure.savefig(path, dpi=110)
     plt.close(figure)
