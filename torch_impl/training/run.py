@@ -89,7 +89,7 @@ def _train(run: Run, stop: StopRequest) -> None:
         for metrics in train_steps(run.state, run.objective.sample, config):
             run.pending.append(metrics)
             step, done = run.state.step, run.state.step == config.steps
-            stop.agree(run.state.ranks)
+            stop.agree(run.state.ranks.largest)
             evaluating = done or step % settings.eval_every == 0
             saving = done or step % settings.checkpoint_every == 0 or stop.signal is not None
             if not (evaluating or saving or step % settings.log_every == 0):

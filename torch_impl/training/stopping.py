@@ -2,13 +2,9 @@
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:  # imports torch, which a signal can do without
-    from torch_impl.training.ranks import Ranks
 
 
 class Diverged(ArithmeticError):
@@ -21,9 +17,9 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: int | None = None
 
-    def agree(self, ranks: "Ranks") -> None:
-        """What one process of a run was asked is asked of all, at the same step."""
-        self.signal = ranks.largest(self.signal or 0) or None
+    def agree(self, largest: Callable[[int], int]) -> None:
+        """What one process of a run was asked is asked of all, at the same step; `largest` asks them."""
+        self.signal = largest(self.signal or 0) or None
 
     @property
     def exit_code(self) -> int:
