@@ -101,8 +101,7 @@ def test_what_is_to_blame_for_a_loss_that_is_none_is_named(small_run, monkeypatc
     forward = FFN.forward
 
     def broken(self, x):
-        steps = sum(parameter.grad is None for parameter in self.parameters())
-        return forward(self, x) / (0.0 if clock[0] >= 6 and steps else 1.0)
+        return forward(self, x) / (0.0 if clock[0] >= 6 else 1.0)
 
     clock, sample_batch = [0], objectives.sample_batch
 

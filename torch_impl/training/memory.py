@@ -68,7 +68,7 @@ def memory_of(device: torch.device) -> int | None:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def largest_that_fits(config: RunConfig, dtype: torch.dtype, room: float, ranks: Ranks) -> int | None:
+def largest_that_fits(config: RunConfig, dtype: torch.dtype, room: int | float, ranks: Ranks) -> int | None:
     """The fewest micro-batches that divide the batch and whose step needs no more than `room` bytes in one of
     the processes; None where even single sequences need more."""
     rows = config.training.batch_size
