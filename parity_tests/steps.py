@@ -10,7 +10,7 @@ from parity_tests.parity import Case, Target, require_same_mathematics
 from ref_numpy.config import ModelConfig, TrainConfig
 from ref_numpy.dropout import DropoutKey
 from ref_numpy.loss import IGNORE
-from ref_numpy.train import MODELS, Batch, StepMetrics
+from ref_numpy.train import MODELS, READS, Batch, StepMetrics
 
 Params = Mapping[str, np.ndarray]
 
@@ -30,15 +30,18 @@ def _cases(step: Step) -> Iterator[tuple[int, Case]]:
     *_, targets = step.batch
     count = int((targets != IGNORE).sum())
     is_pair = step.model_config.architecture == "encoder-decoder"
-    names = ("source", "present", "target") if is_pair else ("ids",)
+    names = READS[step.model_config.architecture]
+    forward, *_ = MODELS[step.model_config.architecture]
     for m in range(targets.shape[0]):
-        *inputs, _ = (array[m] for array in step.batch)
+        inputs = dict(zip(names, (array[m] for array in step.batch[:-1]), strict=False))
         key = DropoutKey(step.config.seed, step.number, first_row=m * targets.shape[1])
-        model = {"params": dict(step.params), **dict(zip(names, inputs, strict=True))}
-        model |= {"config": step.model_config, "key": key} | ({} if is_pair else {"documents": None})
+        settings = {"config": step.model_config, "key": key}
+        model = {"params": dict(step.params), **inputs, **settings}
+        if not is_pair:  # in the order of the reference's arguments
+            documents = model.pop("documents", None)
+            model["documents"] = documents
         yield m, Case("seq2seq" if is_pair else "transformer", model)
-        forward, _ = MODELS[step.model_config.architecture]
-        logits, _ = forward(step.params, *inputs, step.model_config, key)
+        logits, _ = forward(step.params, **inputs, **settings)
         loss = {"logits": logits, "targets": targets[m], "label_smoothing": step.config.label_smoothing}
         yield m, Case("cross_entropy", loss | {"count": count})
 

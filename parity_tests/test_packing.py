@@ -137,7 +137,7 @@ def test_gradients_of_packed_conversations_are_those_of_each_alone(config, seed)
         np.testing.assert_allclose(gradient, sums[name], rtol=1e-8, atol=1e-9)
 
 
-def test_fifteen_steps_agree():
+def test_fifteen_steps_agree(ours):
     """A token is followed by itself: something to learn, of which each third counts another share."""
     random = np.random.default_rng(5)
     conversations = [
@@ -149,7 +149,7 @@ def test_fifteen_steps_agree():
     packed, fast_packed = on_both_sides(conversations, MODEL.context_length)
     config = replace(TRAINING, steps=15, label_smoothing=0.05)
     require_one_trajectory(
-        MODEL, config, partial(sample_packed, packed), partial(fast.sample_packed, fast_packed)
+        ours, MODEL, config, partial(sample_packed, packed), partial(fast.sample_packed, fast_packed)
     )
 
 

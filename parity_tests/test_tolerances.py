@@ -22,10 +22,9 @@ CONFIG = ModelConfig(n_head=3, n_kv_head=1, d_model=12, vocab_size=17, context_l
 
 
 def _heads(random, regime):
-    return {name: array(random, (2, 3, 5, 7), regime) for name in "qkv"} | {
-        "mask": causal_mask(5),
-        "slopes": None,
-    }
+    """Of q alone in a regime: where two of them are large, which key wins is luck."""
+    arrays = {name: array(random, (2, 3, 5, 7), regime if name == "q" else "normal") for name in "qkv"}
+    return {**arrays, "mask": causal_mask(5), "slopes": None}
 
 
 def _swiglu(random, regime):
@@ -67,7 +66,8 @@ def units_of_honest_cases(target, precision: str, rounds: int) -> list[float]:
     for seed in range(rounds):
         random = np.random.default_rng(seed)
         for component, draw in HONEST.items():
-            regimes = SOFT if component in ("attention", "swiglu") else REGIMES
+            is_soft = component in ("attention", "swiglu") and precision != "float64"
+            regimes = SOFT if is_soft else REGIMES
             case = Case(component, draw(random, regimes[seed % len(regimes)]), seed)
             if precision == "float64":
                 require_same_mathematics(target, case)
@@ -80,7 +80,7 @@ def test_honest_errors_stay_within_two_decades_below_the_bound(ours):
     """In every precision asked for, and those that any CPU has: hundreds of cases, in the thorough profile
     thousands. A bound that no error comes near would excuse bugs."""
     for precision in {"float64", "float32", "bfloat16", "float16", *ours.precisions}:
-        worst = max(units_of_honest_cases(ours, precision, settings().max_examples // 4))
+        worst = max(units_of_honest_cases(ours, precision, max(settings().max_examples // 4, len(REGIMES))))
         assert 0.01 <= worst <= 1, f"{precision}: the worst honest error is {worst:.3g} of its bound"
 
 
