@@ -83,7 +83,10 @@ def test_a_short_run_has_a_short_warm_up():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["gtp2"], r"unknown preset 'gtp2'; the presets are cpu, gpu, mps, nanogpt-cpu, gpt2-124m"),
+        (
+            ["gtp2"],
+            r"unknown preset 'gtp2'; the presets are cpu, gpu, mps, nanogpt-cpu, char-fast, gpt2-124m",
+        ),
         (["--learning-rat", "3"], r"unknown flag --learning-rat; did you mean --learning-rate\?"),
         (
             ["nanogpt-cpu", "--vocab-size", "300"],

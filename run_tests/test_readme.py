@@ -62,7 +62,7 @@ def test_the_suite_says_of_the_worked_example_what_stands_here(tmp_path):
     assert done.returncode == 1, done.stdout + done.stderr
     assert len(said) > 5 and [line for line in said if line not in done.stdout] == []
     case = Case("rmsnorm", {"x": seeded((3, 5), "normal", 1), "weight": np.arange(5.0), "epsilon": 1e-5})
-    with pytest.raises(Disagreement, match=r"the whole is 1\.26"):
+    with pytest.raises(Disagreement, match="not the same mathematics"):
         case.judge(str(path))
     path.write_text(module.replace(re.search(r" +scale = .*\n", module)[0], mended), encoding="utf-8")
     for precision in ("float64", "float32", "bfloat16"):

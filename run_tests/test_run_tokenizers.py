@@ -10,8 +10,8 @@ import pytest
 
 from ref_numpy import bpe as ref
 from run_tests.conftest import content, metrics
-from torch_impl import generate
 from torch_impl.bpe import BPETokenizer, train
+from torch_impl.training import generate_command
 from torch_impl.training import run as run_module
 from torch_impl.training.tokenizer import ByteTokenizer, load_tokenizer
 
@@ -38,7 +38,7 @@ def test_a_run_is_the_same_again_and_when_it_is_resumed(small_run, cli, kind, ca
     assert cli("--resume", "whole", "--steps", "14").code == 0
     assert len(cache_files()) == 2, "the checkpoint has the tokenizer"
     capsys.readouterr()
-    assert generate.main(["--model", "whole", "--prompt", "The quick", "--max-new-tokens", "20"]) == 0
+    assert generate_command.main(["--model", "whole", "--prompt", "The quick", "--max-new-tokens", "20"]) == 0
     assert capsys.readouterr().out.startswith("The quick")
 
 
