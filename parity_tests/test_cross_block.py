@@ -1,7 +1,7 @@
 """A decoder's block with a memory: parity over the product of options."""
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parity_tests.strategies import array, dropout_keys, masks, model_configs, model_params, seeds
@@ -26,6 +26,7 @@ def cases(draw):
     }
 
 
+@settings(max_examples=settings().max_examples // 2)
 @given(arguments=cases(), seed=seeds)
 def test_parity(agree, arguments, seed):
     agree("cross_block", seed, judge_rounding=arguments["config"].activation != "relu", **arguments)

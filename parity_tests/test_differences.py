@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parity_tests.backend import run_by_hand, run_reference
@@ -243,6 +243,7 @@ def test_block_and_transformer(config, data, key, seed):
     require_derivative("transformer", arguments, seed)
 
 
+@settings(max_examples=settings().max_examples // 2)
 @given(
     config=model_configs(smooth=True, architectures=("encoder-decoder",)),
     key=st.none() | dropout_keys(),

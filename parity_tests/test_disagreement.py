@@ -152,6 +152,8 @@ def test_the_case_as_a_script_is_the_case(case):
     """What the script makes is what was judged, large arrays named by their origin and all."""
     from parity_tests.snippet import code
 
+    if case is MODEL:  # made anew: only the last cases' arrays are known by their origin
+        case = case._replace(arguments={**case.arguments, "params": model_params(CONFIG, 1)})
     script, made = code(*case, FAST, "cpu", "float64"), {"__name__": "pasted"}
     exec(script, made)
     assert made["case"].component == case.component and made["case"].seed == case.seed
