@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from itertools import chain, pairwise
 from pathlib import Path
 from threading import Timer
@@ -423,6 +424,7 @@ def test_in_a_terminal_it_prompts_and_ctrl_c_keeps_it_and_ctrl_d_leaves(tuned):
             assert part, shown
             shown += part
         shown = b""
+        time.sleep(0.5)  # nobody types in the instant between a prompt and Python's wait for keys
         process.stdin.write(keys)
 
     type_after(b"/help names the commands)\r\n> ", b"\x03")
