@@ -105,7 +105,7 @@ def test_thirty_steps_agree(ours):
     require_one_trajectory(ours, MODEL, config, sample, partial(fast.sample_pairs, fast_pairs, MODEL))
 
 
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(config=PAIRED, seed=seeds, batch_size=st.sampled_from([1, 3, 8]))
 def test_evaluation_judges_as_the_reference_writes(config, seed, batch_size):
     """Some targets are what the model writes of itself, and those alone are exact."""
