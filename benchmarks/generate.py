@@ -3,13 +3,17 @@
 A GPT-2-124M-shaped model with random weights, a prompt of 32 tokens, 100 new ones, batch 1, float32, greedy.
 All take turns, several rounds, and the best round of each counts; reading the prompt is timed along.
 transformers, where it is installed, runs `generate` with its cache, at its defaults and with the matmul
-precision tuned; nanoGPT, where a folder is given, has no cache.
+precision tuned; nanoGPT, where a folder is given, has no cache. Each token reads all weights: the bound is what
+reading them takes when nothing is computed but their sum. The command line is timed by its first character, with
+a small model (the preset cpu), from the start of the process.
 """
 
 import argparse
 import json
 import os
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -90,6 +94,42 @@ def nanogpt_peer(folder: Path, prompt: np.ndarray) -> Callable[[], list[int]]:
     return run
 
 
+def reading_bound(model) -> float:
+    """Tokens per second, if a token took only as long as all matrices take to be summed."""
+    matrices = [
+        param for name, param in model.named_parameters() if param.ndim == 2 and "position" not in name
+    ]
+    best = float("inf")
+    for _ in range(10):
+        begin = time.perf_counter()
+        for matrix in matrices:
+            matrix.sum()
+        best = min(best, time.perf_counter() - begin)
+    return 1 / best
+
+
+def first_character() -> float:
+    """Seconds from the start of torch_impl.generate to the first character that it writes, the best of three."""
+    from torch_impl.training.checkpoint import save_model
+    from torch_impl.training.presets import PRESETS
+    from torch_impl.training.tokenizer import ByteTokenizer
+    from torch_impl.transformer import initialised
+
+    config, best = PRESETS["cpu"], float("inf")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model"
+        save_model(path, config, ByteTokenizer(), initialised(config.model, 0))
+        command = [sys.executable, "-m", "torch_impl.generate", "--model", str(path), "--prompt", "T"]
+        for _ in range(ROUNDS):
+            begin = time.perf_counter()
+            process = subprocess.Popen(command, stdout=subprocess.PIPE)
+            process.stdout.read(2)  # the prompt's own, and one more
+            best = min(best, time.perf_counter() - begin)
+            process.kill()
+            process.communicate()
+    return best
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -133,6 +173,8 @@ def main() -> None:
                 )  # fmt: skip
     for row in rows:
         print(f"{row['name']:70} {row['ours']:8.1f} {row['peer']:8.1f} {row['unit']}  {row['ratio']:.2f}x")
+    print(f"reading the weights and no more: {reading_bound(model):.1f} tokens/s")
+    print(f"first character of the command line, small model: {first_character():.2f} s")
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2), encoding="utf-8")
 
