@@ -3,9 +3,9 @@
 A GPT-2-124M-shaped model with random weights, a prompt of 32 tokens, 100 new ones, batch 1, float32, greedy.
 All take turns, several rounds, and the best round of each counts; reading the prompt is timed along.
 transformers, where it is installed, runs `generate` with its cache, at its defaults and with the matmul
-precision tuned; nanoGPT, where a folder is given, has no cache. Each token reads all weights: the bound is what
-reading them takes when nothing is computed but their sum. The command line is timed by its first character, with
-a small model (the preset cpu), from the start of the process.
+precision tuned; nanoGPT, where a folder is given, has no cache. Each token reads all weights: the bound is
+what reading them takes when nothing is computed but their sum. The command line is timed by its first character,
+with a small model (the preset cpu), from the start of the process.
 """
 
 import argparse
@@ -109,7 +109,7 @@ def reading_bound(model) -> float:
 
 
 def first_character() -> float:
-    """Seconds from the start of torch_impl.generate to the first character that it writes, the best of three."""
+    """Seconds from the start of torch_impl.generate to the first character that it writes, at best."""
     from torch_impl.training.checkpoint import save_model
     from torch_impl.training.presets import PRESETS
     from torch_impl.training.tokenizer import ByteTokenizer

@@ -141,7 +141,7 @@ class _Writing:
         device = self.last.device
         documents = None if documents is None else documents.to(device)
         self.logits = self.model(new.to(device), documents=documents, past=self.past, last_only=True)[:, 0]
-        u = first_uniform(self.key, self.streams)
+        u = first_uniform(self.key, self.streams) if self.sampling.temperature else 0.0
         tokens = choose(self.logits.to(self.draws_on), self.seen, self.forbidden, self.sampling, u)
         if self.seen is not None:
             self.seen.scatter_(1, tokens[:, None], True)
