@@ -4,8 +4,8 @@ A GPT-2-124M-shaped model with random weights, a prompt of 32 tokens, 100 new on
 All take turns, several rounds, and the best round of each counts; reading the prompt is timed along.
 transformers, where it is installed, runs `generate` with its cache, at its defaults and with the matmul
 precision tuned; nanoGPT, where a folder is given, has no cache. Each token reads all weights: the bound is
-what reading them takes when nothing is computed but their sum. The command line is timed by its first character
-with a small model (the preset cpu), from the start of the process.
+what reading them takes when nothing is computed but their sum. The command line is timed by its first
+character, with a small model (the preset cpu), from the start of the process.
 """
 
 import argparse
