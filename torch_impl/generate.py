@@ -64,7 +64,8 @@ def generate_batch(
     Token i of prompt b takes its u from (seed, i, streams[b]), by default from stream 0. Shorter texts have
     padding before them. With same_work (by default on CUDA) all steps after the first do the same, so that on
     CUDA they are one replayed graph, and tokens are read while the next ones are computed; not so with ALiBi,
-    or texts of unequal length. Raises ValueError for an empty prompt, or a model that is no decoder.
+    or texts of unequal length. Raises ValueError for an empty prompt, a model that is no decoder, or logits
+    that are not numbers.
     """
     config = model.config
     if config.architecture != "decoder":
@@ -81,6 +82,8 @@ def generate_batch(
 
     def read(tokens: Integer[Tensor, "B 1"]) -> list[int]:
         for text, token in zip(texts, found := tokens[:, 0].tolist(), strict=True):
+            if token >= config.vocab_size:  # no cumulative probability exceeds u: they are NaN
+                raise ValueError("the model's logits are not numbers, so no token can be chosen")
             text.append(token)
         return found
 
@@ -155,21 +158,28 @@ class _Writing:
             return again
         changed = [self.last, self.key.step, self.past.place] + ([] if self.seen is None else [self.seen])
         kept, length = [tensor.clone() for tensor in changed], self.past.length
+
+        def undo() -> None:  # at once: there may be room for a single token more
+            for tensor, value in zip(changed, kept, strict=True):
+                tensor.copy_(value)
+            self.past.length = length
+
         aside = torch.cuda.Stream()  # first runs choose kernels and take memory, which a capture may not
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(2):
                 again()
+                undo()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             again()
-        for tensor, value in zip(changed, kept, strict=True):
-            tensor.copy_(value)
-        self.past.length = length
+        undo()
+        logits = self.logits
 
         def replay() -> None:
             graph.replay()
+            self.logits = logits  # a step in between, when the context slides, has others
             self.past.length += 1
 
         return replay

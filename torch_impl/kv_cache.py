@@ -75,7 +75,7 @@ class KVCache:
         k, v = (part[:, :, :, known][:, rows] for part in (self.k, self.v))
         if k.shape[1] != self.k.shape[1]:
             layers, _, *rest = self.k.shape
-            self.k, self.v = (part.new_empty(layers, k.shape[1], *rest) for part in (self.k, self.v))
+            self.k, self.v = (part.new_zeros(layers, k.shape[1], *rest) for part in (self.k, self.v))
         self.k[:, :, :, known], self.v[:, :, :, known] = k, v
 
 
