@@ -297,13 +297,18 @@ class SamplingConfig:
     """Token ids that are never chosen."""
 
     def __post_init__(self) -> None:
-        # Comparisons that NaN fails, and an infinite temperature too.
+        # Comparisons that NaN fails. Where a logit of float32 could become infinite, softmax has no value.
         temperature, penalty = self.temperature, self.repetition_penalty
         _require(0 <= temperature < inf, f"temperature is {temperature}, but must be 0 (greedy) or more")
+        _require(
+            temperature == 0 or temperature >= 1e-9,
+            f"temperature is {temperature}, but must be 0 (greedy) or at least 1e-9",
+        )
         _require(self.top_k >= 0, f"top_k is {self.top_k}, but must be 0 (all tokens) or more")
         _require(0 < self.top_p <= 1, f"top_p is {self.top_p}, but must lie in (0, 1]")
         _require(0 <= self.min_p <= 1, f"min_p is {self.min_p}, but must lie in [0, 1]")
         _require(0 < penalty < inf, f"repetition_penalty is {penalty}, but must be above 0")
+        _require(1e-9 <= penalty <= 1e9, f"repetition_penalty is {penalty}, but must lie in [1e-9, 1e9]")
 
 
 @dataclass(frozen=True)
