@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,8 @@ def test_the_prompt_is_cut_to_the_context(write):
         (["--model", "."], "holds no finished checkpoint"),
         (["--model", "run", "--temperature", "-1"], "temperature is -1.0"),
         (["--model", "run", "--temperature", "nan"], "temperature is nan"),
+        (["--model", "run", "--temperature", "1e-320"], "must be 0 (greedy) or at least 1e-9"),
+        (["--model", "run", "--repetition-penalty", "1e-320"], "must lie in [1e-9, 1e9]"),
         (["--model", "run", "--top-p", "0"], "top_p is 0.0, but must lie in (0, 1]"),
         (["--model", "run", "--top-k", "-1"], "top_k is -1, but must be 0 (all tokens) or more"),
         (["--model", "run", "--max-new-tokens", "-1"], "--max-new-tokens is -1"),
@@ -113,6 +116,7 @@ def test_the_prompt_is_cut_to_the_context(write):
         (["--model", "run", "--samples", "0"], "--samples is 0, but must be at least 1"),
         (["--model", "run", "--batch-size", "0"], "--batch-size is 0, but must be at least 1"),
         (["--model", "run", "--forbidden", "999"], "--forbidden 999 is no token; ids run from 0 to 255"),
+        (["--model", "run", "--forbidden", *map(str, range(256))], "--forbidden rules out every token"),
         (["--model", "run", "--prompt", "a", "--prompts", "b"], "--prompt and --prompts are both given"),
         (["--model", "run", "--prompts", "nowhere.txt"], "cannot read nowhere.txt"),
     ],
@@ -214,6 +218,37 @@ def test_prompts_of_a_file_are_written_in_batches_and_each_as_it_is_alone(write)
     assert code == 2 and "prompts.txt, line 2 is empty" in err
 
 
+def test_only_a_line_end_ends_a_prompt_of_a_file(write):
+    """Prompts were cut at U+2028 and at form feeds, which stand within lines."""
+    Path("prompts.txt").write_bytes("\ufeffone\u2028more\r\ntwo\x0cmore\r\n".encode())
+    flags = ("--model", "run", "--max-new-tokens", 1, "--json", "--prompts", "prompts.txt")
+    assert [line["prompt"] for line in lines_of(write(*flags)[1])] == ["one\u2028more", "two\x0cmore"]
+
+
+def test_streams_that_are_closed_are_named(write, monkeypatch):
+    """A program that is started without them has None in their place."""
+    monkeypatch.setattr("sys.stdin", None)
+    code, _, err = write("--model", "run", "--prompt", "-")
+    assert code == 2 and "there is none" in err
+    monkeypatch.setattr("sys.stdout", None)
+    assert generate_command.main(["--model", "run"]) == 2
+
+
+def test_memory_that_runs_out_is_one_line(write):
+    code, _, err = write("--model", "run", "--beams", 10**13, "--max-new-tokens", 2)
+    assert code == 1 and err.startswith("generate: error: out of memory") and len(err.splitlines()) == 1
+
+
+def test_a_model_whose_logits_are_not_numbers_is_named(write, monkeypatch):
+    """The draw gave a token behind the last one, and a traceback."""
+    monkeypatch.setattr(
+        "torch_impl.transformer.Transformer.logits",
+        lambda model, x: torch.full((*x.shape[:-1], model.config.vocab_size), torch.nan),
+    )
+    code, _, err = write("--model", "run", "--prompt", "a")
+    assert code == 2 and "run: the model's logits are not numbers" in err and len(err.splitlines()) == 1
+
+
 def test_a_prompt_may_come_through_a_pipe(write, monkeypatch):
     flags = ("--model", "run", "--max-new-tokens", 8)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("Thé quick\n".encode())))
@@ -264,6 +299,32 @@ def test_probabilities_are_those_of_the_model_and_colour_the_text(write):
     code, coloured, err = write(*flags, "--show-probabilities")
     assert code == 0 and err.startswith("probability") and "\x1b[38;5;" in coloured
     assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == write(*flags)[1]
+
+
+def test_an_answer_has_its_own_probabilities(write, monkeypatch):
+    """In a batch, each answer had the probabilities of the one before from its end on."""
+
+    def answer(model, source, n_tokens, sampling, seed, stream, observe):
+        observe(torch.eye(256)[source] * 100)
+        yield int(source)
+        observe(torch.zeros(1, 256))  # chooses the end
+
+    monkeypatch.setattr(generate_command, "answer", answer)
+    loaded = load_model(Path("run/best"), torch.float32, torch.device("cpu"))
+    model = replace(loaded.config.model, architecture="encoder-decoder")
+    loaded = loaded._replace(config=replace(loaded.config, model=model))
+    request = generate_command.parse(["--model", "run", "--show-probabilities"])
+    *_, writers = generate_command._drawn(request, loaded, [(torch.tensor([id]), 0) for id in (65, 66)])
+    assert [writer.written.probabilities for writer in writers] == [[1.0], [1.0]]
+
+
+def test_every_end_token_of_a_tokenizer_ends_a_beam(write, monkeypatch):
+    """A tuned GPT-2 has two, the end of a text and that of a turn; the second did not end beams."""
+    flags = ("--model", "run", "--prompt", "The", "--beams", 1, "--max-new-tokens", 12, "--json")
+    tokens = lines_of(write(*flags)[1])[0]["tokens"]
+    monkeypatch.setattr("torch_impl.training.beams.end_tokens", lambda _: (1, tokens[-1]))
+    [line] = lines_of(write(*flags)[1])
+    assert line["tokens"] == tokens[: tokens.index(tokens[-1]) + 1] and line["ended_by"] == "end of text"
 
 
 def test_phrases_appear_in_what_beams_write(write):

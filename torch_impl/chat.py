@@ -20,7 +20,7 @@ from ref_numpy.conversation import Conversation, Message, to_record, well_formed
 from torch_impl.training.files import InputError, find_checkpoint, write_new_file
 from torch_impl.training.flags import parse_flags
 from torch_impl.training.terminal import Lines, interrupt_only_noted, visible
-from torch_impl.training.writing import ANSWERING, SamplingFlags, TextStream
+from torch_impl.training.writing import ANSWERING, SamplingFlags, TextStream, check_forbidden
 
 if TYPE_CHECKING:  # imports torch, which --help can do without
     from torch_impl.training.dialogue import Dialogue
@@ -69,10 +69,8 @@ def open_dialogue(flags: ChatFlags) -> "Dialogue":
         dialogue = Dialogue(loaded.model, loaded.tokenizer)
     except InputError as error:
         raise InputError(f"{flags.model}: {error}") from None
-    for id in flags.sampling.forbidden:
-        if not 0 <= id < loaded.config.model.vocab_size:
-            limit = loaded.config.model.vocab_size - 1
-            raise InputError(f"--forbidden {id} is no token; ids run from 0 to {limit}")
+    special = tuple(dialogue.tokenizer.special_tokens.values())  # none begins an answer
+    check_forbidden(flags.sampling.forbidden, loaded.config.model.vocab_size, special)
     return dialogue
 
 

@@ -84,11 +84,11 @@ def continuations(
         past.reorder(parents)
         return model(tokens[:, past.length :].to(device), past=past, last_only=True)[:, 0]
 
+    ends = tuple((token,) for token in end_tokens(tokenizer))
     try:
         beam = replace(
             beam,
-            end_token=next(iter(end_tokens(tokenizer)), None),
-            stop_sequences=tuple(tokens_of("--stop", stop, tokenizer) for stop in stops),
+            stop_sequences=(*ends, *(tokens_of("--stop", stop, tokenizer) for stop in stops)),
             phrases=tuple(tokens_of("--phrases", phrase, tokenizer) for phrase in phrases),
         )
         found = beam_search(next_logits, prompt.to(device), n_tokens, beam)
@@ -99,6 +99,6 @@ def continuations(
         stop = max((stop for stop in beam.stops if tuple(tokens[-len(stop) :]) == stop), key=len, default=())
         both = tokenizer.decode_bytes([int(prompt[-1]), *tokens[: len(tokens) - len(stop)]])
         text = both[len(before) :].decode("utf-8", errors="replace")
-        reason = "length" if not stop else "end of text" if stop == (beam.end_token,) else "stop"
+        reason = "length" if not stop else "end of text" if stop in ends else "stop"
         texts.append(Written([(text, None)], tokens, ended_by=reason, score=score))
     return texts

@@ -20,8 +20,9 @@ from torch_impl.training.config import read_config
 from torch_impl.training.device import choose_place
 from torch_impl.training.files import InputError, find_checkpoint
 from torch_impl.training.flags import dashed, parse_flags
+from torch_impl.training.memory import ran_out
 from torch_impl.training.text import Text
-from torch_impl.training.writing import Printer, SamplingFlags, Writer, end_tokens
+from torch_impl.training.writing import Printer, SamplingFlags, Writer, check_forbidden, end_tokens
 
 _SAMPLING = SamplingFlags(temperature=0.8)
 
@@ -107,16 +108,19 @@ def _prompts(flags: GenerateFlags) -> list[str]:
         if flags.prompt:
             raise InputError("--prompt and --prompts are both given; leave one out")
         try:
-            lines = "".join(Text(Path(flags.prompts)).parts()).splitlines()
+            text = "".join(Text(Path(flags.prompts)).parts()).removeprefix("\ufeff")  # an editor's mark
         except OSError as error:
             raise InputError(f"cannot read {flags.prompts}: {error.strerror}") from error
+        if not text:
+            raise InputError(f"{flags.prompts} is empty; each line is a prompt")
+        lines = text.removesuffix("\n").replace("\r\n", "\n").removesuffix("\r").split("\n")
         for number, line in enumerate(lines, 1):
             if not line:
                 raise InputError(f"{flags.prompts}, line {number} is empty; each line is a prompt")
-        if not lines:
-            raise InputError(f"{flags.prompts} is empty; each line is a prompt")
         return lines
     if flags.prompt == "-":
+        if sys.stdin is None:
+            raise InputError("--prompt - reads stdin, and there is none")
         try:
             prompt = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
         except UnicodeDecodeError as error:
@@ -178,9 +182,8 @@ def _encoded(request: Request, loaded: LoadedModel) -> list[Integer[Tensor, "_"]
         raise InputError(
             f"{flags.model} is an encoder-decoder, and beams are for decoders; leave --beams out"
         )
-    for id in flags.sampling.forbidden:
-        if not 0 <= id < config.vocab_size:
-            raise InputError(f"--forbidden {id} is no token; ids run from 0 to {config.vocab_size - 1}")
+    never = (config.begin_token, config.padding_token) if answers else ()
+    check_forbidden(flags.sampling.forbidden, config.vocab_size, never)
     found = []
     for number, prompt in enumerate(request.prompts, 1):
         name = f"{flags.prompts}, line {number}:" if flags.prompts else "--prompt"
@@ -212,6 +215,7 @@ def _drawn(
     count, seed = flags.max_new_tokens, flags.seed
     if answers:  # one by one: each ends where the model ends it
         for writer, (ids, sample) in zip(writers, rows, strict=True):
+            likelihoods.clear()  # those of an end, which is not yielded
             for token in answer(model, ids, count, request.sampling, seed, sample, watch):
                 writer.feed(token, _probability(likelihoods, 0, token))
                 del likelihoods[:1]
@@ -225,7 +229,7 @@ def _drawn(
         tokens = generate_batch(
             model, [ids for ids, _ in rows], count, request.sampling, seed, streams, watch
         )
-        for step in tokens:
+        for step in _numbers(tokens, flags.model):
             for row, (writer, token) in enumerate(zip(writers, step, strict=True)):
                 if not writer.written.ended_by:
                     writer.feed(token, _probability(likelihoods, row, token))
@@ -238,9 +242,17 @@ def _drawn(
     yield writers
 
 
+def _numbers(tokens: Iterator[list[int]], name: str) -> Iterator[list[int]]:
+    """The tokens. Raises InputError where the model's logits are not numbers."""
+    try:
+        yield from tokens
+    except ValueError as error:
+        raise InputError(f"{name}: {error}") from error
+
+
 def _probability(logits: list[Float[Tensor, "B V"]], row: int, token: int) -> float | None:
     """Of a token, as the model saw it, before any temperature or filter."""
-    return float(logits[0][row].double().softmax(0)[token]) if logits else None
+    return float(logits[0][row].cpu().double().softmax(0)[token]) if logits else None
 
 
 def main(arguments: list[str]) -> int:
@@ -251,11 +263,16 @@ def main(arguments: list[str]) -> int:
         print(f"generate: error: {error}; see --help", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print()
+        print(file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader has seen enough; nor may the interpreter's last flush complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, MemoryError) as error:
-        print(f"generate: error: {error or 'out of memory'}", file=sys.stderr)
+    except OSError as error:
+        print(f"generate: error: {error}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not ran_out(error):
+            raise
+        print("generate: error: out of memory; write fewer or shorter texts at once", file=sys.stderr)
         return 1
     return 0

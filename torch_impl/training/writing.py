@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from ref_numpy.config import SamplingConfig
 from ref_numpy.conversation import END_OF_TURN
+from torch_impl.training.files import InputError
 from torch_impl.training.terminal import visible
 from torch_impl.training.tokenizer import Tokenizer
 
@@ -18,6 +19,15 @@ _ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", END_OF_TURN)
 @dataclass(frozen=True)
 class SamplingFlags(SamplingConfig):
     def __post_init__(self) -> None: ...  # checked when all flags are known
+
+
+def check_forbidden(forbidden: Sequence[int], vocab_size: int, never: Sequence[int] = ()) -> None:
+    """Raises InputError for an id that is no token, or where only those are left that are never chosen."""
+    for id in forbidden:
+        if not 0 <= id < vocab_size:
+            raise InputError(f"--forbidden {id} is no token; ids run from 0 to {vocab_size - 1}")
+    if len({*forbidden, *never}) == vocab_size:
+        raise InputError("--forbidden rules out every token that could be written; leave one")
 
 
 # How answers are drawn where nothing else is said: closer to the likeliest than what is written freely.
@@ -131,6 +141,8 @@ class Printer:
     """
 
     def __init__(self, as_json: bool, coloured: bool, prompts: int, samples: int, answers: bool) -> None:
+        if sys.stdout is None:
+            raise InputError("there is no standard output to write to")
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character still shows the rest
         self._as_json, self._coloured = as_json, coloured
         self._prompts, self._samples, self._answers = prompts, samples, answers
