@@ -356,6 +356,7 @@ def test_the_end_is_not_the_first_token_and_special_tokens_are_never_written():
         (["--model", "MODEL", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
         (["--model", "MODEL", "--seed", "-1"], "--seed is -1"),
         (["--model", "MODEL", "--forbidden", "260"], "--forbidden 260 is no token; ids run from 0 to 259"),
+        (["--model", "MODEL", "--forbidden", *map(str, range(256))], "--forbidden rules out every token"),
         (["--model", "MODEL", "--systm", "x"], "did you mean --system?"),
     ],
 )
