@@ -12,7 +12,7 @@ from run_tests import rank_worker
 from run_tests.conftest import SMALL, content
 from run_tests.test_ranks import forking
 
-KILLS = int(os.environ.get("KILLS", "6"))  # a hundred take a minute
+KILLS = int(os.environ.get("KILLS", "4"))  # a hundred take a minute
 FLAGS = ["--checkpoint-every", "1", "--eval-every", "2", "--keep-checkpoints", "2"]
 
 

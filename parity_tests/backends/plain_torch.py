@@ -82,7 +82,7 @@ def attention(q, k, v, mask, slopes=None):
     if slopes is not None:
         T, S = q.shape[-2], k.shape[-2]
         distance = (torch.arange(S - T, S)[:, None] - torch.arange(S)).abs().to(q)
-        bias = -torch.tensor(list(slopes)).to(q)[:, None, None] * distance
+        bias = -torch.tensor(list(slopes), dtype=q.dtype, device=q.device)[:, None, None] * distance
     return flash_attention(q, k, v, mask, bias, None)
 
 
