@@ -129,15 +129,16 @@ def nanogpt(train: np.ndarray, valid: np.ndarray, folder: str) -> Side:
                     loss.item()
                 yield
 
-    class AllLogits:
-        """The model as evaluate() calls one; nanoGPT's gives the logits of every place only with targets."""
+    class WithLoss:
+        """The model as evaluate() asks one."""
 
         config = SimpleNamespace(context_length=T)
 
-        def __call__(self, ids: Tensor) -> Tensor:
-            return model(ids, ids.contiguous())[0]
+        def loss(self, batch: tuple[Tensor, Tensor], count: int) -> Tensor:
+            ids, targets = batch
+            return model(ids, targets.contiguous())[1] * (targets.numel() / count)
 
-    return Side(steps(), lambda: evaluate(AllLogits(), torch.from_numpy(valid)))
+    return Side(steps(), lambda: evaluate(WithLoss(), torch.from_numpy(valid)))
 
 
 def load_peer(folder: str) -> ModuleType:

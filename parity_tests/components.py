@@ -36,6 +36,7 @@ DIFFERENTIABLE = {
     "transformer": "transformer",
     "seq2seq": "seq2seq",
     "cross_entropy": "loss",
+    "linear_cross_entropy": "linear_cross_entropy",
 }
 FUNCTIONS = {
     "keep_mask": "dropout",

@@ -9,7 +9,7 @@ from parity_tests import tolerances
 from parity_tests.backend import run_reference
 from parity_tests.parity import rounded
 from parity_tests.strategies import array, arrays, optional_arrays, seeds, sizes
-from ref_numpy.linear import linear_forward
+from ref_numpy.linear import linear_backward, linear_forward
 from torch_impl.linear import linear
 
 
@@ -55,6 +55,36 @@ def test_each_element_is_within_the_bound_of_its_contraction(offered, seed, leng
         for result, (size, terms) in magnitude.items():
             error = np.abs(got.named()[result] - want.named()[result])
             assert (error <= tolerances.contraction(size, terms, precision)).all(), (name, result)
+
+
+@given(seed=seeds, has_bias=st.booleans())
+@settings(max_examples=5)
+def test_large_products_with_gradients_are_within_the_bound_too(seed, has_bias):
+    """In float32 on the CPU two of their three products are another library's."""
+    random = np.random.default_rng(seed)
+    x, weight, dy = (
+        array(random, shape).astype(np.float32) for shape in ((300, 320), (431, 320), (300, 431))
+    )
+    bias = array(random, (431,)).astype(np.float32) if has_bias else None
+    tensors = [
+        None if part is None else torch.from_numpy(part).requires_grad_() for part in (x, weight, bias)
+    ]
+    y = linear(*tensors)
+    y.backward(torch.from_numpy(dy))
+    results = [y.detach(), *(tensor.grad for tensor in tensors if tensor is not None)]
+
+    def exact(x, weight, bias, dy):
+        y, cache = linear_forward(x, weight, bias)
+        return [part for part in (y, *linear_backward(dy, cache)) if part is not None]
+
+    precise = [None if part is None else part.astype(np.float64) for part in (x, weight, bias, dy)]
+    magnitudes = exact(*(None if part is None else np.abs(part) for part in precise))
+    precision = tolerances.PRECISIONS["float32"]
+    for got, want, size, terms in zip(
+        results, exact(*precise), magnitudes, (321, 431, 300, 300)[: len(results)], strict=True
+    ):
+        bound = tolerances.contraction(size, terms, precision)
+        assert got.shape == want.shape and (np.abs(got.numpy() - want) <= bound).all()
 
 
 @given(seed=seeds, rows=st.sampled_from([(), (1,), (1, 1), (3,), (2, 5)]), has_bias=st.booleans())

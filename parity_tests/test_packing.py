@@ -154,7 +154,7 @@ def test_fifteen_steps_agree(ours):
 
 
 @settings(max_examples=15)
-@given(config=DECODERS, seed=seeds, batch_size=st.sampled_from([1, 2, None]))
+@given(config=DECODERS, seed=seeds, batch_size=st.sampled_from([1, 2, 64]))
 def test_evaluation_is_the_mean_over_the_tokens_that_count(config, seed, batch_size):
     params = model_params(config, seed)
     packed, fast_packed = on_both_sides(some_conversations(config, seed), config.context_length)

@@ -21,7 +21,6 @@ from ref_numpy.config import ModelConfig, TrainConfig
 from ref_numpy.dropout import DropoutKey
 from ref_numpy.transformer import attention_mask
 from torch_impl import flash_attention
-from torch_impl.loss import cross_entropy
 from torch_impl.seq2seq import Seq2Seq
 from torch_impl.training import account, costs
 from torch_impl.training.presets import PRESETS
@@ -44,8 +43,8 @@ def loss_of(model: Embedded, sequences: int, length: int) -> Tensor:
     ids, targets, source = ids.clone(), targets.clone(), source.clone()  # memory of their own
     key = DropoutKey(1, 2) if model.config.dropout else None
     if isinstance(model, Seq2Seq):
-        return cross_entropy(model(source, torch.ones(source.shape, dtype=torch.bool), ids, key), targets)
-    return cross_entropy(model(ids, key=key), targets)
+        return model.loss((source, torch.ones(source.shape, dtype=torch.bool), ids, targets), key)
+    return model.loss((ids, targets), key)
 
 
 @some
@@ -86,13 +85,14 @@ def test_flops_are_those_that_pytorch_counts(config, sequences):
     """
     model, T = build(config), config.context_length
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        loss = loss_of(model, sequences, T)
+        with torch.no_grad():
+            loss_of(model, sequences, T)
         forward = counter.get_total_flops()
-        loss.backward()
+        loss_of(model, sequences, T).backward()
     assert forward == pytest.approx(
         sequences * T * costs.forward_flops(config, masked=False), rel=1e-12, abs=0
     )
-    assert counter.get_total_flops() == 3 * forward
+    assert counter.get_total_flops() == 4 * forward
 
 
 @some
@@ -226,7 +226,8 @@ def test_micro_batches_and_frozen_embeddings_need_less(table):
         return json.loads(Path("numbers.json").read_text(encoding="utf-8"))["training_bytes"]
 
     whole, parts, frozen = numbers(), numbers("--micro-batches", 4), numbers("--freeze-embeddings")
-    assert parts["activations"] * 4 == whole["activations"] and parts["peak"] < whole["peak"]
+    share = parts["activations"] / whole["activations"]
+    assert 1 / 4 < share < 1 / 3 and parts["peak"] < whole["peak"]  # the head's gradient is of all sizes
     assert whole["moments"] - frozen["moments"] == 8 * 512 * 128
 
 

@@ -12,11 +12,8 @@ from ref_numpy.config import TrainConfig
 from ref_numpy.loss import IGNORE
 from ref_numpy.masks import PADDING
 from ref_numpy.rng import DATA, Key
-from torch_impl.loss import cross_entropy
 from torch_impl.rng import uniform
 from torch_impl.transformer import Transformer
-
-_LOGITS_AT_ONCE = 1 << 26  # 256 MiB of them
 
 
 class Packed(NamedTuple):
@@ -84,20 +81,17 @@ def sample_packed(packed: Packed, step: int | Integer[Tensor, ""], config: Train
 
 @torch.no_grad()
 def evaluate_packed(
-    model: Transformer, packed: Packed, batch_size: int | None = None, max_tokens: int | None = None
+    model: Transformer, packed: Packed, batch_size: int = 64, max_tokens: int | None = None
 ) -> float:
     """Mean loss over the tokens that count, in nats, without dropout.
 
-    With max_tokens, of the first sequences that have about so many, padding included. batch_size sequences
-    are computed at once, by default as many as have 64 million logits.
+    With max_tokens, of the first sequences that have about so many, padding included.
     """
     n, T = packed.ids.shape
-    if batch_size is None:
-        batch_size = max(_LOGITS_AT_ONCE // (T * model.config.vocab_size), 1)
     if max_tokens is not None:
         n = min(n, max(max_tokens // T, 1))
     total, count = 0.0, 0
     for ids, documents, targets in zip(*(part[:n].long().split(batch_size) for part in packed), strict=True):
-        total += cross_entropy(model(ids, documents=documents), targets, count=1).item()
+        total += model.loss((ids, documents, targets), count=1).item()
         count += int((targets != IGNORE).sum())
     return total / count

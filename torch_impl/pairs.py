@@ -10,7 +10,6 @@ from torch import Tensor
 from ref_numpy.config import ModelConfig, TrainConfig
 from ref_numpy.loss import IGNORE
 from ref_numpy.rng import DATA, Key
-from torch_impl.loss import cross_entropy
 from torch_impl.rng import uniform
 from torch_impl.seq2seq import Seq2Seq
 
@@ -121,7 +120,7 @@ def evaluate_pairs(
     total, count, right = 0.0, 0, 0
     for source, target in zip(*(side[:n].split(batch_size) for side in pairs), strict=True):
         source, present, target_in, target_out = teacher_forced(source.long(), target.long(), config)
-        total += cross_entropy(model(source, present, target_in), target_out, count=1).item()
+        total += model.loss((source, present, target_in, target_out), count=1).item()
         count += int((target_out != IGNORE).sum())
         written = greedy_targets(model, source, present, target_out.shape[1])
         text = target_out.masked_fill(target_out == IGNORE, config.padding_token)

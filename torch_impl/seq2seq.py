@@ -53,13 +53,23 @@ class Seq2Seq(Embedded):
         key: DropoutKey | None = None,
     ) -> Float[Tensor, "B T V"]:
         """Logits of the next token of the target at every place."""
+        return self.logits(self.read(target, memory, present, key))
+
+    def read(
+        self,
+        target: Integer[Tensor, "B T"],
+        memory: Float[Tensor, "B S C"],
+        present: Bool[Tensor, "B S"],
+        key: DropoutKey | None = None,
+    ) -> Float[Tensor, "B T C"]:
+        """The decoder, without the output projection."""
         places = torch.arange(target.shape[1], device=target.device)
         attend = attend_by(AttentionPattern(causal=True, alibi_slopes=self.slopes()))
         x = self.embed(target, places, key and key._replace(site=self.first_site))
         rotation, memory_mask = self.rotation(places), padding_mask(present)
         for block in self.decoder.blocks:
             x = block(x, memory, memory_mask, attend, rotation, key)
-        return self.logits(self.decoder.norm(x))
+        return self.decoder.norm(x)
 
     def forward(
         self,
@@ -72,7 +82,17 @@ class Seq2Seq(Embedded):
 
         present marks the tokens of the source. Raises ValueError where a sequence is longer than the context.
         """
-        return self.decode(target, self.encode(source, present, key), present, key)
+        return self.logits(self.features(source, present, target, key))
+
+    def features(
+        self,
+        source: Integer[Tensor, "B S"],
+        present: Bool[Tensor, "B S"],
+        target: Integer[Tensor, "B T"],
+        key: DropoutKey | None = None,
+    ) -> Float[Tensor, "B T C"]:
+        """What the output projection reads; the arguments are those of forward."""
+        return self.read(target, self.encode(source, present, key), present, key)
 
 
 def make_model(config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> Embedded:

@@ -3,6 +3,8 @@
 A step is a function of tensors and reads nothing back from the device, so that the host runs ahead of it.
 """
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,10 +16,11 @@ from torch import Tensor
 from ref_numpy.config import TrainConfig
 from ref_numpy.dropout import DropoutKey
 from ref_numpy.loss import IGNORE
-from torch_impl.loss import cross_entropy
 from torch_impl.optim import clip_by_global_norm, learning_rates, make_optimizer, set_learning_rate
 from torch_impl.training.ranks import ALONE, Engine, Ranks, make_engine
 from torch_impl.transformer import Embedded, Transformer
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of glibc's malloc.h
 
 Batch = tuple[Tensor, ...]  # (M, B, ...) each: what the model reads, and last the targets
 Sample = Callable[[Integer[Tensor, ""], TrainConfig], Batch]  # the batch of a step
@@ -39,7 +42,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # acts for float16 only, whose small gradients would vanish
     rates: Float[Tensor, "steps"]
-    engine: Engine  # model_loss, perhaps compiled, perhaps on several processes
+    engine: Engine  # the model's loss, perhaps compiled, perhaps on several processes
     ranks: Ranks = ALONE
     step: int = 0  # finished steps
 
@@ -54,7 +57,7 @@ def start(
     """The state before the first step. Several processes divide each micro-batch among them, and with a
     device to be sharded on, the parameters too (see ranks.make_engine)."""
     model.token_embedding.weight.requires_grad_(not config.freeze_embeddings)
-    engine = make_engine(model, model_loss, compiled, ranks, sharded_on)
+    engine = make_engine(model, compiled, ranks, sharded_on)
     device = model.token_embedding.weight.device
     if device.type == "cpu":
         keep_freed_memory()
@@ -65,25 +68,14 @@ def start(
 
 
 def keep_freed_memory() -> None:
-    """Lets the C library keep what a step frees for the next one: a tenth of a small model's time on Linux.
+    """Lets the C library keep what a step frees for the next one, up to a fifth of a step's time on Linux.
 
-    glibc hands free memory above a limit back to the system, only to fetch it again page by page. The limit
-    grows to twice the largest block ever freed, of up to 32 MiB (mallopt(3), M_MMAP_THRESHOLD), so such a
-    block comes and goes here. Its pages are never touched, and other systems do not mind.
+    glibc hands large blocks, and free memory at the end of its heap, back to the system, only to fetch them
+    again page by page (mallopt(3), M_MMAP_THRESHOLD and M_TRIM_THRESHOLD). Other systems have no mallopt.
     """
-    torch.empty(31 * 2**20, dtype=torch.uint8)
-
-
-def model_loss(
-    model: Embedded,
-    batch: Batch,
-    key: DropoutKey | None,
-    label_smoothing: float,
-    count: Integer[Tensor, ""],
-) -> Float[Tensor, ""]:
-    """Forward pass and loss of one micro-batch, as a share of the whole step's mean."""
-    *inputs, targets = batch
-    return cross_entropy(model(*inputs, key=key), targets, label_smoothing, count)
+    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
+        library.mallopt(_MMAP_THRESHOLD, 2**30)
+        library.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def train_step(
@@ -168,6 +160,6 @@ def evaluate(
     total, count = 0.0, 0
     for window in held_out_windows(tokens, model.config.context_length, batch_size, max_tokens):
         inputs, targets = window[:, :-1], window[:, 1:]
-        total += cross_entropy(model(inputs), targets).item() * targets.numel()
+        total += model.loss((inputs, targets), count=1).item()
         count += targets.numel()
     return total / count

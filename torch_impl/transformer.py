@@ -23,6 +23,7 @@ from torch_impl.flash_attention import AttentionPattern
 from torch_impl.kv_cache import KVCache, attend_after
 from torch_impl.layernorm import LayerNorm, RMSNorm
 from torch_impl.linear import Linear, linear
+from torch_impl.linear_cross_entropy import linear_cross_entropy
 from torch_impl.masks import document_mask, places_in_documents
 from torch_impl.multi_head_attention import Attend, attend_by
 from torch_impl.positions import LearnedPositions, SinusoidalPositions
@@ -113,6 +114,26 @@ class Embedded(nn.Module):
             return linear(x, self.token_embedding.weight.to(x.dtype), None)
         return self.head(x)
 
+    def features(self, *inputs: Tensor | None, key: DropoutKey | None = None) -> Float[Tensor, "B T C"]:
+        """What the output projection reads, of what the model reads."""
+        raise NotImplementedError
+
+    def loss(
+        self,
+        batch: tuple[Tensor, ...],
+        key: DropoutKey | None = None,
+        label_smoothing: float = 0.0,
+        count: Integer[Tensor, ""] | int | None = None,
+    ) -> Float[Tensor, ""]:
+        """Cross entropy of a batch: what the model reads, and last the targets (B, T). The logits never stand
+        in memory whole. count is the number of places to average over, by default those that count.
+        """
+        *inputs, targets = batch
+        head = self.token_embedding if self.head is None else self.head
+        return linear_cross_entropy(
+            self.features(*inputs, key=key), head.weight, targets, label_smoothing, count
+        )
+
 
 class Transformer(Embedded):
     """Embeddings, blocks, a last norm, and the output projection. The weights start undefined."""
@@ -139,6 +160,17 @@ class Transformer(Embedded):
         those of the last place alone (P = 1, else T). Raises ValueError where a sequence is longer than the
         context length.
         """
+        x = self.features(ids, documents, key, past)
+        return self.logits(x[:, -1:] if last_only else x)
+
+    def features(
+        self,
+        ids: Integer[Tensor, "B T"],
+        documents: Integer[Tensor, "B S"] | None = None,
+        key: DropoutKey | None = None,
+        past: KVCache | None = None,
+    ) -> Float[Tensor, "B T C"]:
+        """What the output projection reads; the arguments are those of forward."""
         T, before = ids.shape[1], 0 if past is None else past.length
         if documents is None:
             places = torch.arange(T, device=ids.device) if past is None else past.places(T)
@@ -154,7 +186,7 @@ class Transformer(Embedded):
             x = block(x, attend, rotation, key)
         if past is not None:
             past.advance(T)
-        return self.logits(self.norm(x[:, -1:] if last_only else x))
+        return self.norm(x)
 
     def attend_after(
         self,

@@ -26,6 +26,7 @@ from torch_impl.flash_attention import AttentionPattern
 from torch_impl.flash_attention import flash_attention as fused
 from torch_impl.layernorm import layernorm, rmsnorm  # noqa: F401
 from torch_impl.linear import linear  # noqa: F401
+from torch_impl.linear_cross_entropy import linear_cross_entropy  # noqa: F401
 from torch_impl.loss import cross_entropy  # noqa: F401
 from torch_impl.masks import causal_mask, document_mask, window_mask  # noqa: F401
 from torch_impl.multi_head_attention import MultiHeadAttention, attend_by

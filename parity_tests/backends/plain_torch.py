@@ -253,6 +253,10 @@ def cross_entropy(logits, targets, label_smoothing, count):
     return (each * counted).sum() / max(int(count), 1)
 
 
+def linear_cross_entropy(x, weight, targets, label_smoothing, count, at_once):
+    return cross_entropy(linear(x, weight, None), targets, label_smoothing, count)
+
+
 def adam(param, gradient, m, v, t, learning_rate, beta1, beta2, epsilon):
     m = beta1 * m + (1 - beta1) * gradient
     v = beta2 * v + (1 - beta2) * gradient**2

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ref_numpy.dropout import DropoutKey
 from ref_numpy.loss import IGNORE
-from torch_impl.train import Sample, TrainState, model_loss, train_steps
+from torch_impl.train import Sample, TrainState, train_steps
 from torch_impl.training.checkpoint import load_state
 from torch_impl.training.config import RunConfig
 
@@ -90,7 +90,7 @@ def first_not_finite(
                 key = DropoutKey(config.training.seed, clock, first_row=row)
             part = tuple(tensor[m, own] for tensor in batch)
             count = (targets != IGNORE).sum()
-            loss = model_loss(state.model, part, key, config.training.label_smoothing, count)
+            loss = state.model.loss(part, key, config.training.label_smoothing, count)
             if not _is_finite(loss):
                 found.append("the loss")
             state.scaler.scale(loss).backward()

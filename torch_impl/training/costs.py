@@ -124,23 +124,26 @@ def activation_bytes(model: ModelConfig, sequences: int, size: int = 4) -> int:
     """What autograd keeps of a forward pass for the backward one, with `size` bytes per number.
 
     Counted tensor by tensor, as PyTorch's CPU kernels keep them: the inputs of products and norms, q, k, v
-    and the output of attention, both sides of the nonlinearity, the log-probabilities, dropout's masks, the
-    masks of attention and, with fewer bytes than the weights have, the weights converted. No scores:
-    attention is fused. Left out is what neither the batch nor the width makes large: places and their angles.
+    and the output of attention, both sides of the nonlinearity, the gradients that come with the loss,
+    dropout's masks, the masks of attention and, with fewer bytes than the weights have, the weights
+    converted. No scores and no logits: attention is fused, and so are output projection and loss. Left out is
+    what neither the batch nor the width makes large: places and their angles.
     CUDA's kernels keep less of RMSNorm and of masks.
     """
     tokens = sequences * model.context_length
-    kept = tokens * (4 * model.vocab_size + 8)  # log-probabilities in float32, targets
+    head = model.vocab_size * model.d_model
+    kept = 4 * head  # the gradient of the output projection, made with the loss
     kept += tokens * _stack_bytes(model, size) + _attending_bytes(model, sequences, size)
     if model.architecture == "encoder-decoder":
         kept += tokens * _stack_bytes(model, size, has_memory=True)
     if size < 4:
-        kept += size * (multiplied_weights(model) + parameters_by_part(model)["norms"])
+        kept += size * (multiplied_weights(model) - head + parameters_by_part(model)["norms"])
     return kept
 
 
 def _stack_bytes(model: ModelConfig, size: int, has_memory: bool = False) -> int:
-    """Per token, of a stack of blocks from its embedding to what the head or another stack reads."""
+    """Per token, of a stack of blocks from its embedding to what another stack reads, or the gradient of what
+    the head does."""
     C, H, K, D, F = model.d_model, model.n_head, model.kv_heads, model.head_width, model.ffn_width
     dropped = C if model.dropout > 0 else 0  # a byte each
     # The input and its mean and deviation; RMSNorm's input before and after it is divided, in float32.

@@ -6,7 +6,6 @@ Only a run of several processes imports this file: PyTorch's engines take a seco
 """
 
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 from warnings import catch_warnings
 
@@ -24,19 +23,18 @@ from torch.nn.parallel import DistributedDataParallel
 from torch_impl.block import Block
 from torch_impl.cross_block import CrossBlock
 from torch_impl.seq2seq import Seq2Seq
-from torch_impl.training.ranks import Engine, Loss, Ranks
+from torch_impl.training.ranks import Engine, Ranks
+from torch_impl.transformer import Embedded
 
 
-def joined_engine(
-    model: nn.Module, loss_function: Loss, ranks: Ranks, sharded_on: torch.device | None, compiled: bool
-) -> Engine:
+def joined_engine(model: Embedded, ranks: Ranks, sharded_on: torch.device | None, compiled: bool) -> Engine:
     """The engine of a model on several processes: FSDP2 on a kind of device, which changes the parameters in
     place, or else DDP."""
     if sharded_on is not None:
-        return _sharded(model, loss_function, ranks, sharded_on, compiled)
+        return _sharded(model, ranks, sharded_on, compiled)
     with catch_warnings(action="ignore", category=FutureWarning):  # the next name is not known to 2.11
         replicated = DistributedDataParallel(
-            _ModelLoss(model, loss_function), broadcast_buffers=False, gradient_as_bucket_view=True
+            _ModelLoss(model), broadcast_buffers=False, gradient_as_bucket_view=True
         )
     loss = torch.compile(replicated) if compiled else replicated
     return Engine(loss, lambda last: nullcontext() if last else replicated.no_sync())
@@ -45,17 +43,15 @@ def joined_engine(
 class _ModelLoss(nn.Module):
     """A model with its loss: what DDP wraps is what backward begins from."""
 
-    def __init__(self, model: nn.Module, loss_function: Loss) -> None:
+    def __init__(self, model: Embedded) -> None:
         super().__init__()
-        self.model, self.loss_function = model, loss_function
+        self.model = model
 
     def forward(self, *arguments: Any) -> Tensor:
-        return self.loss_function(self.model, *arguments)
+        return self.model.loss(*arguments)
 
 
-def _sharded(
-    model: nn.Module, loss_function: Loss, ranks: Ranks, device: torch.device, compiled: bool
-) -> Engine:
+def _sharded(model: Embedded, ranks: Ranks, device: torch.device, compiled: bool) -> Engine:
     """FSDP2, block by block. Weights travel in the precision of the computation, gradients in their own."""
     mesh = init_device_mesh(device.type, (ranks.size,))
     precise = model.token_embedding.weight.dtype
@@ -65,12 +61,11 @@ def _sharded(
             block.compile()
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    if isinstance(model, Seq2Seq):
-        for method in ("encode", "decode"):
-            register_fsdp_forward_method(model, method)
+    for method in ("loss", "encode", "decode") if isinstance(model, Seq2Seq) else ("loss",):
+        register_fsdp_forward_method(model, method)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_force_sum_reduction_for_comms(True)  # and divided afterwards: gloo knows no means
 
     # Every micro-batch hands its gradients on: to add them up here first would take the room of all of them.
-    return Engine(partial(loss_function, model), lambda last: nullcontext())
+    return Engine(model.loss, lambda last: nullcontext())

@@ -11,6 +11,7 @@ from jaxtyping import Integer
 from torch import Tensor
 
 from torch_impl.flash_attention import choose_path
+from torch_impl.linear import product_kernel
 from torch_impl.seq2seq import make_model
 from torch_impl.train import StepMetrics, TrainState, start
 from torch_impl.training.checkpoint import (
@@ -241,6 +242,7 @@ def _tell(run: Run, place: Place, resumed: bool) -> None:
         f"run folder {run.folder}"
     )
     print(f"attention: {_attention_paths(run, place)}")
+    print(f"matrix products: {product_kernel(place.device, place.dtype, with_gradient=True)}")
     print(run.objective.describe())
     if resumed and run.progress.step == run.config.training.steps:
         print(f"finished already, at step {run.progress.step}; a larger --steps trains on")

@@ -18,7 +18,6 @@ from contextlib import (
 )
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -167,19 +166,18 @@ class Engine(NamedTuple):
 
 def make_engine(
     model: Any,
-    loss_function: Loss,
     compiled: bool,
     ranks: Ranks = ALONE,
     sharded_on: torch.device | None = None,
 ) -> Engine:
-    """The engine of a model; loss_function takes the model first. On several processes each of them holds all
-    of the model, or with a device a part of every parameter, which lies there from then on."""
+    """The engine of a model that has a loss. On several processes each of them holds all of the model, or
+    with a device a part of every parameter, which lies there from then on."""
     if ranks.size == 1:
-        loss = torch.compile(loss_function) if compiled else loss_function
-        return Engine(partial(loss, model), lambda last: nullcontext())
+        loss = torch.compile(model.loss) if compiled else model.loss
+        return Engine(loss, lambda last: nullcontext())
     from torch_impl.training.engines import joined_engine  # a second to import
 
-    return joined_engine(model, loss_function, ranks, sharded_on, compiled)
+    return joined_engine(model, ranks, sharded_on, compiled)
 
 
 def whole(tensor: Tensor) -> Tensor:

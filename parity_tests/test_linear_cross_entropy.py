@@ -1,0 +1,93 @@
+"""A linear layer and its cross entropy, some places at a time: parity, and nothing but the two in a row."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from parity_tests.strategies import arrays, seeds, sizes
+from ref_numpy.linear import linear_backward, linear_forward
+from ref_numpy.linear_cross_entropy import linear_cross_entropy_backward, linear_cross_entropy_forward
+from ref_numpy.loss import IGNORE, cross_entropy_backward, cross_entropy_forward
+from torch_impl.linear_cross_entropy import linear_cross_entropy
+
+
+@st.composite
+def cases(draw):
+    B, T, C, V = draw(sizes(4))
+    places = draw(st.sampled_from([(T,), (B, T)]))
+    random = np.random.default_rng(draw(seeds))
+    targets = random.integers(V, size=places)
+    targets[random.random(places) < draw(st.sampled_from([0.0, 0.3, 1.0]))] = IGNORE
+    return {
+        "x": draw(arrays((*places, C))),
+        "weight": draw(arrays((V, C))),
+        "targets": targets,
+        "label_smoothing": draw(st.sampled_from([0.0, 0.1, 0.5])),
+        "count": draw(st.none() | st.integers(1, 50)),
+        "at_once": draw(st.integers(1, 20)),
+    }
+
+
+@given(arguments=cases(), seed=seeds)
+def test_parity(agree, arguments, seed):
+    agree("linear_cross_entropy", seed, **arguments)
+
+
+@given(arguments=cases(), dloss=st.floats(-3, 3))
+def test_it_is_the_two_components_in_a_row(arguments, dloss):
+    x, weight, targets, smoothing, count, _ = arguments.values()
+    logits, product = linear_forward(x, weight, None)
+    want, softmax = cross_entropy_forward(logits, targets, smoothing, count)
+    dx, dweight, _ = linear_backward(cross_entropy_backward(dloss, softmax), product)
+    loss, cache = linear_cross_entropy_forward(*arguments.values())
+    close = partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-12)
+    for got, wanted in zip(
+        (loss, *linear_cross_entropy_backward(dloss, cache)), (want, dx, dweight), strict=True
+    ):
+        close(got, wanted)
+
+
+def test_no_more_logits_are_made_than_were_asked_for(monkeypatch):
+    made = []
+
+    def recorded(x, weight, bias):
+        made.append(len(x) * len(weight))
+        return torch.nn.functional.linear(x, weight, bias)
+
+    monkeypatch.setattr("torch_impl.linear_cross_entropy.linear", recorded)
+    x, weight = torch.randn(1000, 4, requires_grad=True), torch.randn(300, 4)
+    linear_cross_entropy(x, weight, torch.arange(1000) % 300, at_once=64).backward()
+    assert max(made) == 64 * 300
+
+
+def test_what_needs_no_gradient_costs_none():
+    """Of frozen embeddings, or where nothing is trained: the products of the gradients are left out."""
+    x, weight, targets = (
+        torch.randn(5, 4),
+        torch.randn(3, 4, requires_grad=True),
+        torch.tensor([0, 1, 2, 0, 1]),
+    )
+    with torch.no_grad():
+        assert not linear_cross_entropy(x, weight, targets).requires_grad
+    linear_cross_entropy(x, weight, targets).backward()
+    assert x.grad is None and weight.grad is not None
+    x.requires_grad_(), weight.requires_grad_(False)
+    linear_cross_entropy(x, weight, targets).backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("target", [-1, 4])
+def test_a_target_outside_the_vocabulary_is_refused(target):
+    with pytest.raises(ValueError, match="a target lies outside the vocabulary of 4 and is not -100"):
+        linear_cross_entropy_forward(np.ones((2, 3)), np.ones((4, 3)), np.array([0, target]))
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        linear_cross_entropy(torch.ones(2, 3), torch.ones(4, 3), torch.tensor([0, target]))
+
+
+def test_chunks_of_no_places_are_refused():
+    with pytest.raises(ValueError, match="0 places at once are none"):
+        linear_cross_entropy_forward(np.ones((2, 3)), np.ones((4, 3)), np.array([0, 1]), at_once=0)

@@ -1,0 +1,91 @@
+"""A linear layer and the cross entropy of what it makes, some places at a time. The twin of
+ref_numpy/linear_cross_entropy.py.
+
+The logits of a large vocabulary never stand in memory whole, and on the CPU those of a chunk stay in the
+cache. PyTorch 2.13 has such a function as well, which torch.compile does not see into.
+"""
+
+import torch
+from jaxtyping import Float, Integer
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from ref_numpy.loss import IGNORE
+from torch_impl.linear import linear
+
+_LOGITS_AT_ONCE = 2**22  # 16 MiB in float32, what a processor's cache may hold
+_LOGITS_OF_A_GPU = 2**27  # half a GiB
+
+
+def linear_cross_entropy(
+    x: Float[Tensor, "*places C"],
+    weight: Float[Tensor, "V C"],
+    targets: Integer[Tensor, "*places"],
+    label_smoothing: float = 0.0,
+    count: Integer[Tensor, ""] | int | None = None,
+    at_once: int | None = None,
+) -> Float[Tensor, ""]:
+    """loss = cross_entropy(x W^T, targets), for at_once places after the other; see torch_impl/loss.py.
+
+    The products are in the precision of x, softmax and loss in at least float32. By default so many places
+    come at once as make 4 million logits on the CPU, and 134 on a GPU. A target that is neither a token nor
+    IGNORE raises RuntimeError on the CPU and is undefined on a GPU.
+    """
+    if count is None:
+        count = (targets != IGNORE).sum()
+    if at_once is None:
+        logits = _LOGITS_AT_ONCE if x.device.type == "cpu" else _LOGITS_OF_A_GPU
+        at_once = max(logits // weight.shape[0] // 64 * 64, 64)
+    rows, flat = x.flatten(0, -2), targets.flatten()
+    total = _LinearCrossEntropy.apply(rows, weight, flat, label_smoothing, at_once, torch.is_grad_enabled())
+    return total / torch.as_tensor(count).clamp(min=1)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The sum over places. Its gradients are made with it, for a loss whose own gradient is 1."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        label_smoothing: float,
+        at_once: int,
+        with_gradient: bool,
+    ) -> Tensor:
+        matrix, V = weight.to(x.dtype), weight.shape[0]
+        wants_dx, wants_dweight = (with_gradient and needed for needed in ctx.needs_input_grad[:2])
+        dx = torch.empty_like(x) if wants_dx else None
+        dweight = torch.zeros_like(weight) if wants_dweight else None
+        total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+        for start in range(0, len(x), at_once):
+            rows, t = x[start : start + at_once], targets[start : start + at_once, None]
+            counted = t != IGNORE
+            t = torch.where(counted, t, 0)
+            log_p = torch.log_softmax(linear(rows, matrix, None), dim=-1, dtype=total.dtype)
+            each = -(1 - label_smoothing) * log_p.gather(1, t)
+            if label_smoothing:
+                each = each - label_smoothing * log_p.mean(-1, keepdim=True)
+            total += torch.where(counted, each, 0).sum()
+            if not (wants_dx or wants_dweight):
+                continue
+            dlogits = log_p.exp_()  # p, less the smoothed targets
+            if label_smoothing:
+                dlogits -= label_smoothing / V
+            dlogits.scatter_add_(1, t, torch.full_like(each, label_smoothing - 1))
+            dlogits = dlogits.mul_(counted).to(x.dtype)
+            if wants_dx:
+                dx[start : start + at_once] = linear(dlogits, matrix.t(), None)
+            if wants_dweight and dweight.dtype == x.dtype:
+                torch.addmm(dweight, dlogits.t(), rows, out=dweight)
+            elif wants_dweight:
+                dweight += dlogits.t() @ rows
+        ctx.save_for_backward(dx, dweight)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dtotal: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dweight = (None if part is None else part * dtotal for part in ctx.saved_tensors)
+        return dx, dweight, None, None, None, None
