@@ -153,12 +153,12 @@ def test_memory_that_runs_out(small_run, monkeypatch, error):
         yield
 
     monkeypatch.setattr(run_module, "train_steps", exhausted)
-    outcome = small_run("--out", "run")
+    outcome = small_run("--out", "run", "--batch-size", 32)
     assert outcome.code == 1
-    assert "out of memory with batch_size 4 in 1 micro_batches and context_length 8" in outcome.error
+    assert "out of memory with batch_size 32 in 1 micro_batches and context_length 8" in outcome.error
     for part in ("a step needs ", "weights ", "gradients ", "moments ", "activations "):
         assert part in outcome.error
-    assert "largest batch that fits, with the same result: --micro-batches 4, 1 at a time" in outcome.error
+    assert "largest batch that fits, with the same result: --micro-batches 2, 16 at a time" in outcome.error
 
 
 def test_the_largest_batch_that_fits_is_the_largest():
@@ -178,11 +178,12 @@ def test_the_largest_batch_that_fits_is_the_largest():
 
 def test_a_batch_is_fitted_into_the_memory_that_is_free(small_run, monkeypatch):
     """Room for two of the four sequences, at three quarters; the losses are those of the whole batch."""
-    assert small_run("--out", "whole", "--batch-size", 4).code == 0
+    size = "--context-length", 64
+    assert small_run("--out", "whole", "--batch-size", 4, *size).code == 0
     config = read_config(Path("whole/last"))
     needed = step_bytes(config, torch.float32, 2, ALONE).peak
     monkeypatch.setattr(memory, "free_memory_of", lambda device: int(needed / 0.75) + 8)
-    fit = small_run("--out", "fitted", "--batch-size", "auto", "--micro-batches", 1)
+    fit = small_run("--out", "fitted", "--batch-size", "auto", "--micro-batches", 1, *size)
     assert fit.code == 0 and "batches of 4 sequences, 2 at a time" in fit.out
     assert read_config(Path("fitted/last")).training.micro_batches == 2
     for whole, part in zip(metrics_of(Path("whole")), metrics_of(Path("fitted")), strict=True):

@@ -36,10 +36,11 @@ def test_every_evaluation_is_a_line(run):
 
 
 def test_the_first_lines_say_where_and_how(run):
-    first, attention, _, third, fourth, *_ = run.out.splitlines()
+    first, attention, products, _, third, fourth, *_ = run.out.splitlines()
     assert first.startswith("preset cpu on cpu, float32: ")
     assert "run folder run" in first
     assert attention == "attention: scaled_dot_product_attention, causal"
+    assert products in ("matrix products: oneDNN", "matrix products: PyTorch's choice")  # by the processor
     assert third == "256 different tokens, 1.00 bytes of text in each"
     assert fourth.startswith("step 0: ") and fourth.endswith("ln V = 5.545")
 

@@ -120,6 +120,11 @@ class QuantisedMatrix(nn.Module):
     def quantised(self) -> Quantised:
         return Quantised(self.values, self.scales, self.bits, self.group_size, self.inputs)
 
+    @property
+    def weight(self) -> Float[Tensor, "O I"]:
+        """The whole matrix again."""
+        return dequantise(self.quantised())
+
 
 class QuantisedLinear(QuantisedMatrix):
     """Takes the place of a Linear."""
@@ -134,10 +139,6 @@ class QuantisedLinear(QuantisedMatrix):
 
 class QuantisedEmbedding(QuantisedMatrix):
     """Takes the place of an Embedding: only the rows that are looked up are dequantised."""
-
-    @property
-    def weight(self) -> Float[Tensor, "V C"]:
-        return dequantise(self.quantised())
 
     def forward(self, ids: Integer[Tensor, "B T"]) -> Float[Tensor, "B T C"]:
         rows = self.quantised()._replace(values=self.values[ids.flatten()], scales=self.scales[ids.flatten()])

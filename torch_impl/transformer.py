@@ -129,7 +129,7 @@ class Embedded(nn.Module):
         in memory whole. count is the number of places to average over, by default those that count.
         """
         *inputs, targets = batch
-        head = self.token_embedding if self.head is None else self.head
+        head = self.token_embedding if self.config.tied_embeddings else self.head
         return linear_cross_entropy(
             self.features(*inputs, key=key), head.weight, targets, label_smoothing, count
         )

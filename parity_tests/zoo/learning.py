@@ -143,6 +143,42 @@ BUGS = [
         ),
     ),
     *bugs(
+        "ref_numpy/linear_cross_entropy.py",
+        (
+            "chunks_counted_alone",
+            "Each chunk takes the mean over its own places.",
+            "t[chunk], label_smoothing, count)",
+            "t[chunk], label_smoothing)",
+        ),
+        (
+            "last_chunk_left_out",
+            "Places after the last whole chunk have no loss.",
+            "range(0, t.size, at_once)",
+            "range(0, t.size - t.size % at_once, at_once)",
+        ),
+    ),
+    *bugs(
+        "torch_impl/linear_cross_entropy.py",
+        (
+            "ignored_places_push",
+            "The gradient of a place that does not count is not set to zero.",
+            "dlogits.mul_(counted).to(x.dtype)",
+            "dlogits.to(x.dtype)",
+        ),
+        (
+            "gradient_of_the_last_chunk",
+            "The weight's gradient is overwritten, chunk by chunk.",
+            "torch.addmm(dweight, dlogits.t(), rows, out=dweight)",
+            "torch.mm(dlogits.t(), rows, out=dweight)",
+        ),
+        (
+            "smoothing_not_divided",
+            "Every token gets all of the smoothing in the gradient.",
+            "dlogits -= label_smoothing / V",
+            "dlogits -= label_smoothing",
+        ),
+    ),
+    *bugs(
         "ref_numpy/loss.py",
         (
             "ignored_tokens_counted",
