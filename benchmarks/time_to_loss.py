@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.training import ask, load_peer, nanogpt, ours, row, served
+from benchmarks.training import ask, load_peer, nanogpt, ours, row, served, tokens_of
 from torch_impl.training.files import InputError, write_file
 from torch_impl.training.flags import parse_flags
 from torch_impl.training.presets import PRESETS
 
 SIDES = {
-    "char-fast": partial(ours, preset="char-fast"),
+    "char-fast": partial(ours, config=PRESETS["char-fast"]),
     "nanogpt-cpu": ours,
     "nanoGPT": nanogpt,
 }
@@ -53,7 +53,7 @@ def curves(flags: Flags, text: bytes) -> dict[str, Curve]:
     found: dict[str, Curve] = {name: [(0.0, 0.0)] for name in SIDES}
     steps = {name: PRESETS.get(name, PRESETS["nanogpt-cpu"]).training.steps for name in SIDES}
     with (
-        served(list(SIDES.values()), text, flags.peer, flags.threads) as pipes,
+        served(list(SIDES.values()), tokens_of(text), flags.peer, flags.threads) as pipes,
         tqdm(total=flags.looks, unit="look", dynamic_ncols=True) as bar,
     ):
         for name, pipe in zip(SIDES, pipes, strict=True):

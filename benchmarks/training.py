@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from pydoc_data.topics import topics
 from types import ModuleType, SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,16 +32,13 @@ from tqdm import tqdm
 from torch_impl.data import sample_batch
 from torch_impl.optim import learning_rates
 from torch_impl.train import evaluate, start, train_steps
+from torch_impl.training.config import RunConfig
 from torch_impl.training.files import InputError, write_file
 from torch_impl.training.flags import parse_flags
 from torch_impl.training.presets import PRESETS
 from torch_impl.transformer import initialised
 
-MODEL, TRAINING, RUN = (
-    PRESETS["nanogpt-cpu"].model,
-    PRESETS["nanogpt-cpu"].training,
-    PRESETS["nanogpt-cpu"].run,
-)
+MODEL, TRAINING = PRESETS["nanogpt-cpu"].model, PRESETS["nanogpt-cpu"].training
 
 
 @dataclass(frozen=True)
@@ -69,10 +66,15 @@ class Side(NamedTuple):
     held_out_loss: Callable[[], float]
 
 
-def ours(train: np.ndarray, valid: np.ndarray, _: str, preset: str = "nanogpt-cpu") -> Side:
+def ours(
+    train: np.ndarray,
+    valid: np.ndarray,
+    _: str,
+    config: RunConfig = PRESETS["nanogpt-cpu"],
+    dtype: torch.dtype = torch.float32,
+) -> Side:
     """torch_impl, driven as a run drives it."""
-    config = PRESETS[preset]
-    model = initialised(config.model, config.training.seed)
+    model = initialised(config.model, config.training.seed, dtype)
     sample = partial(sample_batch, torch.from_numpy(train), config.model.context_length)
 
     def steps() -> Iterator[None]:
@@ -84,29 +86,52 @@ def ours(train: np.ndarray, valid: np.ndarray, _: str, preset: str = "nanogpt-cp
     return Side(steps(), lambda: evaluate(model, torch.from_numpy(valid)))
 
 
-def nanogpt(train: np.ndarray, valid: np.ndarray, folder: str) -> Side:
-    """nanoGPT's model, with the batches, the optimizer and the steps of its train.py, not compiled."""
-    peer = load_peer(folder)
-    T = MODEL.context_length
-    config = peer.GPTConfig(
-        block_size=T,
-        vocab_size=MODEL.vocab_size,
-        n_layer=MODEL.n_layer,
-        n_head=MODEL.n_head,
-        n_embd=MODEL.d_model,
-        dropout=MODEL.dropout,
-        bias=MODEL.bias,
-    )
+def nanogpt(
+    train: np.ndarray, valid: np.ndarray, folder: str, config: RunConfig = PRESETS["nanogpt-cpu"]
+) -> Side:
+    """nanoGPT's model, not compiled."""
+    return nanogpts_loop(nanogpts_model(folder, config), train, valid, config)
+
+
+def nanogpts_model(folder: str, config: RunConfig) -> Any:
+    """nanoGPT's model of a config's shape, which has its own optimizer."""
+    peer, model = load_peer(folder), config.model
     torch.manual_seed(1337)
     with redirect_stdout(io.StringIO()):
-        model = peer.GPT(config)
-        betas = (TRAINING.beta1, TRAINING.beta2)
-        optimizer = model.configure_optimizers(TRAINING.weight_decay, TRAINING.learning_rate, betas, "cpu")
-    rates = learning_rates(TRAINING).tolist()
+        return peer.GPT(
+            peer.GPTConfig(
+                block_size=model.context_length,
+                vocab_size=model.vocab_size,
+                n_layer=model.n_layer,
+                n_head=model.n_head,
+                n_embd=model.d_model,
+                dropout=model.dropout,
+                bias=model.bias,
+            )
+        )
+
+
+def nanogpts_loop(
+    model: Any,
+    train: np.ndarray,
+    valid: np.ndarray,
+    config: RunConfig,
+    compiled: bool = False,
+    half: bool = False,
+) -> Side:
+    """The batches, the optimizer and the steps of nanoGPT's train.py, for its own model or another's with
+    `(ids, targets) -> (logits, loss)` and `configure_optimizers`. half: in bfloat16, by autocast."""
+    training, T = config.training, config.model.context_length
+    with redirect_stdout(io.StringIO()):
+        betas = (training.beta1, training.beta2)
+        optimizer = model.configure_optimizers(training.weight_decay, training.learning_rate, betas, "cpu")
+    rates = learning_rates(training).tolist()
+    forward = torch.compile(model) if compiled else model
+    precision = partial(torch.autocast, "cpu", torch.bfloat16, enabled=half)
 
     def get_batch(path: Path) -> tuple[Tensor, Tensor]:
         data = np.memmap(path, dtype=np.uint16, mode="r")
-        ix = torch.randint(len(data) - T, (TRAINING.batch_size,))
+        ix = torch.randint(len(data) - T, (training.batch_size,))
         x = torch.stack([torch.from_numpy((data[i : i + T]).astype(np.int64)) for i in ix])
         y = torch.stack([torch.from_numpy((data[i + 1 : i + 1 + T]).astype(np.int64)) for i in ix])
         return x, y
@@ -119,13 +144,14 @@ def nanogpt(train: np.ndarray, valid: np.ndarray, folder: str) -> Side:
             for step, rate in enumerate(rates):
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                _, loss = model(x, y)
+                with precision():
+                    _, loss = forward(x, y)
                 x, y = get_batch(path)
                 loss.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), TRAINING.clip)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), training.clip)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-                if step % RUN.log_every == 0:
+                if step % config.run.log_every == 0:
                     loss.item()
                 yield
 
@@ -136,7 +162,8 @@ def nanogpt(train: np.ndarray, valid: np.ndarray, folder: str) -> Side:
 
         def loss(self, batch: tuple[Tensor, Tensor], count: int) -> Tensor:
             ids, targets = batch
-            return model(ids, targets.contiguous())[1] * (targets.numel() / count)
+            with precision():
+                return model(ids, targets.contiguous())[1] * (targets.numel() / count)
 
     return Side(steps(), lambda: evaluate(WithLoss(), torch.from_numpy(valid)))
 
@@ -172,10 +199,9 @@ def serve(pipe: Connection, make: Callable[..., Side], threads: int, *arguments:
 
 @contextmanager
 def served(
-    sides: Sequence[Callable[..., Side]], text: bytes, peer: str, threads: int
+    sides: Sequence[Callable[..., Side]], tokens: np.ndarray, peer: str, threads: int
 ) -> Iterator[list[Connection]]:
-    """A process for each side, and the pipes to them. The last tenth of the text is held out."""
-    tokens = np.frombuffer(text, np.uint8).astype(np.int64)
+    """A process for each side, and the pipes to them. The last tenth of the tokens is held out."""
     train, valid = np.split(tokens, [len(tokens) * 9 // 10])
     context = multiprocessing.get_context("spawn")
     pipes, processes = [], []
@@ -192,6 +218,11 @@ def served(
         process.join()
 
 
+def tokens_of(text: bytes) -> np.ndarray:
+    """Its bytes."""
+    return np.frombuffer(text, np.uint8).astype(np.int64)
+
+
 def ask(pipe: Connection, steps: int) -> float:
     """What `serve` answers."""
     pipe.send(steps)
@@ -203,7 +234,7 @@ def compare(flags: Flags, text: bytes) -> list[dict]:
     total = TRAINING.steps if flags.full else flags.steps
     seconds: list[list[float]] = []
     with (
-        served((ours, nanogpt), text, flags.peer, flags.threads) as pipes,
+        served((ours, nanogpt), tokens_of(text), flags.peer, flags.threads) as pipes,
         tqdm(total=total, unit="step", dynamic_ncols=True) as bar,
     ):
         for first in range(0, total, flags.block):
