@@ -69,6 +69,10 @@ class Answering:
                 break
         return visible("\n\n".join(shown))
 
+    def passage(self, length: int) -> tuple[Tensor, ...]:
+        """Of the first sequence, as conversations are packed into it."""
+        return self.valid.ids[:1, :length].long(), self.valid.documents[:1, :length].long()
+
 
 def _counted(packed: Packed) -> int:
     return int((packed.targets != IGNORE).sum())

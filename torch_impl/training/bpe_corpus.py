@@ -159,7 +159,7 @@ def train_on_texts(
     with byte_bar(texts, "counting") as bar:
         words = count_texts(texts, special_tokens, split, workers, sample, bar.update)
     wanted = vocab_size - 256 - len(set(special_tokens))
-    with tqdm(total=wanted, unit=" merges", delay=_DELAY, dynamic_ncols=True) as bar:
+    with tqdm(total=wanted, unit=" merges", delay=_DELAY, dynamic_ncols=True, disable=None) as bar:
         vocabulary = train_on_words(words, vocab_size, special_tokens, split, ties, bar.update)
     if len(vocabulary.tokens) < vocab_size:
         raise InputError(
@@ -172,7 +172,9 @@ def train_on_texts(
 def byte_bar(texts: Iterable[Text], what: str) -> tqdm:
     """A progress bar of bytes; it shows itself when the work takes longer than a moment."""
     total = sum(text.size() for text in texts)
-    return tqdm(total=total, desc=what, unit="B", unit_scale=True, delay=_DELAY, dynamic_ncols=True)
+    return tqdm(
+        total=total, desc=what, unit="B", unit_scale=True, delay=_DELAY, dynamic_ncols=True, disable=None
+    )
 
 
 def encode_texts(

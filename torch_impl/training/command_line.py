@@ -66,12 +66,12 @@ class FolderFlags:
     resume: str = ""
     """Go on with the run in this folder. Its settings hold; only steps, micro-batches and the flags under
     "run options" can be changed. No PRESET beside it."""
-    init_from: str = ""
-    """Begin with the weights, the model and the tokenizer in this folder: a run folder, a checkpoint in one,
-    or a folder in Hugging Face's layout. The preset and the flags say how it is trained."""
     cache: str = "cache"
     """Folder that keeps the encoded text, and the tokenizer learned from it, for later runs; deleting it
     costs only time."""
+    profile: bool = False
+    """Time each operation in a few steps once the run has warmed up: print the ten dearest, and write
+    trace.json.gz into the run folder, for ui.perfetto.dev."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ class Request(NamedTuple):
     init_from: Path | None  # where the first weights of a new run come from, if not from its seed
     cache: Path  # where encoded text is kept
     fit: bool = False  # as many sequences of a batch at a time as memory has room for
+    profile: bool = False  # time the operations of a few steps
 
 
 def parse(arguments: list[str]) -> Request:
@@ -114,8 +115,8 @@ def parse(arguments: list[str]) -> Request:
         start = PRESETS[_preset_for(flags.run.device)]
         flags = _parse_flags(rest, start, preset)
     init_from = None
-    if flags.folder.init_from:
-        init_from = find_checkpoint(Path(flags.folder.init_from))
+    if flags.start.init_from:
+        init_from = find_checkpoint(Path(flags.start.init_from)).absolute()
         start = _initial(start, init_from)
         flags = _parse_flags(rest, start, preset)
         _refuse_another_model(flags, start, init_from)
@@ -131,7 +132,7 @@ def parse(arguments: list[str]) -> Request:
         )
     _check_architecture(config)
     _check_word_vectors(config)
-    return Request(config, out, None, init_from, Path(flags.folder.cache))
+    return Request(config, out, None, init_from, Path(flags.folder.cache), profile=flags.folder.profile)
 
 
 def _resume(arguments: list[str], preset: str | None, folder: Path) -> Request:
@@ -143,9 +144,12 @@ def _resume(arguments: list[str], preset: str | None, folder: Path) -> Request:
     if start.quantisation is not None:
         raise InputError(f"{folder} is quantised, and only generates; resume the run that it was made from")
     flags = _parse_flags(arguments, start, preset)
-    for name in ("out", "init_from"):
-        if getattr(flags.folder, name):
-            raise InputError(f"--resume goes on in {folder}; leave out --{dashed(name)}")
+    for name, given in (
+        ("out", flags.folder.out),
+        ("init-from", flags.start.init_from != start.start.init_from),
+    ):
+        if given:
+            raise InputError(f"--resume goes on in {folder}; leave out --{name}")
     config = RunConfig(
         start.preset,
         ModelConfig(**asdict(flags.model)),
@@ -167,7 +171,7 @@ def _resume(arguments: list[str], preset: str | None, folder: Path) -> Request:
                     f"--{dashed(field.name)} {now}: the run in {folder} has {before}; leave the flag out, "
                     "or start a new run"
                 )
-    return Request(config, None, folder, None, Path(flags.folder.cache))
+    return Request(config, None, folder, None, Path(flags.folder.cache), profile=flags.folder.profile)
 
 
 def _initial(preset: RunConfig, folder: Path) -> RunConfig:
@@ -243,9 +247,12 @@ def _tokenizer(flags: Flags) -> TokenizerSettings:
 
 
 def _start(flags: Flags) -> StartSettings:
-    """What the model begins with, with the whole path of a file."""
-    name = flags.start.word_vectors
-    return StartSettings(str(Path(name).absolute()) if name else "")
+    """What the model begins with, with whole paths."""
+    vectors, weights = flags.start.word_vectors, flags.start.init_from
+    return StartSettings(
+        str(Path(vectors).absolute()) if vectors else "",
+        str(Path(weights).absolute()) if weights else "",
+    )
 
 
 def _check_architecture(config: RunConfig) -> None:

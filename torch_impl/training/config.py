@@ -55,12 +55,15 @@ class RunSettings:
     """Steps between two readings of the loss, for the progress bar; each makes the device wait."""
     sample_tokens: int = 500
     """Length in tokens of the example that the model gives at the end; 0 for none."""
+    looks: int = 5
+    """Evaluations, spread evenly over the run and beside the first, at which TensorBoard gets more than
+    curves: a short sample, attention maps, histograms of parameters and gradients; 0 for none at all."""
 
     def __post_init__(self) -> None:
         for name in ("eval_every", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but must be at least 1")
-        for name in ("eval_tokens", "sample_tokens", "keep_checkpoints", "patience"):
+        for name in ("eval_tokens", "sample_tokens", "keep_checkpoints", "patience", "looks"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but must not be negative")
 
@@ -116,6 +119,9 @@ class StartSettings:
     word_vectors: str = ""
     """File of pretrained vectors in GloVe's text format, as wide as d_model; for the tokenizer words. Words
     that it lacks are counted, and begin at random."""
+    init_from: str = ""
+    """Begin with the weights, the model and the tokenizer in this folder: a run folder, a checkpoint in one,
+    or a folder in Hugging Face's layout. The preset and the flags say how it is trained."""
 
 
 @dataclass(frozen=True)

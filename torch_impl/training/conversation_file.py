@@ -150,7 +150,7 @@ def encode_conversations(
 ) -> tuple[list[Tokens], int]:
     """The conversations as pieces that the context holds, and how many exchanges are too long for it."""
     found, left_out = [], 0
-    with tqdm(conversations, "encoding", unit="conversation", delay=0.5, leave=False) as bar:
+    with tqdm(conversations, "encoding", unit="conversation", delay=0.5, leave=False, disable=None) as bar:
         for conversation in bar:
             # Of a piece the last token is never read, only written.
             some, too_long = pieces(

@@ -6,6 +6,7 @@ Not here: what other processes take.
 """
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -118,6 +119,19 @@ def free_memory_of(device: torch.device) -> int | None:
             return int(lines["MemAvailable"].split()[0]) * 1024
     total = memory_of(device)
     return total and total // 2
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most that this process has held so far, of a GPU's memory or else of the machine's, in bytes; None
+    where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _needs(config: RunConfig, place: Place, ranks: Ranks) -> str:

@@ -53,6 +53,10 @@ class Objective(Protocol):
         """What the model makes of something that it was not trained on."""
         ...
 
+    def passage(self, length: int) -> tuple[Tensor, ...]:
+        """What the model reads of the beginning of the held-out part, so many tokens at most."""
+        ...
+
 
 def load_for(config: RunConfig) -> Corpus:
     """What the run's files hold. Raises InputError where they cannot be used."""
@@ -99,6 +103,9 @@ class _OnText:
             f"{self.train_tokens.numel():,} tokens to train on, {n:,} held out\n"
             f"{self.config.text_tokens:,} different tokens, {self.valid_bytes / n:.2f} bytes of text in each"
         )
+
+    def passage(self, length: int) -> tuple[Tensor, ...]:
+        return (self.valid_tokens[None, : min(length, self.config.context_length)].long(),)
 
 
 @dataclass
@@ -211,6 +218,12 @@ class Translation:
             question = self.tokenizer.decode(self._text(source).tolist())
             lines.append(f"{question} -> {self.tokenizer.decode(written)} ({verdict})")
         return "\n".join(lines)
+
+    def passage(self, length: int) -> tuple[Tensor, ...]:
+        """The first held-out source and its target, without padding."""
+        filling = self.config.padding_token
+        source, target = (side[0][side[0] != filling][None, :length].long() for side in self.valid)
+        return source, torch.ones_like(source, dtype=torch.bool), target[:, : self.config.context_length]
 
     def _text(self, ids: Tensor) -> Tensor:
         return ids[ids < self.config.text_tokens]

@@ -25,14 +25,16 @@ from torch_impl.training.command_line import Request
 from torch_impl.training.config import RunConfig, read_config
 from torch_impl.training.corpus import Corpus, make_tokenizer
 from torch_impl.training.device import Place, choose_place
+from torch_impl.training.events import TensorBoardEvents
 from torch_impl.training.files import InputError, settle_folder
 from torch_impl.training.growth import with_chat_tokens, with_new_rows
+from torch_impl.training.looks import Look
 from torch_impl.training.memory import fitted, refuse_what_cannot_fit
 from torch_impl.training.objectives import Objective, load_for, make_objective
 from torch_impl.training.ranks import Ranks, refuse_uneven
 from torch_impl.training.recompute import recompute_blocks
 from torch_impl.training.spikes import SpikeWatch
-from torch_impl.training.telemetry import MetricsLog, TensorBoardEvents
+from torch_impl.training.telemetry import MetricsLog
 from torch_impl.training.tokenizer import Tokenizer, WordTokenizer
 from torch_impl.training.word_vectors import coverage, place_word_vectors, read_word_vectors
 from torch_impl.transformer import Embedded
@@ -54,6 +56,7 @@ class Run:
     before: float  # seconds spent in the sessions before this one
     metrics: MetricsLog
     events: TensorBoardEvents | None  # of the first process alone
+    seen: Look | None = None  # in this session
     spikes: SpikeWatch = field(default_factory=SpikeWatch)
     pending: list[StepMetrics] = field(default_factory=list)  # steps whose metrics are not read yet
     started: float = field(default_factory=time.perf_counter)  # this session

@@ -6,7 +6,8 @@ best/, then last/. A resumed run goes on from last/ and drops the lines beyond i
 
 import math
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
@@ -19,11 +20,15 @@ from torch_impl.training.command_line import Request
 from torch_impl.training.files import refuse_links, write_file
 from torch_impl.training.keeping import keep, keep_newest
 from torch_impl.training.lock import locked
-from torch_impl.training.memory import accounted
+from torch_impl.training.looks import look, look_is_due
+from torch_impl.training.memory import OutOfMemory, accounted
 from torch_impl.training.prepare import Run, prepare
+from torch_impl.training.progress import ProgressBar
 from torch_impl.training.ranks import joined
+from torch_impl.training.repeating import as_typed
+from torch_impl.training.report import in_short, write_report
 from torch_impl.training.stopping import Diverged, StopRequest, stop_requests
-from torch_impl.training.telemetry import draw_losses, in_words
+from torch_impl.training.telemetry import in_words
 
 
 def train(request: Request) -> int:
@@ -39,40 +44,50 @@ def train(request: Request) -> int:
             held.callback(run.events.close)
             if not request.resume:
                 held.enter_context(locked(run.folder))
-        with stop_requests() as stop, accounted(run.config, run.place, ranks):
-            _train(run, stop)
-        if ranks.first:
-            draw_losses(
-                run.folder / "losses.png", run.metrics.rows(), run.config.model.vocab_size, str(run.folder)
-            )
-        if stop.signal is not None and run.progress.step < run.config.training.steps:
-            print(f"stopped after step {run.progress.step}; to go on: {how_to_resume(run.folder)}")
+        try:
+            with stop_requests() as stop, accounted(run.config, run.place, ranks):
+                early = _train(run, stop, request.profile)
+        except (Diverged, OutOfMemory) as error:
+            if ranks.first:
+                kind = "diverged" if isinstance(error, Diverged) else "out of memory"
+                with suppress(OSError):  # what is told already is worse
+                    write_report(run, kind, str(error))
+            raise
+        step, steps = run.progress.step, run.config.training.steps
+        if stop.signal is not None and step < steps:
+            told = f"stopped after step {step}; to go on: {how_to_resume(run.folder)}"
+            _report(run, "stopped", told)
+            print(told)
             return stop.exit_code
-        _write_sample(run)
+        sample = _write_sample(run)
+        told = f"stopped early, after step {step} of {steps}" if early else f"finished after step {step}"
+        _report(run, "stopped early" if early else "finished", told + _how_to_talk(run), sample)
         print("finished" + _how_to_talk(run))
         return 0
 
 
 def how_to_resume(folder: Path) -> str:
     """The command that goes on with a run."""
-    return f"python train_gpu.py --resume {_quoted(folder)}"
+    return as_typed(["python", "train_gpu.py", "--resume", str(folder)])
 
 
 def _how_to_talk(run: Run) -> str:
     if run.config.model.architecture == "encoder":
         return ""
-    command = f"python -m torch_impl.generate --model {_quoted(run.folder)} --prompt TEXT"
-    if run.config.run.content == "conversations":
-        command = f"python -m torch_impl.chat --model {_quoted(run.folder)}"
-    return f"; talk to it: {command}"
+    module = "generate" if run.config.run.content == "text" else "chat"
+    command = as_typed(["python", "-m", f"torch_impl.{module}", "--model", str(run.folder)])
+    return f"; talk to it: {command}" + " --prompt TEXT" * (module == "generate")
 
 
-def _quoted(folder: Path) -> str:
-    return f'"{folder}"' if " " in str(folder) else str(folder)
+def _report(run: Run, ended: str, told: str, sample: str | None = None) -> None:
+    """Write the report, and say the most important of it."""
+    if run.state.ranks.first:
+        found = write_report(run, ended, told, sample)
+        print(f"{in_short(found)}\nreport: {run.folder / 'report.html'}")
 
 
-def _train(run: Run, stop: StopRequest) -> None:
-    """All steps that are left, with their evaluations and checkpoints.
+def _train(run: Run, stop: StopRequest, profile: bool) -> bool:
+    """All steps that are left, with their evaluations and checkpoints; whether patience ended them.
 
     The device is read every log_every steps and where something is written; between, the host runs ahead.
     """
@@ -84,9 +99,12 @@ def _train(run: Run, stop: StopRequest) -> None:
         keep_newest(run.folder, progress.step, settings.keep_checkpoints)
     tokens_per_step = config.batch_size * run.objective.tokens_per_sequence
     training_seconds, steps_before = 0.0, progress.step  # since the last evaluation
+    steps = train_steps(run.state, run.objective.sample, config)
+    if profile and run.state.ranks.first:
+        steps = _profiled(run, steps)
     mark = time.perf_counter()
-    with tqdm(total=config.steps, initial=progress.step, unit="step", dynamic_ncols=True) as bar:
-        for metrics in train_steps(run.state, run.objective.sample, config):
+    with ProgressBar(config.steps, progress.step) as bar:
+        for metrics in steps:
             run.pending.append(metrics)
             step, done = run.state.step, run.state.step == config.steps
             stop.agree(run.state.ranks.largest)
@@ -98,8 +116,7 @@ def _train(run: Run, stop: StopRequest) -> None:
             loss = _read_pending(run)
             training_seconds += time.perf_counter() - mark
             speed = (step - steps_before) * tokens_per_step / training_seconds
-            bar.update(step - bar.n)
-            bar.set_postfix_str(f"loss {loss:.3f}, {speed:,.0f} tokens/s")
+            bar.show(step, loss, speed)
             if evaluating:
                 _evaluate(run, metrics, speed)
                 training_seconds, steps_before = 0.0, step
@@ -110,8 +127,20 @@ def _train(run: Run, stop: StopRequest) -> None:
             if weary:
                 tqdm.write(f"no evaluation was better than that of step {progress.best_step}: stopped early")
             if weary or stop.signal is not None:
-                break
+                return weary
             mark = time.perf_counter()
+    return False
+
+
+def _profiled(run: Run, steps: Iterator[StepMetrics]) -> Iterator[StepMetrics]:
+    """The steps that are left, of which a few are watched."""
+    from torch_impl.training.profiling import profiled, steps_to_watch
+
+    done, settings = run.progress.step, run.config.run
+    watched = steps_to_watch(
+        done, run.config.training.steps, (settings.eval_every, settings.checkpoint_every)
+    )
+    return profiled(steps, watched.start - 1 - done, len(watched), run.folder, run.place.device)
 
 
 def _read_pending(run: Run) -> float:
@@ -192,6 +221,8 @@ def _evaluate(run: Run, metrics: StepMetrics | None, tokens_per_second: float | 
     if progress.best_val_loss is None or loss < progress.best_val_loss:
         progress.best_step, progress.best_val_loss = progress.step, loss
         _save(run, "best")
+    if look_is_due(progress.step, config.training.steps, config.run):
+        run.seen = look(run.state, run.tokenizer, run.objective, config.run, run.events)
 
 
 def _save(run: Run, name: str) -> None:
@@ -206,12 +237,13 @@ def _save(run: Run, name: str) -> None:
         keep_newest(run.folder, run.progress.step, run.config.run.keep_checkpoints)
 
 
-def _write_sample(run: Run) -> None:
+def _write_sample(run: Run) -> str | None:
     """Print an example of what the model has learned, and keep it in sample.txt."""
     length = run.config.run.sample_tokens
     if not length:
-        return
+        return None
     example = run.objective.example(run.state.model, length)
     if run.state.ranks.first:
         write_file(run.folder / "sample.txt", example.encode("utf-8"))
     print(f"\n{example}\n")
+    return example

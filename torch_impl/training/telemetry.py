@@ -1,21 +1,13 @@
-"""What a run tells of itself: metrics.jsonl, TensorBoard events, and a picture of the losses.
-
-All is written at once and in the calling thread, so that a full disk shows where it happens.
-"""
+"""What a run tells of itself: metrics.jsonl, and a picture of the losses."""
 
 import io
 import json
 import math
 import os
-import time
 from pathlib import Path
-from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.record_writer import RecordWriter
 
 from torch_impl.training.files import InputError, write_file
 
@@ -83,33 +75,6 @@ class MetricsLog:
         write_file(self.path, "".join(kept).encode("ascii"))
 
 
-class TensorBoardEvents:
-    """An event file, as TensorBoard reads it. A resumed run adds one, which purges what follows its step."""
-
-    def __init__(self, folder: Path, step: int) -> None:
-        folder.mkdir(exist_ok=True)
-        self.file = (folder / f"events.out.tfevents.{time.time_ns():020d}").open("xb")
-        self.records = RecordWriter(self.file)
-        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        if step:
-            session = SessionLog(status=SessionLog.START)
-            self._write(Event(wall_time=time.time(), step=step + 1, session_log=session))
-
-    def _write(self, event: Any) -> None:
-        self.records.write(event.SerializeToString())
-        self.file.flush()
-
-    def scalars(self, step: int, values: Row) -> None:
-        """One point on each named curve that has a value."""
-        points = [
-            Summary.Value(tag=name, simple_value=value) for name, value in values.items() if value is not None
-        ]
-        self._write(Event(wall_time=time.time(), step=step, summary=Summary(value=points)))
-
-    def close(self) -> None:
-        self.file.close()
-
-
 def draw_losses(path: Path, rows: list[Row], vocab_size: int, title: str) -> None:
     """A PNG of the training and held-out losses over the steps, from ln V, the loss of knowing nothing."""
     figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
@@ -125,7 +90,8 @@ def draw_losses(path: Path, rows: list[Row], vocab_size: int, title: str) -> Non
     )
     nothing = math.log(vocab_size)
     axes.axhline(nothing, linestyle=":", color="grey", label=f"ln V = {nothing:.3f}")
-    axes.set(title=title, xlabel="step", ylabel="loss, nats per token")
+    axes.set(xlabel="step", ylabel="loss, nats per token")
+    axes.set_title(title, parse_math=False)
     axes.grid(alpha=0.3)
     axes.legend()
     picture = io.BytesIO()
