@@ -1,4 +1,7 @@
-"""Train a language model on text: `python train_gpu.py [PRESET] [--flags]`. See --help."""
+"""Train a language model on text: `python train_gpu.py [PRESET] [--flags]`. See --help.
+
+`python train_gpu.py sweep [PRESET] --vary NAME=VALUE,VALUE [--flags]` trains several and compares them.
+"""
 
 import errno
 import os
@@ -15,6 +18,8 @@ def main(arguments: list[str]) -> int:
     """Carry out a command line. The exit code is 0, 1 for a run that failed, 2 for a request that cannot be
     met, and 128 + the signal for a run that was stopped; a failure is one line on stderr."""
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character still shows the rest
+    if arguments[:1] == ["sweep"]:
+        return _sweep(arguments[1:])
     try:
         request = parse(arguments)
     except (InputError, ConfigError) as error:
@@ -37,6 +42,19 @@ def main(arguments: list[str]) -> int:
         if message is None:
             raise
         return _fail(message, 1)
+
+
+def _sweep(arguments: list[str]) -> int:
+    from torch_impl.training.sweep import sweep
+
+    try:
+        return sweep(arguments)
+    except (InputError, ConfigError) as error:
+        return _fail(str(error), 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except OSError as error:
+        return _fail(f"{error.filename or 'the folder of the sweep'}: {error.strerror}", 1)
 
 
 def _explain(error: Exception, request: Request) -> str | None:

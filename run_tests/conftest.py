@@ -15,7 +15,7 @@ import train_gpu
 # A run of twelve steps that evaluates, saves and reads at steps of their own.
 SMALL = """cpu --device cpu --tokenizer bytes
     --context-length 8 --n-layer 1 --n-head 2 --d-model 16 --batch-size 4 --steps 12
-    --eval-every 4 --checkpoint-every 5 --log-every 3 --sample-tokens 5 --dropout 0.1"""
+    --eval-every 4 --checkpoint-every 5 --log-every 3 --sample-tokens 5 --dropout 0.1 --looks 0"""
 
 
 class Outcome(NamedTuple):

@@ -70,6 +70,8 @@ def test_the_run_folder_is_complete(run):
         "lock.json",
         "losses.png",
         "metrics.jsonl",
+        "report.html",
+        "report.json",
         "sample.txt",
         "tensorboard",
     ]

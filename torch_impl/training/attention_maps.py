@@ -4,11 +4,13 @@ import io
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -18,8 +20,7 @@ from torch import Tensor
 
 from torch_impl.attention import attention
 from torch_impl.cross_attention import CrossAttention
-from torch_impl.flash_attention import flash_attention
-from torch_impl.multi_head_attention import MultiHeadAttention, split_heads
+from torch_impl.multi_head_attention import Attend, MultiHeadAttention, split_heads
 from torch_impl.training.terminal import visible
 from torch_impl.training.tokenizer import Tokenizer
 from torch_impl.transformer import Embedded
@@ -65,27 +66,15 @@ def attention_maps(model: Embedded, tokenizer: Tokenizer, passage: tuple[Tensor,
 
 @contextmanager
 def _watched(model: Embedded) -> Iterator[list[tuple[str, Float[Array, "H T S"]]]]:
-    """Within the block, the modules that attend tell their weights.
-
-    Whoever attends to the rows of an identity matrix instead of values gets the weights themselves. This
-    is done beside, in float32 on the CPU, where each pattern has a path that takes values of any width.
-    """
+    """Within the block, the modules that attend tell their weights, beside what they do anyway."""
     found: list[tuple[str, Float[Array, "H T S"]]] = []
-
-    def weights_of(attend: Callable[..., Tensor], q: Tensor, k: Tensor, **pattern: Any) -> Array:
-        q, k = q.float().cpu(), k.float().cpu()
-        values = torch.eye(k.shape[2]).expand(*k.shape[:2], -1, -1)
-        return attend(q, k, values, **pattern)[0].numpy()
 
     def watch_itself(name: str) -> Callable[..., tuple]:
         def look(module: MultiHeadAttention, arguments: tuple) -> tuple:
             x, attend, *rest = arguments
-            pattern = attend.keywords["pattern"]
-            tensors = {part: v.cpu() for part, v in pattern._asdict().items() if isinstance(v, Tensor)}
 
             def seen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                weights = weights_of(flash_attention, q, k, pattern=pattern._replace(**tensors))
-                found.append((name, weights))
+                found.append((name, _weights(attend, q, k)))
                 return attend(q, k, v)
 
             return (x, seen, *rest)
@@ -97,7 +86,7 @@ def _watched(model: Embedded) -> Iterator[list[tuple[str, Float[Array, "H T S"]]
             x, memory, mask = arguments
             keys, _ = module.kv(memory).chunk(2, dim=-1)
             q, k = (split_heads(part, module.n_head) for part in (module.q(x), keys))
-            found.append((name, weights_of(attention, q, k, mask=mask.cpu())))
+            found.append((name, _weights(partial(attention, mask=mask), q, k)))
 
         return look
 
@@ -108,6 +97,19 @@ def _watched(model: Embedded) -> Iterator[list[tuple[str, Float[Array, "H T S"]]
             elif isinstance(module, CrossAttention):
                 hooks.callback(module.register_forward_pre_hook(watch_across(name)).remove)
         yield found
+
+
+def _weights(attend: Attend, q: Float[Tensor, "1 H T D"], k: Float[Tensor, "1 K S D"]) -> Array:
+    """Whoever attends to the rows of an identity matrix, instead of values, gets the weights themselves.
+
+    Its columns come D at a time, as wide as values are.
+    """
+    S, D = k.shape[2:]
+    identity = F.pad(torch.eye(S, dtype=k.dtype, device=k.device), (0, -S % D))
+    parts = [
+        attend(q, k, part.expand(*k.shape[:2], -1, -1).contiguous()) for part in identity.split(D, dim=1)
+    ]
+    return torch.cat(parts, dim=-1)[0, :, :, :S].float().cpu().numpy()
 
 
 def _labels(ids: list[int], tokenizer: Tokenizer) -> list[str]:

@@ -326,5 +326,6 @@ def _parse_flags(arguments: list[str], start: RunConfig, preset: str | None) -> 
     description = (
         f"Train a language model on text. Presets: {', '.join(PRESETS)}. Without one: gpu with CUDA, mps on "
         f"Apple's GPUs, else cpu. The defaults below are those of {start.preset}; PRESET --help shows others."
+        " To compare runs with several values of a flag: train_gpu.py sweep --help."
     )
     return parse_flags(default, arguments, f"train_gpu.py {preset or '[PRESET]'}", description)

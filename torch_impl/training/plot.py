@@ -104,7 +104,8 @@ def draw(curves: list[Curve], x: str, y: str, log: bool) -> Figure:
     if log:
         axes.set(xscale="log", yscale="log")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize="small")
+    for label in axes.legend(fontsize="small").get_texts():
+        label.set_parse_math(False)  # a name may have dollars
     return figure
 
 
@@ -126,6 +127,11 @@ def table(curves: list[Curve]) -> str:
                 f"{last.get('seconds') or 0:,.0f}",
             )
         )
+    return in_columns(lines)
+
+
+def in_columns(lines: list[tuple[str, ...]]) -> str:
+    """Cells below each other: the first column begins, the others end together."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) if not i else cell.rjust(width) for i, (cell, width) in enumerate(cells))

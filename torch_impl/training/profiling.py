@@ -6,6 +6,7 @@ torch.profiler slows the steps that it watches, and none of the others.
 """
 
 import gzip
+import os
 import re
 from collections.abc import Iterator
 from itertools import islice
@@ -21,6 +22,8 @@ from tqdm import tqdm
 
 from torch_impl.train import StepMetrics
 from torch_impl.training.files import write_file
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it reports its own start and end on stderr
 
 _WARM_UP = 10  # steps: the first ones compile, and fetch memory
 _WATCHED = 5  # steps at most

@@ -1,0 +1,131 @@
+"""A sweep: one run for each combination of some settings and for each seed, one after another.
+
+    python train_gpu.py sweep PRESET --vary learning_rate=1e-4,3e-4,1e-3 --vary n_layer=2,4 --seeds 3
+
+Each run is a process of its own, with a run folder of its own below the sweep's, so that one that fails is a
+row of the table and not the end. Beside them stand table.md, results.json and curves.png, as they are after
+each run. Nothing here imports torch.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+from torch_impl.training.config import RunConfig, read_config
+from torch_impl.training.files import InputError, whole_folder
+from torch_impl.training.lock import locked
+from torch_impl.training.sweep_plan import Plan, Trial, make_plan
+from torch_impl.training.sweep_results import FINAL, ending, tell
+from torch_impl.training.terminal import interrupt_only_noted
+
+_STOPPED = {130, 143, -signal.SIGINT, -signal.SIGTERM}  # exit codes of a run that somebody stopped
+_OWN_FILES = {"lock", "lock.json", "results.json", "table.md", "curves.png"}
+
+
+def sweep(arguments: list[str]) -> int:
+    """Carry out a sweep; the exit code: 0, 1 where no run came to its end, or that of a run that was stopped.
+
+    Raises InputError or ConfigError for a mistake in any of the runs, before the first one.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("a sweep starts its runs by itself, each in one process; start it without torchrun")
+    plan = make_plan(arguments)
+    _check_folder(plan)
+    try:
+        plan.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot create the folder {plan.folder}: {error.strerror}") from error
+    with locked(plan.folder):
+        return _run_all(plan)
+
+
+def _check_folder(plan: Plan) -> None:
+    """Raises InputError for a folder of something else, or of a sweep with other settings."""
+    if not plan.folder.exists():
+        return
+    names = {path.name for path in plan.folder.iterdir()} if plan.folder.is_dir() else {"a file"}
+    if names and "results.json" not in names and not names <= _OWN_FILES:
+        raise InputError(f"{plan.folder} exists, and is no sweep; name another --out")
+    for trial in plan.trials:
+        if _has_checkpoint(plan.folder / trial.name):
+            _check_same(trial, read_config(plan.folder / trial.name / "last"), plan.folder / trial.name)
+
+
+def _check_same(trial: Trial, found: RunConfig, folder: Path) -> None:
+    """Raises InputError where a run that is there already has other settings than it would get now."""
+    wanted = trial.request.config
+    model = replace(wanted.model, vocab_size=found.model.vocab_size)  # which the tokenizer decides
+    training = wanted.training
+    if trial.request.fit:  # and these, the memory
+        training = replace(training, micro_batches=found.training.micro_batches)
+    wanted = replace(wanted, model=model, training=training)
+    for part in ("model", "training", "tokenizer", "start"):
+        old, new = getattr(found, part), getattr(wanted, part)
+        for field in fields(old):
+            has, asked = getattr(old, field.name), getattr(new, field.name)
+            if has != asked:
+                raise InputError(
+                    f"{folder} has {field.name} {has}, and this sweep {asked}; name another --out"
+                )
+    for name in ("train_file", "valid_file", "content"):
+        if getattr(found.run, name) != getattr(wanted.run, name):
+            raise InputError(f"{folder} has another {name}; name another --out")
+
+
+def _has_checkpoint(run: Path) -> bool:
+    return (whole_folder(run / "last") / "training.json").is_file()
+
+
+def _run_all(plan: Plan) -> int:
+    failed: dict[str, str] = {}
+    table = tell(plan, failed)
+    for number, trial in enumerate(plan.trials, 1):
+        folder = plan.folder / trial.name
+        if (ending(folder) or {}).get("ended") in FINAL:
+            continue
+        print(f"\nrun {number} of {len(plan.trials)}: {trial.name}", flush=True)
+        with interrupt_only_noted() as interrupt:  # the run hears it as well, saves and leaves
+            code = launch(_arguments(trial, folder))
+        if interrupt.pressed or code in _STOPPED:
+            print(f"{tell(plan, failed)}\nstopped; to go on: {plan.command}")
+            return code if code > 0 else 128 - code
+        if code and (ending(folder) or {}).get("ended") not in FINAL:
+            failed[trial.name] = _why(code, folder)
+        table = tell(plan, failed)
+        if number < len(plan.trials):
+            print(table, flush=True)
+    print(f"{table}\n{plan.folder / 'table.md'}")
+    ended = [(ending(plan.folder / trial.name) or {}).get("ended") for trial in plan.trials]
+    return 0 if any(end in FINAL[:2] for end in ended) else 1
+
+
+def _arguments(trial: Trial, folder: Path) -> list[str]:
+    """What begins a run, or goes on with it."""
+    if _has_checkpoint(folder):
+        return ["--resume", str(folder), "--cache", str(trial.request.cache)]
+    if folder.is_dir() and not folder.is_symlink():
+        shutil.rmtree(folder)  # of a run that was killed before it had anything to save
+    return [*trial.arguments, "--out", str(folder)]
+
+
+def _why(code: int, folder: Path) -> str:
+    """What became of a run that failed."""
+    told = ending(folder)
+    if told is not None and told["ended"] == "out of memory":
+        return "out of memory"
+    return f"killed by signal {-code}" if code < 0 else f"failed, exit code {code}"
+
+
+def launch(arguments: list[str]) -> int:
+    """Run train_gpu.py and wait for it; its exit code, or a signal's number below 0. SIGTERM is passed on."""
+    program = Path(__file__).parents[2] / "train_gpu.py"
+    process = subprocess.Popen([sys.executable, str(program), *arguments])
+    before = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
+    try:
+        return process.wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
