@@ -55,7 +55,8 @@ class ProgressBar:
     def _draw(self, step: int, loss: float, tokens_per_second: float) -> None:
         columns = _columns()
         least = next(least for least in _FORMATS if columns >= least)
-        self.bar.ncols, self.bar.bar_format = columns, _FORMATS[least]
+        self.bar.ncols = columns - 1  # some terminals begin a new line after the last column
+        self.bar.bar_format = _FORMATS[least]
         speed = f", {tokens_per_second:,.0f} tokens/s" if least == max(_FORMATS) else ""
         self.bar.set_postfix_str(f"loss {loss:.3f}{speed}", refresh=False)
         self.bar.update(step - self.bar.n)
