@@ -115,7 +115,9 @@ def test_no_head_of_a_decoder_sees_what_comes_later(changes):
 
 def test_heads_without_a_preference_look_at_all_alike():
     for found in maps_of({}, 9, still=True):
-        assert found.weights == pytest.approx(np.broadcast_to(np.tri(9) / np.arange(1, 10)[:, None], (4, 9, 9)))
+        assert found.weights == pytest.approx(
+            np.broadcast_to(np.tri(9) / np.arange(1, 10)[:, None], (4, 9, 9))
+        )
     for found in maps_of({"architecture": "encoder"}, 9, still=True):
         assert found.weights == pytest.approx(np.full((4, 9, 9), 1 / 9))
 

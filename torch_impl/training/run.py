@@ -100,7 +100,7 @@ def _train(run: Run, stop: StopRequest, profile: bool) -> bool:
     tokens_per_step = config.batch_size * run.objective.tokens_per_sequence
     training_seconds, steps_before = 0.0, progress.step  # since the last evaluation
     steps = train_steps(run.state, run.objective.sample, config)
-    if profile and run.state.ranks.first:
+    if profile and run.state.ranks.first and progress.step < config.steps:
         steps = _profiled(run, steps)
     mark = time.perf_counter()
     with ProgressBar(config.steps, progress.step) as bar:

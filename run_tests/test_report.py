@@ -1,0 +1,172 @@
+"""The report at the end of a run, and the command that repeats it."""
+
+import base64
+import errno
+import json
+import os
+import re
+import shlex
+import signal
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from run_tests.conftest import SMALL, metrics
+from torch_impl.training import run as run_module
+from torch_impl.training.command_line import parse
+from torch_impl.training.config import read_config
+from torch_impl.training.presets import PRESETS
+from torch_impl.training.repeating import arguments_of, as_typed
+
+
+class Page(HTMLParser):
+    """The tags of a page, its pictures, and what can be read on it."""
+
+    def __init__(self, run: str) -> None:
+        super().__init__()
+        self.tags, self.pictures, self.text = [], [], ""
+        self.feed(Path(run, "report.html").read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        if tag == "img":
+            self.pictures.append(
+                base64.b64decode(dict(attributes)["src"].removeprefix("data:image/png;base64,"))
+            )
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def report_of(run: str) -> dict:
+    return json.loads(Path(run, "report.json").read_bytes())
+
+
+def test_a_finished_run_ends_with_its_figures_and_pictures(small_run):
+    outcome = small_run("--out", "run", "--looks", 1)
+    assert outcome.code == 0
+    found, rows, page = report_of("run"), metrics(Path("run")), Page("run")
+    best = min(rows, key=lambda row: row["val_loss"])
+    assert (found["ended"], found["step"], found["steps"]) == ("finished", 12, 12)
+    assert (found["best_val_loss"], found["best_step"]) == (best["val_loss"], best["step"])
+    assert found["last_train_loss"] == rows[-1]["train_loss"]
+    assert found["tokens"] == rows[-1]["tokens"] == 12 * 4 * 8
+    assert len(page.pictures) == 2 and all(png.startswith(b"\x89PNG") for png in page.pictures)
+    assert page.pictures[0] == Path("run/losses.png").read_bytes()
+    best_told = f"{best['val_loss']:.4f} nats per token, {best['bits_per_byte']:.4f} bits per byte"
+    for shown in (f"{found['parameters']:,}", best_told, found["command"], found["text"], "PyTorch"):
+        assert shown in page.text
+    assert best_told in outcome.out and f"report: {Path('run/report.html')}" in outcome.out
+
+
+def test_what_a_model_writes_is_no_part_of_the_page(cli):
+    Path("tags.txt").write_text("<script>alert('&amp;')</script>" * 40, encoding="utf-8")
+    flags = ("--train-file", "tags.txt", "--out", "<b>", "--steps", 40, "--sample-tokens", 60, "--looks", 1)
+    assert cli(*SMALL.split(), *flags, "--learning-rate", 0.03, "--dropout", 0).code == 0
+    page = Page("<b>")
+    assert "<scr" in Path("<b>/sample.txt").read_text(encoding="utf-8") and "<scr" in page.text
+    assert not {"script", "b"} & set(page.tags)
+
+
+@pytest.fixture
+def disturbed(monkeypatch):
+    """Something happens after a step."""
+    train_steps = run_module.train_steps
+
+    def arrange(at: int, happens) -> None:
+        def steps(state, sample, config):
+            for step_metrics in train_steps(state, sample, config):
+                yield happens(step_metrics) if state.step == at else step_metrics
+
+        monkeypatch.setattr(run_module, "train_steps", steps)
+
+    return arrange
+
+
+def test_a_run_that_was_stopped_reports_how_to_go_on(small_run, disturbed):
+    def stop(step_metrics):
+        signal.raise_signal(signal.SIGINT)
+        return step_metrics
+
+    disturbed(7, stop)
+    outcome = small_run("--out", "my run", "--looks", 3)
+    assert outcome.code == 130
+    how = "python train_gpu.py --resume " + as_typed(["my run"])
+    assert report_of("my run")["ended"] == "stopped" and report_of("my run")["step"] == 7
+    assert how in Page("my run").text and outcome.out.rstrip().endswith(how)
+    assert "A sample, of step 4" in Page("my run").text
+
+
+def test_a_run_that_diverged_or_gave_up_says_so_in_its_report(small_run, disturbed):
+    rough = ("--learning-rate", 3, "--warmup-steps", 0, "--steps", 40)
+    assert small_run("--out", "weary", "--patience", 2, *rough).code == 0
+    assert report_of("weary")["ended"] == "stopped early" and report_of("weary")["step"] < 40
+    disturbed(7, lambda metrics: metrics._replace(loss=metrics.loss * float("nan")))
+    outcome = small_run("--out", "run")
+    assert report_of("run")["ended"] == "diverged" and outcome.error == report_of("run")["told"]
+    assert "step 7: the loss is nan" in Page("run").text
+
+
+def test_a_disk_that_is_full_at_the_end_is_told_and_the_report_comes_later(small_run, cli, on_file_operation):
+    def full(event, path):
+        if path.name == "report.html.new":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    on_file_operation(full)
+    assert "the disk is full, writing run" in small_run("--out", "run").error
+    on_file_operation(None)
+    assert not list(Path("run").glob("*.new"))
+    assert cli("--resume", "run").code == 0
+    assert report_of("run")["ended"] == "finished" and "img" in Page("run").tags
+
+
+FLAGS = {
+    "--steps": st.integers(1000, 5000),
+    "--learning-rate": st.floats(1e-3, 1e-1),
+    "--weight-decay": st.floats(0, 1),
+    "--eval-every": st.integers(1, 500),
+    "--positions": st.sampled_from(["learned", "rope", "alibi"]),
+    "--seed": st.integers(0, 10),
+    "--dropout": st.floats(0, 0.5),
+    "--tokenizer": st.sampled_from(["bpe", "bytes"]),
+    "--train-file": st.text(
+        st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1
+    ).filter(lambda name: name not in (".", "..") and not name.startswith("-")),
+}
+SWITCHES = ["--qk-norm", "--no-tied-embeddings", "--checkpoint-activations"]
+
+
+@settings(max_examples=25)
+@given(
+    st.sampled_from([preset for preset in PRESETS if preset != "gpt2-124m"]),
+    st.fixed_dictionaries({}, optional=FLAGS),
+    st.sets(st.sampled_from(SWITCHES)),
+)
+def test_the_command_of_a_config_gives_that_config(preset, flags, switches):
+    if PRESETS[preset].run.content == "conversations" or PRESETS[preset].model.architecture != "decoder":
+        flags.pop("--tokenizer", None)
+    given_ = [preset, *switches, *(part for flag, value in flags.items() for part in (flag, str(value)))]
+    config = parse(given_).config
+    arguments = arguments_of(config)
+    assert parse(arguments).config == config
+    if os.name != "nt":
+        assert shlex.split(as_typed(arguments)) == arguments
+
+
+def test_the_command_of_a_run_that_began_with_weights_repeats_it(small_run, cli, text):
+    small_run("--out", "run", "--special-tokens", "--tokenizer", "bpe", "--vocab-size", 260)
+    flags = ("--init-from", "run", "--train-file", text, "--steps", 4, "--looks", 0, "--sample-tokens", 0)
+    assert cli("cpu", "--device", "cpu", "--out", "tuned", *flags).code == 0
+    command = report_of("tuned")["command"]
+    assert command.startswith("python train_gpu.py cpu ")
+    arguments = shlex.split(command)[2:]
+    assert cli(*arguments, "--out", "again").code == 0
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        first, second = (Path(run, "last", name).read_bytes() for run in ("tuned", "again"))
+        assert first == second
+    config = read_config(Path("again/last"))
+    assert config == read_config(Path("tuned/last"))
+    assert re.search(r"--init-from \S*run ", command)
