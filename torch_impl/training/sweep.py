@@ -29,7 +29,7 @@ _OWN_FILES = {"lock", "lock.json", "results.json", "table.md", "curves.png"}
 def sweep(arguments: list[str]) -> int:
     """Carry out a sweep; the exit code: 0, 1 where no run came to its end, or that of a run that was stopped.
 
-    Raises InputError or ConfigError for a mistake in any of the runs, before the first one.
+    Raises InputError for a mistake in any of the runs, before the first one.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("a sweep starts its runs by itself, each in one process; start it without torchrun")

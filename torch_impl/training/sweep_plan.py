@@ -60,7 +60,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def make_plan(arguments: list[str]) -> Plan:
-    """Raises InputError or ConfigError on a mistake, in any of the runs; exits after --help."""
+    """Raises InputError on a mistake, in any of the runs; exits after --help."""
     parser = _Parser(
         "train_gpu.py sweep",
         usage="train_gpu.py sweep [PRESET] --vary NAME=VALUE,VALUE... [--seeds N] [--out FOLDER] [FLAGS]",
@@ -79,9 +79,6 @@ def make_plan(arguments: list[str]) -> Plan:
     parser.add_argument("--seeds", type=int, default=1, help="runs of each combination, from --seed on (1)")
     parser.add_argument("--out", default="", help="folder of the sweep (runs/sweep-DATE-TIME)")
     own, rest = parser.parse_known_args(arguments)
-    base = parse(rest)  # what is wrong with all runs is told by itself
-    if base.resume:
-        raise InputError("a sweep goes on with the same command and its --out; leave out --resume")
     varied = dict(map(_values, own.vary))
     if len(varied) < len(own.vary):
         raise InputError("--vary names a setting twice; give all its values at once")
@@ -92,11 +89,10 @@ def make_plan(arguments: list[str]) -> Plan:
     if "seed" in varied and own.seeds > 1:
         raise InputError("--vary seed and --seeds both name seeds; leave one of them out")
     folder = Path(own.out or f"runs/sweep-{time.strftime('%Y%m%d-%H%M%S')}")
-    first = base.config.training.seed
     trials = [
-        _trial(rest, dict(zip(varied, values, strict=True)), seed)
+        _trial(rest, dict(zip(varied, values, strict=True)), number)
         for values in itertools.product(*varied.values())
-        for seed in (range(first, first + own.seeds) if "seed" not in varied else [None])
+        for number in range(own.seeds)
     ]
     if len({trial.name.casefold() for trial in trials}) < len(trials):
         raise InputError("two values differ in characters alone that no folder can be named by; rename them")
@@ -120,17 +116,20 @@ def _values(vary: str) -> tuple[str, list[str]]:
     return name, values
 
 
-def _trial(base: list[str], settings: dict[str, str], seed: int | None) -> Trial:
-    """Raises InputError, naming the combination, for one that cannot be trained."""
+def _trial(base: list[str], settings: dict[str, str], number: int) -> Trial:
+    """A run with the settings and the seed of that number. Raises InputError where it cannot be trained."""
     typed = {name.replace("-", "_"): value for name, value in settings.items()}
     arguments = [*base, *(_flag(*setting) for setting in settings.items())]
-    if seed is not None:
-        arguments.append(f"--seed={seed}")
-    try:
-        request = parse(arguments)
-    except (InputError, ConfigError) as error:
+    request, mistake = _parsed(arguments)
+    if request is None:
         shown = " ".join(f"{name}={value}" for name, value in typed.items())
-        raise InputError(f"--vary {shown}: {error}") from error
+        to_blame = "" if _parsed(base)[1] == mistake else f"--vary {shown}: "
+        raise InputError(to_blame + mistake)
+    if request.resume:
+        raise InputError("a sweep goes on with the same command and its --out; leave out --resume")
+    if "seed" not in settings:
+        arguments.append(f"--seed={request.config.training.seed + number}")
+        request = parse(arguments)
     for file in (request.config.run.train_file, request.config.run.valid_file):
         if file and not Path(file).is_file():
             raise InputError(f"cannot read {file}: no such file")
@@ -140,6 +139,14 @@ def _trial(base: list[str], settings: dict[str, str], seed: int | None) -> Trial
     if len(name) > _LONGEST:
         name = f"{name[: _LONGEST - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return Trial(name, typed, seed, arguments, request)
+
+
+def _parsed(arguments: list[str]) -> tuple[Request | None, str]:
+    """What the arguments ask for, or what is wrong with them."""
+    try:
+        return parse(arguments), ""
+    except (InputError, ConfigError) as error:
+        return None, str(error)
 
 
 def _flag(name: str, value: str) -> str:

@@ -1,0 +1,175 @@
+"""Sweeps: a run for each combination, a table, and what happens when something goes wrong in between."""
+
+import json
+import signal
+from pathlib import Path
+from statistics import mean, stdev
+
+import pytest
+
+import train_gpu
+from run_tests.conftest import SMALL, metrics
+from torch_impl.training import run as run_module
+from torch_impl.training import sweep as sweep_module
+from torch_impl.training.sweep import launch
+from torch_impl.training.sweep_plan import make_plan
+
+GRID = ("--vary", "learning_rate=1e-3,1e-2", "--vary", "n_head=1,2")
+
+
+@pytest.fixture
+def launched(monkeypatch) -> list[list[str]]:
+    """The runs that were started; in this process, which is quicker."""
+    started = []
+
+    def here(arguments: list[str]) -> int:
+        started.append(arguments)
+        return train_gpu.main(arguments)
+
+    monkeypatch.setattr(sweep_module, "launch", here)
+    return started
+
+
+@pytest.fixture
+def sweep(cli, text, launched):
+    return lambda *flags: cli("sweep", *SMALL.split(), "--train-file", text, "--sample-tokens", 0, *flags)
+
+
+def results(folder: str) -> list[dict]:
+    return json.loads(Path(folder, "results.json").read_bytes())["combinations"]
+
+
+def test_a_grid_with_seeds_becomes_a_table_best_first(sweep, launched):
+    outcome = sweep("--vary", "learning_rate=1e-3,1e-2", "--seeds", 2, "--out", "swept", "--seed", 5)
+    assert outcome.code == 0 and len(launched) == 4
+    assert {path.name for path in Path("swept").iterdir() if path.is_dir()} == {
+        f"learning_rate={rate},seed={seed}" for rate in ("1e-3", "1e-2") for seed in (5, 6)
+    }
+    found = results("swept")
+    for combination in found:
+        losses = []
+        for run in combination["runs"]:
+            losses.append(min(row["val_loss"] for row in metrics(Path("swept", run["folder"]))))
+            assert run["best_val_loss"] == losses[-1] and run["ended"] == "finished"
+        assert combination["mean_val_loss"] == pytest.approx(mean(losses))
+        assert combination["spread"] == pytest.approx(stdev(losses)) and stdev(losses) > 0
+    assert found[0]["mean_val_loss"] < found[1]["mean_val_loss"]
+    *_, heading, first, second, _, _, _, name = outcome.out.splitlines()
+    assert heading.split() == ["learning_rate", "loss", "spread", "runs", "parameters", "time", "ended"]
+    for row, combination in ((first, found[0]), (second, found[1])):
+        rate, loss, spread, runs, *_, ended = row.split()
+        assert (rate, runs, ended) == (combination["settings"]["learning_rate"], "2", "finished")
+        assert float(loss) == pytest.approx(combination["mean_val_loss"], abs=1e-4)
+        assert float(spread) == pytest.approx(combination["spread"], abs=1e-4)
+    assert name == str(Path("swept/table.md"))
+    table = Path("swept/table.md").read_text(encoding="utf-8")
+    assert f"| {' | '.join(first.split()[:4])} |" in table and "--seeds 2" in table
+    assert Path("swept/curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sweep_that_was_stopped_goes_on_where_it_was(sweep, launched, monkeypatch):
+    assert sweep(*GRID, "--out", "whole").code == 0
+    wanted = results("whole")
+    train_steps, begun = run_module.train_steps, len(launched)
+
+    def stopped(state, sample, config):
+        for step_metrics in train_steps(state, sample, config):
+            if len(launched) - begun == 2 and state.step == 7:
+                signal.raise_signal(signal.SIGINT)
+            yield step_metrics
+
+    monkeypatch.setattr(run_module, "train_steps", stopped)
+    outcome = sweep(*GRID, "--out", "swept")
+    assert outcome.code == 130 and len(launched) - begun == 2
+    told = outcome.out.splitlines()[-1]
+    assert told.startswith("stopped; to go on: python train_gpu.py sweep cpu ") and "--out swept" in told
+    assert "2 of 4 runs" in outcome.out and "stopped" in outcome.out
+    monkeypatch.setattr(run_module, "train_steps", train_steps)
+    begun = len(launched)
+    assert sweep(*GRID, "--out", "swept").code == 0
+    again = launched[begun:]
+    assert len(again) == 3 and "--resume" in again[0] and "--resume" not in again[1]
+
+    def timeless(combination: dict) -> dict:
+        clocks = ("seconds", "tokens_per_second", "told", "peak_memory")
+        runs = [{k: v for k, v in run.items() if k not in clocks} for run in combination["runs"]]
+        return {**combination, "runs": runs}
+
+    assert list(map(timeless, results("swept"))) == list(map(timeless, wanted))
+    begun = len(launched)
+    assert sweep(*GRID, "--out", "swept").code == 0 and len(launched) == begun, "all is done"
+    error = sweep(*GRID, "--out", "swept", "--d-model", 32).error
+    assert "has d_model 16, and this sweep 32; name another --out" in error and len(launched) == begun
+
+
+def test_a_run_that_fails_is_a_row_and_not_the_end(sweep, launched, monkeypatch):
+    """One diverges, and is not tried again; one is killed at once, and is."""
+    here = sweep_module.launch
+    monkeypatch.setattr(
+        sweep_module, "launch", lambda args: -9 if "--learning-rate=2e-3" in args else here(args)
+    )
+    flags = ("--clip", 0, "--warmup-steps", 0, "--vary", "learning_rate=1e30,2e-3,1e-3", "--out", "swept")
+    outcome = sweep(*flags)
+    assert outcome.code == 0
+    ends = {run["settings"]["learning_rate"]: run["runs"][0]["ended"] for run in results("swept")}
+    assert ends == {"1e-3": "finished", "1e30": "diverged", "2e-3": "killed by signal 9"}
+    assert results("swept")[0]["settings"] == {"learning_rate": "1e-3"}
+    monkeypatch.setattr(sweep_module, "launch", here)
+    before = len(launched)
+    assert sweep(*flags).code == 0
+    assert [args[-4] for args in launched[before:]] == ["--learning-rate=2e-3"]
+    assert sweep("--vary", "learning_rate=1e30,1e31", *flags[:4], "--out", "bad").code == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--vary", "learning_rat=1,2"],
+            "learning_rat=1: unknown flag --learning-rat; did you mean --learning-rate",
+        ),
+        (["--vary", "n_layer=2,two"], "--vary n_layer=two: Error parsing --n-layer: invalid literal"),
+        (["--vary", "n_head=1,3"], "--vary n_head=3: d_model 16 does not divide into n_head 3 heads"),
+        (["--vary", "bias=true,2"], "--vary bias=2: it is a switch; write true or false"),
+        (["--vary", "n_layer"], "--vary n_layer: write it as NAME=VALUE,VALUE"),
+        (["--vary", "n_layer=1,"], "--vary n_layer=1,: write it as NAME=VALUE,VALUE"),
+        (["--vary", "n_layer=1,1"], "a value stands there twice"),
+        (["--vary", "n_layer=1", "--vary", "n-layer=2"], "names a setting twice"),
+        (["--vary", "out=a,b"], "out is no setting"),
+        (["--vary", "train_file=nowhere.txt"], "nowhere.txt: no such file"),
+        (["--vary", "seed=1,2", "--seeds", "2"], "--vary seed and --seeds both name seeds"),
+        (["--seeds", "0"], "--seeds 0, but there must be 1 at least"),
+        (["--seeds", "many"], "--seeds: invalid int value: 'many'"),
+        ([], "nothing to compare"),
+        (["--vary", "n_layer=1", "--resume", "run"], "leave out 'cpu'"),
+        (["--vary", "n_layer=1", "--colour", "red"], "unknown flag --colour"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_run(sweep, launched, flags, message):
+    outcome = sweep("--out", "swept", *flags)
+    assert outcome.code == 2 and message in outcome.error and len(outcome.err.splitlines()) == 1
+    assert not launched and not Path("swept").exists()
+
+
+def test_a_folder_of_something_else_is_refused(sweep, launched, text):
+    Path("mine").mkdir()
+    Path("mine/letter.txt").write_text("Dear reader", encoding="utf-8")
+    for folder in ("mine", text):
+        assert "exists, and is no sweep; name another --out" in sweep("--seeds", 2, "--out", folder).error
+    assert not launched
+
+
+def test_values_with_commas_and_switches_and_paths_have_folders_of_their_own(text):
+    quoted = 'attention_pattern=local,"local, full"'
+    varied = ["--vary", quoted, "--vary", "bias=true,false", "--vary", f"train_file={text}", "--window", "4"]
+    trials = make_plan(["cpu", *varied, "--out", "swept"]).trials
+    patterns = [trial.request.config.model.attention_pattern for trial in trials]
+    assert patterns == ["local", "local", "local, full", "local, full"]
+    assert [trial.request.config.model.bias for trial in trials] == [True, False] * 2
+    assert all("/" not in trial.name and " " not in trial.name for trial in trials)
+    assert len({trial.name for trial in trials}) == 4
+
+
+def test_a_run_is_a_process_of_its_own(capfd):
+    assert launch(["cpu", "--n-layer", "0"]) == 2
+    assert "n_layer is 0" in capfd.readouterr().err
