@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from run_tests import rank_worker
 from run_tests.conftest import SMALL, metrics
@@ -127,10 +128,14 @@ def test_sharded_each_process_holds_its_part(family):
 def test_what_two_processes_saved_one_and_three_go_on_with(torchrun, shard):
     """The second process alone is told to stop; both do, after the same step."""
     torchrun(1, "--out", "whole", "--precision", "float32")
-    stopped = torchrun(2, "--out", "two", shard, stop=(1, 7))
+    stopped = torchrun(2, "--out", "two", shard, "--looks", 4, stop=(1, 7))
     assert [code for code, _, _ in stopped] == [130, 130]
     step = json.loads(Path("two/last/training.json").read_bytes())["step"]
     assert step == 7 and f"stopped after step {step}" in stopped[0][1]
+    looked = EventAccumulator("two/tensorboard").Reload()
+    for tag in ("parameters/token_embedding.weight", "gradients, averaged/token_embedding.weight"):
+        assert looked.Histograms(tag)[-1].histogram_value.num == 256 * 16  # of the whole matrix
+    assert looked.Images("self-attention/layer 01")
     shutil.copytree("two", "three")
     for size, folder in ((1, "two"), (3, "three")):
         assert [answer[0] for answer in torchrun(size, "--resume", folder)] == [0] * size
@@ -140,11 +145,13 @@ def test_what_two_processes_saved_one_and_three_go_on_with(torchrun, shard):
 
 
 def test_the_first_process_alone_speaks_and_writes(torchrun):
-    (_, out, err), *others = torchrun(3, "--out", "run")
+    (_, out, err), *others = torchrun(3, "--out", "run", "--looks", 1, "--profile")
     assert "in each of 3 processes" in out and out.count("step 12: ") == 1 and "12/12 steps" in err
     assert all(answer == (0, "", "") for answer in others)
     assert [row["step"] for row in metrics(Path("run"))] == [0, 4, 8, 12]
     assert len(list(Path("run/tensorboard").iterdir())) == 1
+    assert out.count("the dearest operations") == out.count("report: ") == 1
+    assert "--nproc-per-node 3 train_gpu.py cpu" in Path("run/report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

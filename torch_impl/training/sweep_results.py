@@ -102,8 +102,8 @@ def _counted(end: str, runs: list[dict[str, Any]]) -> str:
 
 
 _LEGEND = (
-    "loss: the best on the held-out text, in nats per token, as the mean over the runs that came to an end; "
-    "spread: their sample standard deviation; time: the mean of a run"
+    "loss: the best on the held-out text, in nats per token, the mean over the runs that came to their end; "
+    "spread: the sample standard deviation of these; time: the mean of all"
 )
 
 
