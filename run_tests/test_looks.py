@@ -2,6 +2,7 @@
 
 import io
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.image
@@ -77,6 +78,7 @@ def words(config: ModelConfig, *lengths: int) -> tuple[torch.Tensor, ...]:
 
 def maps_of(changes: dict, *lengths: int, still: bool = False) -> list:
     config = ModelConfig(vocab_size=260, context_length=16, n_layer=2, n_head=4, d_model=16, **changes)
+    config = replace(config, vocab_size=256 + config.added_tokens)
     model = make_model(config)
     model.initialise(0)
     if still:  # all queries are 0, so that all scores are
@@ -84,6 +86,7 @@ def maps_of(changes: dict, *lengths: int, still: bool = False) -> list:
             torch.nn.init.zeros_(block.attention.qkv.weight)
     passage = words(config, *lengths)
     if len(passage) == 2:
+        passage[1][0, 0] = config.begin_token
         passage = (passage[0], torch.ones_like(passage[0], dtype=torch.bool), passage[1])
     before = model(*passage)
     maps = attention_maps(model, ByteTokenizer(), passage)
@@ -127,6 +130,7 @@ def test_an_encoder_decoder_has_maps_of_three_kinds():
     kinds = ["the source looks at itself", "the target looks at itself", "the target looks at the source"]
     assert [(found.kind, found.layer) for found in maps] == [(kind, n) for kind in kinds for n in (1, 2)]
     assert [found.weights.shape[1:] for found in maps[::2]] == [(7, 7), (5, 5), (5, 7)]
+    assert maps[-1].queries[0] == "<begin>" and maps[0].queries[0] != "<begin>"
 
 
 @pytest.mark.filterwarnings("error")

@@ -47,8 +47,9 @@ def attention_maps(model: Embedded, tokenizer: Tokenizer, passage: tuple[Tensor,
     """
     with torch.no_grad(), _watched(model) as found:
         model(*passage)
-    sequences = [passage[0], passage[-1]] if model.config.architecture == "encoder-decoder" else passage[:1]
-    labels = [_labels(ids[0].tolist(), tokenizer) for ids in sequences]
+    paired = model.config.architecture == "encoder-decoder"
+    own = {model.config.begin_token: "<begin>", model.config.end_token: "<end>"} if paired else {}
+    labels = [_labels(ids[0].tolist(), tokenizer, own) for ids in (passage[0], passage[-1])]
     maps = []
     for name, weights in found:
         stack, _, rest = name.rpartition("blocks.")
@@ -112,10 +113,9 @@ def _weights(attend: Attend, q: Float[Tensor, "1 H T D"], k: Float[Tensor, "1 K 
     return torch.cat(parts, dim=-1)[0, :, :, :S].float().cpu().numpy()
 
 
-def _labels(ids: list[int], tokenizer: Tokenizer) -> list[str]:
-    """Each token as it can be read beside a picture; the model's own are no text, and keep their number."""
-    own = tokenizer.vocab_size
-    texts = [tokenizer.decode([id]) if id < own else f"<{id}>" for id in ids]
+def _labels(ids: list[int], tokenizer: Tokenizer, own: dict[int, str]) -> list[str]:
+    """Each token as it can be read beside a picture; the model's own, which are no text, by their names."""
+    texts = [own[id] if id in own else tokenizer.decode([id]) for id in ids]
     spelled = [visible(text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")) for text in texts]
     return [text if len(text) <= 12 else text[:11] + "…" for text in spelled]
 

@@ -24,6 +24,8 @@ from torch_impl.training.repeating import command_of
 from torch_impl.training.telemetry import draw_losses
 from torch_impl.training.terminal import visible
 
+_SHARES = ("accuracy", "exact_match")  # that some objectives measure
+
 
 def write_report(run: Run, ended: str, told: str, sample: str | None = None) -> dict[str, Any]:
     """Draw the curves, write both files, and return the figures. Raises OSError where the disk is full.
@@ -63,6 +65,7 @@ def figures(run: Run, ended: str, told: str) -> dict[str, Any]:
         "best_bits_per_byte": best.get("bits_per_byte"),
         "last_val_loss": last.get("val_loss"),
         "last_train_loss": last.get("train_loss"),
+        **{name: last[name] for name in _SHARES if name in last},
         "command": command_of(run.config, run.state.ranks.size),
         "text": run.progress.corpus,
         "environment": environment(run),
@@ -77,7 +80,8 @@ def environment(run: Run) -> dict[str, str]:
         "PyTorch": str(torch.__version__),
         "NumPy": np.__version__,
         "system": platform.platform(),
-        "processor": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
+        "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, "
+        f"{torch.get_num_threads()} threads",
     }
     if run.place.device.type == "cuda":
         found["CUDA"] = str(torch.version.cuda)
@@ -129,6 +133,7 @@ def page(run: Run, found: dict[str, Any], sample: str | None) -> str:
         else f"{_loss(found)}, at step {found['best_step']:,}",
         "last loss on the held-out text": shown(found["last_val_loss"], ".4f"),
         "last loss on the training text": shown(found["last_train_loss"], ".4f"),
+        **{f"last {name.replace('_', ' ')}": f"{found[name]:.2%}" for name in _SHARES if name in found},
     }
     parts = [_table(numbers)]
     curves = run.folder / "losses.png"

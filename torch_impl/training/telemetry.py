@@ -82,7 +82,8 @@ def draw_losses(path: Path, rows: list[Row], vocab_size: int, title: str) -> Non
     axes = figure.add_subplot()
     steps = [row["step"] for row in rows]
     trained = [row for row in rows if row["train_loss"] is not None]
-    axes.plot([row["step"] for row in trained], [row["train_loss"] for row in trained], label="training text")
+    trained_steps, losses = [row["step"] for row in trained], [row["train_loss"] for row in trained]
+    axes.plot(trained_steps, losses, marker=".", label="training text")
     axes.plot(steps, [row["val_loss"] for row in rows], marker=".", label="held-out text")
     best = min(rows, key=lambda row: row["val_loss"])
     axes.plot(
