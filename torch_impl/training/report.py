@@ -1,7 +1,9 @@
 """The report of a run, written when it ends, for whatever reason.
 
-report.html   a page by itself: figures, curves, a sample, attention maps, environment, the command
-report.json   the figures
+    report.html   a page by itself: figures, curves, a sample, attention maps, environment, the command
+    report.json   the figures
+
+All that comes from the text or from the model is escaped.
 """
 
 import base64
@@ -114,7 +116,7 @@ def _time(seconds: float) -> str:
 
 
 def page(run: Run, found: dict[str, Any], sample: str | None) -> str:
-    """report.html. All that comes from the text or the model is escaped."""
+    """The content of report.html."""
     training = run.config.training
 
     def shown(value: Any, form: str, unit: str = "") -> str:
