@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import train_gpu
+from torch_impl.training import report, telemetry
+from torch_impl.training.files import write_file
 
 # A run of twelve steps that evaluates, saves and reads at steps of their own.
 SMALL = """cpu --device cpu --tokenizer bytes
@@ -43,6 +45,21 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To draw losses takes a third of a small run; only tests that look at them have them drawn."""
+    monkeypatch.setattr(report, "draw_losses", lambda path, *drawn: write_file(path, PNG))
+
+
+@pytest.fixture
+def pictures(no_picture: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses are drawn."""
+    monkeypatch.setattr(report, "draw_losses", telemetry.draw_losses)
 
 
 @pytest.fixture

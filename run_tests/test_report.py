@@ -10,6 +10,7 @@ import signal
 from html.parser import HTMLParser
 from pathlib import Path
 
+import matplotlib.image
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -45,6 +46,7 @@ def report_of(run: str) -> dict:
     return json.loads(Path(run, "report.json").read_bytes())
 
 
+@pytest.mark.usefixtures("pictures")
 def test_a_finished_run_ends_with_its_figures_and_pictures(small_run):
     outcome = small_run("--out", "run", "--looks", 1)
     assert outcome.code == 0
@@ -56,6 +58,7 @@ def test_a_finished_run_ends_with_its_figures_and_pictures(small_run):
     assert found["tokens"] == rows[-1]["tokens"] == 12 * 4 * 8
     assert len(page.pictures) == 2 and all(png.startswith(b"\x89PNG") for png in page.pictures)
     assert page.pictures[0] == Path("run/losses.png").read_bytes()
+    assert matplotlib.image.imread("run/losses.png").shape == (600, 960, 4)
     best_told = f"{best['val_loss']:.4f} nats per token, {best['bits_per_byte']:.4f} bits per byte"
     for shown in (f"{found['parameters']:,}", best_told, found["command"], found["text"], "PyTorch"):
         assert shown in page.text
