@@ -5,11 +5,11 @@ All is written at once and in the calling thread, so that a full disk shows wher
 
 import io
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import Float
+from jaxtyping import Float, Integer
 from matplotlib.image import imsave
 from numpy import ndarray as Array
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -21,6 +21,8 @@ from torch.utils.tensorboard.summary import histogram_raw, text
 from torch_impl.training.telemetry import Row
 
 _BINS = 64
+_AT_ONCE = 1 << 22  # numbers: a few tens of MiB beside them
+_LEAST, _MOST = 1e-30, 1e18  # between them, differences and squares are numbers in float32
 
 
 class TensorBoardEvents:
@@ -59,18 +61,43 @@ class TensorBoardEvents:
         self._write(step=step, summary=Summary(value=[Summary.Value(tag=name, image=image)]))
 
     def histogram(self, step: int, name: str, values: Tensor) -> None:
-        """How numbers are distributed; but for those that are not finite; nothing is told of none."""
-        finite = values.detach().flatten().float()
-        finite = finite[finite.isfinite()]
-        if not finite.numel():
+        """How numbers are distributed, but for those that are not finite; nothing is told of none."""
+        found = [
+            (
+                part.min().item(),
+                part.max().item(),
+                part.numel(),
+                part.sum().item(),
+                part.square().sum().item(),
+            )
+            for part in _finite(values)
+        ]
+        if not found:
             return
-        low, high = finite.min().item(), finite.max().item()
-        if low == high:  # histc would widen the range by itself, and not say so
+        lows, highs, *sums = zip(*found, strict=True)
+        low, high = min(lows), max(highs)
+        if high - low < _LEAST:
             low, high = low - 0.5, high + 0.5
-        limits = torch.linspace(low, high, _BINS + 1)[1:].tolist()
-        counts = torch.histc(finite, _BINS, low, high).tolist()
-        moments = finite.numel(), finite.sum().item(), finite.square().sum().item()
-        self._write(step=step, summary=histogram_raw(name, low, high, *moments, limits, counts))
+        counts = sum(_counts(part, low, high) for part in _finite(values)).tolist()
+        limits = [low + (high - low) * (place + 1) / _BINS for place in range(_BINS)]
+        number, total, squares = map(sum, sums)
+        summary = histogram_raw(name, low, high, number, total, squares, limits, counts)
+        self._write(step=step, summary=summary)
 
     def close(self) -> None:
         self.file.close()
+
+
+def _finite(values: Tensor) -> Iterator[Float[Tensor, "_"]]:
+    """The numbers that are finite, and not so large that their squares are not, a part at a time."""
+    for part in values.detach().flatten().split(_AT_ONCE):
+        part = part.float()
+        part = part[part.abs() < _MOST]
+        if part.numel():
+            yield part
+
+
+def _counts(part: Float[Tensor, "_"], low: float, high: float) -> Integer[Tensor, "bins"]:
+    """How many fall into each of equal bins. torch.histc would not always add alike on CUDA."""
+    places = (part - low) / (high - low) * _BINS
+    return places.long().clamp(0, _BINS - 1).bincount(minlength=_BINS)

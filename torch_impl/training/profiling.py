@@ -100,6 +100,7 @@ def table(found: list[Operation], steps: int) -> str:
 
 def shortened(name: str, width: int) -> str:
     """A kernel's name without its C++ arguments, and no longer than a column."""
+    name = re.sub(r"^(## )?Call | ##$", "", name)  # torch.compile's own
     name = re.sub(r"^void |\(anonymous namespace\)::", "", name)
     while (fewer := re.sub(r"<[^<>]*>", "", name)) != name:
         name = fewer
