@@ -68,13 +68,13 @@ def test_a_run_holds_its_folder_from_the_start(small_run, monkeypatch):
 
     refused = []
 
-    def train_while_another_tries(run, stop):
+    def train_while_another_tries(run, stop, profile):
         with pytest.raises(InputError, match="is in use"), locked(run.folder):
             pass
         refused.append(run.folder)
+        return False
 
     monkeypatch.setattr(run_module, "_train", train_while_another_tries)
-    monkeypatch.setattr(run_module, "draw_losses", lambda *arguments: None)
     assert small_run("--out", "run").code == 0
     assert refused == [Path("run")]
     with locked(Path("run")):

@@ -21,7 +21,7 @@ def test_a_profiled_run_tells_its_dearest_operations_and_stays_the_same(small_ru
     lines = outcome.out.splitlines()
     start = next(n for n, line in enumerate(lines) if line.startswith("the dearest operations of 2 steps"))
     rows = lines[start + 1 : start + 11]
-    assert all(row.startswith("aten::") or "autograd" in row or "Optimizer" in row for row in rows)
+    assert sum(row.startswith("aten::") for row in rows) > 5
     assert all(len(line) <= 80 for line in lines[start : start + 13])
     shares = [float(row.split()[-2].rstrip("%")) for row in rows]
     assert shares == sorted(shares, reverse=True) and 20 < sum(shares) <= 100

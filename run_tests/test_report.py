@@ -47,7 +47,7 @@ def report_of(run: str) -> dict:
 
 
 @pytest.mark.usefixtures("pictures")
-def test_a_finished_run_ends_with_its_figures_and_pictures(small_run):
+def test_a_finished_run_ends_with_its_figures_and_pictures(small_run, cli):
     outcome = small_run("--out", "run", "--looks", 1)
     assert outcome.code == 0
     found, rows, page = report_of("run"), metrics(Path("run")), Page("run")
@@ -62,6 +62,7 @@ def test_a_finished_run_ends_with_its_figures_and_pictures(small_run):
     best_told = f"{best['val_loss']:.4f} nats per token, {best['bits_per_byte']:.4f} bits per byte"
     for shown in (f"{found['parameters']:,}", best_told, found["command"], found["text"], "PyTorch"):
         assert shown in page.text
+    assert cli("--resume", "run").code == 0 and len(Page("run").pictures) == 2
     assert best_told in outcome.out and f"report: {Path('run/report.html')}" in outcome.out
 
 

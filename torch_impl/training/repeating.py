@@ -18,8 +18,8 @@ def as_typed(arguments: list[str]) -> str:
 
 def arguments_of(config: RunConfig) -> list[str]:
     """What train_gpu.py has to be given for this config. The vocabulary of the model is its tokenizer's."""
-    preset = PRESETS[config.preset]
-    flags = [config.preset]
+    preset = PRESETS.get(config.preset, PRESETS["cpu"])  # one may have gone since
+    flags = [preset.preset]
     for part in ("run", "tokenizer", "start", "training", "model"):
         usual, wanted = getattr(preset, part), getattr(config, part)
         for field in fields(wanted):

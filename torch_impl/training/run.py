@@ -17,6 +17,7 @@ from torch_impl.train import StepMetrics, train_steps
 from torch_impl.training.anomaly import not_finite, offenders
 from torch_impl.training.checkpoint import save_checkpoint
 from torch_impl.training.command_line import Request
+from torch_impl.training.events import TensorBoardEvents
 from torch_impl.training.files import refuse_links, write_file
 from torch_impl.training.keeping import keep, keep_newest
 from torch_impl.training.lock import locked
@@ -60,6 +61,8 @@ def train(request: Request) -> int:
             print(told)
             return stop.exit_code
         sample = _write_sample(run)
+        if run.seen is None and run.config.run.looks:  # there was nothing left to train
+            _look(run, None)
         told = f"stopped early, after step {step} of {steps}" if early else f"finished after step {step}"
         _report(run, "stopped early" if early else "finished", told + _how_to_talk(run), sample)
         print("finished" + _how_to_talk(run))
@@ -222,7 +225,11 @@ def _evaluate(run: Run, metrics: StepMetrics | None, tokens_per_second: float | 
         progress.best_step, progress.best_val_loss = progress.step, loss
         _save(run, "best")
     if look_is_due(progress.step, config.training.steps, config.run):
-        run.seen = look(run.state, run.tokenizer, run.objective, config.run, run.events)
+        _look(run, run.events)
+
+
+def _look(run: Run, events: TensorBoardEvents | None) -> None:
+    run.seen = look(run.state, run.tokenizer, run.objective, run.config.run, events)
 
 
 def _save(run: Run, name: str) -> None:
