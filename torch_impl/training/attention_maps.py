@@ -27,6 +27,8 @@ from torch_impl.transformer import Embedded
 
 PASSAGE = 24  # tokens
 _SHOWN = 8  # layers, and heads of each, in one picture
+_CELL = 0.085  # inches, as all the margins: they hold twelve characters of a token
+_LEFT, _ABOVE, _BELOW = 0.75, 0.55, 0.65
 _COLOURS = colormaps["Blues"].with_extremes(bad="white")
 
 
@@ -154,15 +156,16 @@ def draw_attention(maps: list[AttentionMap]) -> bytes:
         gap = np.full((1, rows[0].shape[1]), np.nan)
         sheet = np.concatenate([part for row in rows for part in (row, gap)])[:-1]
         sheets.append((layers, heads, sheet))
-    cell = 0.085  # inches
-    width = max(sheet.shape[1] for *_, sheet in sheets) * cell + 1.6
-    heights = [sheet.shape[0] * cell + 1.1 for *_, sheet in sheets]
-    figure = Figure(figsize=(width, sum(heights)), dpi=120, layout="constrained")
+    width = max(4.8, max(sheet.shape[1] for *_, sheet in sheets) * _CELL + _LEFT + 0.4)
+    height = top = sum(sheet.shape[0] * _CELL + _ABOVE + _BELOW for *_, sheet in sheets)
+    figure = Figure(figsize=(width, height), dpi=120)
     FigureCanvasAgg(figure)
-    for axes, (layers, heads, sheet) in zip(
-        figure.subplots(len(sheets), squeeze=False, height_ratios=heights)[:, 0], sheets, strict=True
-    ):
+    for layers, heads, sheet in sheets:
+        rows, columns = (n * _CELL for n in sheet.shape)
+        bottom = top - _ABOVE - rows
+        axes = figure.add_axes((_LEFT / width, bottom / height, columns / width, rows / height))
         _draw_sheet(axes, layers, heads, sheet)
+        top = bottom - _BELOW
     png = io.BytesIO()
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # characters that the font lacks
         figure.savefig(png, format="png")
@@ -193,4 +196,6 @@ def _draw_sheet(axes: Any, layers: list[AttentionMap], heads: list[int], sheet: 
     for row, found in enumerate(layers):
         middle = row * (T + 1) + (T - 1) / 2
         axes.text(sheet.shape[1] + 0.5, middle, f"layer {found.layer}", rotation=270, va="center", fontsize=8)
-    axes.set_title(f"{layers[0].kind}: a row is what one token takes from which others", fontsize=9, pad=20)
+    axes.set_title(
+        f"{layers[0].kind}: a row is what one token takes from which others", fontsize=9, pad=20, loc="left"
+    )
