@@ -92,7 +92,7 @@ def _run_all(plan: Plan) -> int:
             code = launch(_arguments(trial, folder))
         if interrupt.pressed or code in _STOPPED:
             print(f"{tell(plan, failed)}\nstopped; to go on: {plan.command}")
-            return code if code > 0 else 128 - code
+            return 128 - code if code < 0 else code or 130
         if code and (ending(folder) or {}).get("ended") not in FINAL:
             failed[trial.name] = _why(code, folder)
         table = tell(plan, failed)
