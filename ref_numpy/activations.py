@@ -1,14 +1,22 @@
 """Elementwise nonlinearities: ReLU, GELU (exact and tanh), SiLU.
 
-Each y = f(x) is followed by its backward, dx = dy f'(x). The cache of all four is x itself.
+Each y = f(x) is followed by its backward, dx = dy f'(x). The cache is x itself, and GELU's Phi(x) beside it.
 Not here: gated units (they are part of the feed-forward layer).
 """
 
-from math import erf, pi, sqrt
+from functools import cache
+from math import erf, factorial, pi, sqrt
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 from numpy import ndarray as Array
+from numpy.typing import DTypeLike
+
+
+class GeluCache(NamedTuple):
+    x: Array
+    cdf: Array  # Phi(x)
 
 
 def relu_forward(x: Float[Array, "*shape"]) -> tuple[Float[Array, "*shape"], Array]:
@@ -21,20 +29,59 @@ def relu_backward(dy: Float[Array, "*shape"], x: Float[Array, "*shape"]) -> Floa
     return np.where(x > 0, dy, 0)
 
 
+_NODES_PER_UNIT = 128
+_FARTHEST = 8.5  # beyond it Phi is 0 or 1 in all digits of float64
+_LAST_NODE = round(_FARTHEST * _NODES_PER_UNIT)
+
+
+@cache
+def _taylor_of_normal_cdf(order: int, dtype: DTypeLike) -> Array:
+    """Phi^(k)(a) / k! in row k, from 0 to order, for each node a from -8.5 to 8.5.
+
+    Phi' = phi, the density, whose derivatives are phi^(k) = (-1)^k He_k phi with the Hermite polynomials
+    He_0 = 1, He_(k+1)(a) = a He_k(a) - k He_(k-1)(a).
+    """
+    a = np.arange(-_LAST_NODE, _LAST_NODE + 1) / _NODES_PER_UNIT
+    density = np.exp(-0.5 * a * a) / sqrt(2.0 * pi)
+    rows = [np.array([0.5 * (1.0 + erf(node / sqrt(2.0))) for node in a])]
+    hermite, before = np.ones_like(a), np.zeros_like(a)
+    for k in range(1, order + 1):
+        rows.append((-1) ** (k - 1) * hermite * density / factorial(k))
+        hermite, before = a * hermite - (k - 1) * before, hermite
+    return np.stack(rows).astype(dtype)
+
+
 def _normal_cdf(x: Array) -> Array:
-    """Phi(x) = (1 + erf(x / sqrt 2)) / 2. NumPy has no erf: Python's is called per element, in float64."""
-    return 0.5 * (1.0 + np.frompyfunc(erf, 1, 1)(x / sqrt(2.0)).astype(x.dtype))
+    """Phi(x) = (1 + erf(x / sqrt 2)) / 2, by the Taylor series around the nearest node.
+
+    NumPy has no erf, and Python's, called number by number, takes six times as long as all the rest of a
+    training step. No node is further than 1/256: a series of order 5 is off by 1e-17, one of order 2 by 4e-9,
+    less than float32 rounds.
+    """
+    order = 5 if x.dtype == np.float64 else 2
+    inside = np.clip(x, -_FARTHEST, _FARTHEST)
+    node = np.rint(inside * _NODES_PER_UNIT)
+    d = inside - node / _NODES_PER_UNIT
+    with np.errstate(invalid="ignore"):  # d is NaN where x is, and any node will do
+        place = node.astype(np.intp) + _LAST_NODE
+    terms = _taylor_of_normal_cdf(order, x.dtype)
+    y = terms[order].take(place, mode="clip")
+    for k in reversed(range(order)):  # Horner's scheme
+        y = y * d + terms[k].take(place, mode="clip")
+    return y
 
 
-def gelu_forward(x: Float[Array, "*shape"]) -> tuple[Float[Array, "*shape"], Array]:
+def gelu_forward(x: Float[Array, "*shape"]) -> tuple[Float[Array, "*shape"], GeluCache]:
     """y = x Phi(x), Phi the cumulative distribution of the standard normal (Hendrycks & Gimpel 2016)."""
-    return x * _normal_cdf(x), x
+    cdf = _normal_cdf(x)
+    return x * cdf, GeluCache(x, cdf)
 
 
-def gelu_backward(dy: Float[Array, "*shape"], x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+def gelu_backward(dy: Float[Array, "*shape"], kept: GeluCache) -> Float[Array, "*shape"]:
     """dx = dy (Phi(x) + x phi(x)), with phi(x) = Phi'(x) = exp(-x^2 / 2) / sqrt(2 pi)."""
+    x, cdf = kept
     density = np.exp(-0.5 * x * x) / sqrt(2.0 * pi)
-    return dy * (_normal_cdf(x) + x * density)
+    return dy * (cdf + x * density)
 
 
 def gelu_tanh_forward(x: Float[Array, "*shape"]) -> tuple[Float[Array, "*shape"], Array]:
