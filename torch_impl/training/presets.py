@@ -60,7 +60,7 @@ PRESETS: dict[str, RunConfig] = {
                 qk_norm=True,
             ),
             TrainConfig(
-                steps=320,
+                steps=280,
                 batch_size=12,
                 learning_rate=4e-3,
                 min_learning_rate=0.0,
@@ -70,7 +70,7 @@ PRESETS: dict[str, RunConfig] = {
                 muon_learning_rate=0.04,
                 beta2=0.95,
             ),
-            RunSettings(device="cpu", eval_every=80, checkpoint_every=80, log_every=10, sample_tokens=500),
+            RunSettings(device="cpu", eval_every=70, checkpoint_every=70, log_every=10, sample_tokens=500),
         ),
         # GPT-2's smallest model, trained as nanoGPT trains it: half a million tokens a step. It is
         # for gigabytes of text; a small one runs out of pairs before it fills the vocabulary.
