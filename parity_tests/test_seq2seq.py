@@ -97,15 +97,15 @@ def test_it_is_torchs_transformer(norm_placement, activation):
         src_key_padding_mask=~present, memory_key_padding_mask=~present,
     )  # fmt: skip
     want, got = y @ table.T, ours(source, present, target)
-    np.testing.assert_allclose(got.detach(), want.detach(), atol=1e-12)
+    np.testing.assert_allclose(got.detach(), want.detach(), rtol=0, atol=1e-12)
     by_hand, _ = seq2seq_forward(params, source.numpy(), present.numpy(), target.numpy(), config)
-    np.testing.assert_allclose(by_hand, want.detach(), atol=1e-12)
+    np.testing.assert_allclose(by_hand, want.detach(), rtol=0, atol=1e-12)
     cotangent = torch.from_numpy(random.standard_normal(want.shape))
     want.backward(cotangent)
     got.backward(cotangent)
     gradients = {name: value.grad for name, value in weights.items()}
     for name, value in theirs.named_parameters():
-        np.testing.assert_allclose(ours_of(name, gradients), value.grad, atol=1e-11, err_msg=name)
+        np.testing.assert_allclose(ours_of(name, gradients), value.grad, rtol=0, atol=1e-11, err_msg=name)
 
 
 def test_sequences_beyond_the_context_are_refused():
