@@ -315,6 +315,12 @@ BUGS = [
     *bugs(
         "torch_impl/kv_cache.py",
         (
+            "held_window_one_too_wide",
+            "Where a step is replayed, a window of w holds w + 1 keys.",
+            "s > self.place - window",
+            "s >= self.place - window",
+        ),
+        (
             "values_not_reordered",
             "When beams change places, their keys go along and their values stay.",
             "self.k[:, :, :, known], self.v[:, :, :, known] = k, v",
