@@ -176,8 +176,8 @@ def test_a_window_reaches_back_through_the_layers():
 
 
 def test_layers_take_their_windows_in_turn():
-    config = ModelConfig(n_layer=5, attention_pattern="local, local, full", window=4)
-    assert [config.window_of(layer) for layer in range(5)] == [4, 4, 0, 4, 4]
+    config = ModelConfig(n_layer=4, attention_pattern="local, local, full", window=4)
+    assert [config.window_of(layer) for layer in range(4)] == [4, 4, 0, 4]  # not the same backwards
 
 
 @pytest.mark.parametrize("norm_placement", ["pre", "post"])

@@ -220,6 +220,16 @@ BUGS = [
         ),
     ),
     *bugs(
+        "ref_numpy/config.py",
+        (
+            "pattern_from_the_last_layer",
+            "Local and full layers are counted from the last one.",
+            "self._pattern[layer % len(self._pattern)]",
+            "self._pattern[(self.n_layer - 1 - layer) % len(self._pattern)]",
+        ),
+        killed_by="parity_tests/test_transformer.py",
+    ),
+    *bugs(
         "ref_numpy/multi_head_attention.py",
         (
             "groups_tiled",
