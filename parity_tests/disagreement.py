@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from parity_tests import tolerances
+from parity_tests.components import DIFFERENTIABLE
 from parity_tests.exchange import NotOffered, scale_of
 from parity_tests.snippet import code
 from parity_tests.trace import first_parting
@@ -62,20 +63,28 @@ class Disagreement(AssertionError):
 
     def _beyond(self, name: str) -> np.ndarray:
         """Which elements are beyond their bound; NaN is, where the reference has a number."""
-        got, want = self.got[name], self.want[name]
+        return ~((self._apart(name) <= self.bounds[name]) | (self.got[name] == self.want[name]))
+
+    def _apart(self, name: str) -> np.ndarray:
+        """The distance of all elements; of truths it is 0 or 1."""
         with np.errstate(invalid="ignore"):
-            return ~((np.abs(got - want) <= self.bounds[name]) | (got == want))
+            return np.abs(self.got[name].astype(float) - self.want[name].astype(float))
 
     def _worst(self, name: str) -> str:
         got, want = self.got[name], self.want[name]
-        with np.errstate(invalid="ignore"):
-            excess = np.where(self._beyond(name), np.abs(got - want) - self.bounds[name], -np.inf)
+        excess = np.where(self._beyond(name), self._apart(name) - self.bounds[name], -np.inf)
+        if want.dtype.kind != "f":
+            excess = self._beyond(name)  # of what has to be equal, the first that is not
         worst = np.unravel_index(np.argmax(np.where(np.isnan(excess), np.inf, excess)), want.shape)
         place = f"{name}[{', '.join(str(int(i)) for i in worst)}]" if worst else name
-        apart = abs(float(got[worst]) - float(want[worst]))
+        if want.dtype.kind != "f":
+            return f"  {place} is the first to differ: {got[worst]}, the reference has {want[worst]}"
+        apart = float(self._apart(name)[worst])
         bound = float(np.broadcast_to(self.bounds[name], want.shape)[worst])
-        excused = f"{apart:.2e} apart, {bound:.2e} excused" if want.dtype.kind == "f" else "has to be equal"
-        return f"  {place} is {got[worst]:.12g}, the reference has {want[worst]:.12g} (in float64); {excused}"
+        return (
+            f"  {place} is {got[worst]:.12g}, the reference has {want[worst]:.12g} (in float64); "
+            f"{apart:.2e} apart, {bound:.2e} excused"
+        )
 
     def _overview(self) -> list[str]:
         """Each result, if there are not too many: whether it agrees, or how much of it does not."""
@@ -114,7 +123,7 @@ class Disagreement(AssertionError):
     def verdict(self, name: str) -> str:
         """Mathematics or rounding: what float64 says."""
         if self.want[name].dtype.kind != "f":
-            return "It is no matter of rounding: these are no floating numbers."
+            return "EQUALITY is asked: these are no floating numbers, so it is no matter of rounding."
         if self.precision == "float64":
             return self._verdict_in_float64(name)
         try:
@@ -159,7 +168,8 @@ class Disagreement(AssertionError):
 
     def _parting(self) -> str | None:
         """For what is made of parts: the first that differs."""
-        if not any(isinstance(value, dict) for value in self.case.arguments.values()):
+        has_parts = any(isinstance(value, dict) for value in self.case.arguments.values())
+        if not has_parts or self.case.component not in DIFFERENTIABLE:
             return None
         try:
             return first_parting(

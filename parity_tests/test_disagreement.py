@@ -16,7 +16,7 @@ from parity_tests.disagreement import Disagreement
 from parity_tests.parity import Case, require_parity
 from parity_tests.steps import Step, require_same_step
 from parity_tests.strategies import model_params, seeded
-from ref_numpy.config import ModelConfig, TrainConfig
+from ref_numpy.config import ModelConfig, SamplingConfig, TrainConfig
 from ref_numpy.dropout import DropoutKey
 from ref_numpy.optim import zero_moments
 from ref_numpy.train import train_step
@@ -87,6 +87,33 @@ def test_the_worst_element_and_all_that_is_off():
     assert "y: 1 of 15 elements are off, all at 1 of 3 on axis 0, all at 3 of 5 on axis 1\n" in report
     assert "agree: gradient of x, gradient of weight\n" in report
     assert "MATHEMATICS: float64 rounds at 1e-16" in report
+
+
+@pytest.mark.parametrize(
+    ("case", "wrong", "told"),
+    [
+        (
+            Case("window_mask", {"length": 3, "window": 2, "before": 0}),
+            lambda length, window, before: torch.ones(3, 3, dtype=torch.bool).tril(),
+            "result[2, 0] is the first to differ: True, the reference has False",
+        ),
+        (
+            Case("generate", {"params": model_params(CONFIG, 1), "prompt": IDS[0], "config": CONFIG}
+            | {"n_tokens": 3, "sampling": SamplingConfig(temperature=0.0), "seed": 0}),
+            lambda *arguments: iter([1, 1, 1]),
+            "result[0] is the first to differ: 1, the reference has",
+        ),
+        (
+            Case("clip_by_global_norm", {"gradients": {"a": np.array([3.0, 4.0])}, "limit": 1.0}),
+            lambda gradients, limit: (gradients, torch.tensor(5.0, dtype=torch.float64)),
+            "result[0][a][1] is 4, the reference has 0.8 (in float64); 3.20e+00 apart",
+        ),
+    ],
+)  # fmt: skip
+def test_functions_are_explained_too(case, wrong, told):
+    """Truths, tokens, and dicts of arrays that are no parameters of parts."""
+    with patch.object(fast, case.component, wrong):
+        assert told in str(disagreement(case, FAST))
 
 
 def test_a_factor_is_named():

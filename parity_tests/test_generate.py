@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from parity_tests.strategies import model_configs, model_params, sampling_configs, seeds
@@ -88,6 +88,12 @@ def test_room_that_nothing_was_written_to_has_no_say(monkeypatch):
     seed=seeds,
     length=st.integers(1, 7),
     sampling=sampling_configs(),
+)
+@example(
+    config=ModelConfig("encoder-decoder", vocab_size=7, context_length=7, n_layer=1, n_head=2, d_model=8),
+    seed=138,  # ends after two tokens, and greedily after four
+    length=4,
+    sampling=SamplingConfig(),
 )
 @settings(max_examples=settings().max_examples // 3)  # without a cache, each takes its time
 def test_answers_are_equal(config, seed, length, sampling):

@@ -1,5 +1,6 @@
 """The key/value cache: any way of handing a text over gives the logits of the text as a whole."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -39,12 +40,28 @@ def test_chunks_of_any_size_give_the_logits_of_the_whole(case):
         new = ids[:, start:stop]
         got, _ = transformer_forward(params, new, config, documents=seen, past=past)
         past = advance(past, stop - start)
-        np.testing.assert_allclose(got, want[:, start:stop], atol=1e-10)
+        np.testing.assert_allclose(got, want[:, start:stop], rtol=0, atol=1e-10)
         fast_seen = None if seen is None else torch.from_numpy(seen)
         fast_got = model(torch.from_numpy(new), documents=fast_seen, past=fast_past)
-        np.testing.assert_allclose(fast_got, want[:, start:stop], atol=1e-10)
+        np.testing.assert_allclose(fast_got, want[:, start:stop], rtol=0, atol=1e-10)
     known = slice(0, ids.shape[1])
-    np.testing.assert_allclose(fast_past.k[:, :, :, known], past.k[:, :, :, known], atol=1e-10)
+    np.testing.assert_allclose(fast_past.k[:, :, :, known], past.k[:, :, :, known], rtol=0, atol=1e-10)
+
+
+@given(case=cases())
+def test_tokens_one_by_one_in_the_same_shapes_give_the_logits_of_the_whole(case):
+    """What a replayed step on CUDA does: attention over all of the room, and a mask for what is in sight."""
+    config, params, ids, _, chunks = case
+    config = replace(config, positions="none" if config.positions == "alibi" else config.positions)
+    want, _ = transformer_forward(params, ids, config)
+    model = Transformer(config, torch.float64).double().requires_grad_(False)
+    model.load_state_dict({name: torch.from_numpy(value) for name, value in params.items()})
+    past, known, tokens = KVCache(config, len(ids), torch.float64), chunks[0][1], torch.from_numpy(ids)
+    model(tokens[:, :known], past=past)
+    past.hold_shapes()
+    for place in range(known, ids.shape[1]):
+        got = model(tokens[:, place : place + 1], past=past)[:, 0]
+        np.testing.assert_allclose(got, want[:, place], rtol=0, atol=1e-10)
 
 
 @given(case=cases())

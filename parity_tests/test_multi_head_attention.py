@@ -15,11 +15,11 @@ from ref_numpy.multi_head_attention import multi_head_attention_forward
 
 
 @st.composite
-def cases(draw, regimes=("normal",)):
+def cases(draw):
     config = draw(model_configs())
     B, T = draw(st.sampled_from([(1, 3), (2, 5), (3, 7), (2, 1)]))
     return {
-        "x": draw(arrays((B, T, config.d_model), regimes)),
+        "x": draw(arrays((B, T, config.d_model), ("normal", "tiny", "ties", "one_hot"))),
         "params": within(model_params(config, draw(seeds)), "blocks.0.attention"),
         "config": config,
         "mask": draw(masks(T, T)),
@@ -30,13 +30,6 @@ def cases(draw, regimes=("normal",)):
 @given(arguments=cases(), seed=seeds)
 def test_parity(agree, arguments, seed):
     agree("multi_head_attention", seed, **arguments)
-
-
-@given(arguments=cases(("tiny", "ties", "one_hot")), seed=seeds)
-def test_parity_where_tokens_are_alike(agree, arguments, seed):
-    """The gradients of queries and keys are then differences of equals: no matter of rounding (see
-    test_cross_attention.py)."""
-    agree("multi_head_attention", seed, judge_rounding=False, **arguments)
 
 
 @pytest.mark.parametrize("layout", ["half", "interleaved"])
@@ -89,4 +82,4 @@ def test_grouped_queries_are_many_heads_with_equal_keys(config, seed):
     want, _ = multi_head_attention_forward(
         x, many, replace(config, n_kv_head=0), causal_mask(T), np.arange(T)
     )
-    np.testing.assert_allclose(y, want, atol=1e-12)
+    np.testing.assert_allclose(y, want, rtol=0, atol=1e-12)

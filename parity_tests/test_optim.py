@@ -191,7 +191,9 @@ def test_the_first_step_has_the_size_of_the_learning_rate(seed, size, weight_dec
     assume(np.abs(gradient).min() > 1e-6)
     zeros = np.zeros(5)
     new, _, _ = plain.adamw(param, gradient, zeros, zeros, 1, 0.01, 0.9, 0.999, 0.0, weight_decay)
-    np.testing.assert_allclose(new, param * (1 - 0.01 * weight_decay) - 0.01 * np.sign(gradient), atol=1e-12)
+    np.testing.assert_allclose(
+        new, param * (1 - 0.01 * weight_decay) - 0.01 * np.sign(gradient), rtol=0, atol=1e-12
+    )
 
 
 def test_decay_never_enters_the_moments_and_spares_vectors():

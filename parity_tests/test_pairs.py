@@ -139,12 +139,13 @@ class Scripted(Seq2Seq):
 
 
 def test_from_its_end_on_a_target_is_padding():
-    """What a model writes behind the end is no part of the target, nor is a second end."""
+    """What a model writes behind the end is no part of the target, nor is a second end. Begin and padding are
+    never written: a model that wants to writes the next best, here of equals the first."""
     model, padding = Scripted(MODEL), MODEL.padding_token
-    model.script = [3, MODEL.end_token, 4, MODEL.end_token, 5]
+    model.script = [3, MODEL.begin_token, padding, MODEL.end_token, 4, MODEL.end_token, 5]
     source = torch.zeros(2, 3, dtype=torch.long)
-    written = fast.greedy_targets(model, source, torch.ones_like(source).bool(), 5)
-    assert written.tolist() == 2 * [[3, *4 * [padding]]]
+    written = fast.greedy_targets(model, source, torch.ones_like(source).bool(), 7)
+    assert written.tolist() == 2 * [[3, 0, 0, *4 * [padding]]]
 
 
 def test_an_evaluation_of_a_part_reads_the_first_pairs():

@@ -71,7 +71,7 @@ def test_by_hand():
 def test_interpolation_fits_a_longer_text_into_known_angles():
     config = ModelConfig(n_head=1, d_model=6, positions="rope")
     longer = replace(config, rope_scale=4.0)
-    np.testing.assert_allclose(rope_angles(np.arange(32) * 4, longer), rope_angles(np.arange(32), config))
+    np.testing.assert_array_equal(rope_angles(np.arange(32) * 4, longer), rope_angles(np.arange(32), config))
 
 
 def test_a_model_in_float64_has_angles_in_float64():

@@ -157,8 +157,8 @@ def test_packed_texts_are_what_each_is_alone(config, seed):
     for number in (4, 0, 9):
         own = numbers[0] == number
         alone, _ = transformer_forward(params, ids[:, own], config)
-        np.testing.assert_allclose(packed[:, own], alone, atol=1e-10)
-        np.testing.assert_allclose(fast_packed[:, own], alone, atol=1e-10)
+        np.testing.assert_allclose(packed[:, own], alone, rtol=0, atol=1e-10)
+        np.testing.assert_allclose(fast_packed[:, own], alone, rtol=0, atol=1e-10)
 
 
 def test_a_window_reaches_back_through_the_layers():
@@ -176,8 +176,8 @@ def test_a_window_reaches_back_through_the_layers():
 
 
 def test_layers_take_their_windows_in_turn():
-    config = ModelConfig(n_layer=5, attention_pattern="local, local, full", window=4)
-    assert [config.window_of(layer) for layer in range(5)] == [4, 4, 0, 4, 4]
+    config = ModelConfig(n_layer=4, attention_pattern="local, local, full", window=4)
+    assert [config.window_of(layer) for layer in range(4)] == [4, 4, 0, 4]  # not the same backwards
 
 
 @pytest.mark.parametrize("norm_placement", ["pre", "post"])
@@ -208,7 +208,7 @@ def test_an_encoder_is_torchs_encoder(norm_placement, activation):
     y = theirs(x, src_key_padding_mask=torch.from_numpy(documents == PADDING))
     want = (y.detach().numpy() @ params["token_embedding.weight"].T)[documents != PADDING]
     got, _ = transformer_forward(params, ids, config, documents=documents)
-    np.testing.assert_allclose(got[documents != PADDING], want, atol=1e-12)
+    np.testing.assert_allclose(got[documents != PADDING], want, rtol=0, atol=1e-12)
 
 
 @given(arguments=cases())

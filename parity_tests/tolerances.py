@@ -75,6 +75,8 @@ def rounding(
 
     uncertainty: the error of a formula-by-formula implementation in this precision, and the change of the
                  exact result when the inputs move by a rounding (parity.py measures both).
+                 Attention's gradients are taken there as fused kernels take them, from y as it was stored:
+                 autograd's roundings cancel where keys are alike, and no such kernel's do.
     f:           2, since who sums in another order draws another error of the same size, and the largest of
                  many elements of one draw is within twice that of another; for a gradient 3, which is made of
                  the rounded values of the forward pass besides.

@@ -123,3 +123,18 @@ def alone(arguments: list[str], folder: str) -> None:
         code = train_gpu.main(arguments)
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
     sys.exit(code)
+
+
+def dying(arguments: list[str], folder: str, fatal: int) -> None:
+    """The same, but it dies at a file operation below the folder, which it counts."""
+    count = 0
+
+    def hook(event: str, details: tuple) -> None:
+        nonlocal count
+        if event in ("open", "os.mkdir", "os.rename", "os.rmdir", "os.remove"):
+            count += str(details[0]).startswith(folder)
+            if count == fatal:
+                os._exit(9)  # as SIGKILL: no handler and no cleaning up
+
+    sys.addaudithook(hook)
+    alone(arguments, folder)

@@ -4,17 +4,15 @@ import functools
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from run_tests import rank_worker
 from run_tests.conftest import SMALL, content, metrics
+from run_tests.test_ranks import forking
 from torch_impl.training import run as run_module
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -95,32 +93,17 @@ def test_the_signal_handlers_are_put_back(small_run):
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
-KILLED_RUN = """
-import os, sys
-fatal, count = int(sys.argv[1]), 0
-import torch, torch_impl.training.run, train_gpu
-torch.set_num_threads(1)
-def hook(event, arguments):
-    global count
-    if event in ("open", "os.mkdir", "os.rename", "os.rmdir", "os.remove"):
-        if "killed" in str(arguments[0]) or "killed" in str(os.getcwd()):
-            count += 1
-            if count == fatal:
-                os._exit(9)  # as SIGKILL: no handler and no cleaning up
-sys.addaudithook(hook)
-sys.exit(train_gpu.main(sys.argv[2:]))
-"""
-
-
+@pytest.mark.xdist_group("ranks")  # whose processes start quickly
 @pytest.mark.parametrize("fatal", [35, 90, 118, 150])
 def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(small_run, cli, text, tmp_path, fatal):
     """The process dies at one of its file operations, all through the run."""
     assert small_run("--out", "whole").code == 0
     arguments = [*SMALL.split(), "--train-file", str(text), "--out", str(tmp_path / "killed")]
     arguments += ["--cache", str(tmp_path / "cache")]
-    command = [sys.executable, "-c", KILLED_RUN, str(fatal), *arguments]
-    killed = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
-    assert killed.returncode == 9, killed.stderr
+    process = forking().Process(target=rank_worker.dying, args=(arguments, str(tmp_path), fatal))
+    process.start()
+    process.join()
+    assert process.exitcode == 9
     assert cli("--resume", "killed").code == 0
     assert content(Path("killed")) == content(Path("whole"))
     assert not [path for path in Path("killed").iterdir() if path.suffix in (".new", ".old")]

@@ -9,8 +9,16 @@ from torch import Tensor, nn
 def layernorm(
     x: Float[Tensor, "*rows C"], weight: Float[Tensor, "C"], bias: Float[Tensor, "C"] | None, epsilon: float
 ) -> Float[Tensor, "*rows C"]:
-    """y = w (x - mean x) / sqrt(var x + epsilon) + b, with the biased variance."""
-    return F.layer_norm(x, weight.shape, weight, bias, epsilon)
+    """y = w (x - mean x) / sqrt(var x + epsilon) + b, with the biased variance.
+
+    In bfloat16 and float16 PyTorch's kernel for CPUs keeps a row's mean in that precision for the backward
+    pass, and sums the gradients of w and b in it. A mean of 1001.3 becomes 1000, and what comes back to x is
+    that error and little else; so there it is computed in float32.
+    """
+    if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
+        return F.layer_norm(x, weight.shape, weight, bias, epsilon)
+    bias = None if bias is None else bias.float()
+    return F.layer_norm(x.float(), weight.shape, weight.float(), bias, epsilon).to(x.dtype)
 
 
 def rmsnorm(

@@ -86,12 +86,35 @@ def attention(q, k, v, mask, slopes=None):
     return flash_attention(q, k, v, mask, bias, None)
 
 
+class _Attention(torch.autograd.Function):
+    """Gradients as fused kernels take them (ref_numpy/flash_attention.py): the weights again from the
+    log-sum-exp of their row, and sum p dp as dy y, of the y that was stored.
+
+    Autograd would use the weights themselves. Where keys and values are nearly alike its roundings cancel,
+    and those of dy y do not: that is no yardstick for a kernel that does not keep the weights.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask, bias):
+        scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+        scores = scores if bias is None else scores + bias
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        y = torch.softmax(scores, dim=-1) * mask @ v
+        precise = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        ctx.save_for_backward(q, k, v, mask, y, precise, precise.logsumexp(-1, keepdim=True))
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        q, k, v, mask, y, scores, log_sum_exp = ctx.saved_tensors
+        p = torch.exp(scores - log_sum_exp).to(q.dtype) * mask
+        delta = (dy * y).sum(-1, keepdim=True)
+        ds = p * (dy @ v.transpose(-1, -2) - delta) / math.sqrt(q.shape[-1])
+        return ds @ k, ds.transpose(-1, -2) @ q, p.transpose(-1, -2) @ dy, None, None
+
+
 def flash_attention(q, k, v, mask, bias, tile):
-    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-    scores = scores if bias is None else scores + bias
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    p = torch.softmax(scores, dim=-1) * mask
-    return p @ v
+    return _Attention.apply(q, k, v, mask, bias)
 
 
 def _heads(x, n_head):

@@ -28,7 +28,7 @@ class Options:
     dtype: tuple[Literal["float32", "tf32", "bfloat16", "float16"], ...] = ()
     """Precisions whose rounding is judged; float32 and bfloat16 by default, tf32 alone."""
     profile: Literal["quick", "normal", "thorough"] = "normal"
-    """How many cases a test draws: 8, 30, 1000."""
+    """How many cases a test draws: 8, 25, 1000."""
     select: str = ""
     """Only tests whose names fit, as pytest's -k."""
     jobs: str = "auto"

@@ -46,7 +46,8 @@ def overview(rows: Sequence[Row]) -> bytes:
             [most], [place], "X" if outside else "o", color="tab:red" if outside else color, markersize=4
         )
     for name in precisions:
-        axes.plot([], [], color=COLORS[name], lw=3, label=name)
+        question = "the same mathematics" if name == "float64" else "rounding"
+        axes.plot([], [], color=COLORS[name], lw=3, label=f"{name}: {question}")
     axes.set_xscale("log")
     axes.set_xlim(10**LEAST / 1.5, 10**MOST)
     axes.set_ylim(-0.7, len(components) - 0.3)
@@ -66,7 +67,7 @@ def within(units: np.ndarray) -> np.ndarray:
     return np.clip(units, 10**LEAST, 10**MOST)
 
 
-def histogram(row: Row, width: int = 260, height: int = 34) -> str:
+def histogram(row: Row, width: int = 200, height: int = 34) -> str:
     """An SVG: how often which error was seen, from a millionth of the bound to a hundred bounds."""
     counts, edges = np.histogram(np.log10(within(row.units)), BINS, (LEAST, MOST))
     heights = np.sqrt(counts / counts.max()) * (height - 12)  # of the root, for the rare ones to be seen

@@ -11,7 +11,7 @@ from parity_tests.report.collect import Findings, Kills, Row, file_of
 from parity_tests.report.draw import histogram
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 74rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.6rem; margin-bottom: .6rem }
 h2 { font-size: 1.15rem; margin-top: 2rem }
 .verdict { padding: .8rem 1rem; border-radius: 6px; font-size: 1.1rem; border-left: 6px solid }
@@ -19,7 +19,8 @@ h2 { font-size: 1.15rem; margin-top: 2rem }
 .ill { background: #fbe4e4; border-color: #c62828 }
 table { border-collapse: collapse; width: 100% }
 td, th { padding: .2rem .6rem; border-bottom: 1px solid #e4e4e4; text-align: left }
-td.n { text-align: right; font-variant-numeric: tabular-nums }
+td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+td.long { overflow-wrap: anywhere }
 tr.ill td { background: #fbe4e4 }
 img { max-width: 100% }
 pre { white-space: pre-wrap; background: #f6f6f6; padding: .6rem }
@@ -61,10 +62,12 @@ def verdict(report: Report) -> list[str]:
 
 
 def number(units: float) -> str:
-    """Units of a bound, to two digits."""
+    """Units of a bound, to two digits or, where they are few, to one."""
     if units == 0:
         return "0"
-    return f"{units:.2f}" if 0.1 <= units < 100 else f"{units:.1e}"
+    if 0.1 <= units < 100:
+        return f"{units:.2f}"
+    return f"{units:.2g}" if 0.001 <= units < 0.1 else f"{units:.0e}"
 
 
 def cells(row: Row) -> list[str]:
@@ -156,8 +159,8 @@ def _tr(texts: Iterable[str], classes: Iterable[str] | None = None, is_ill: bool
 
 def _row_html(row: Row, kills: Mapping[str, tuple[int, int]]) -> str:
     caught = "{} of {}".format(*kills[file]) if (file := file_of(row.component)) in kills else ""
-    texts = _tr(cells(row), ["", "", "", "n", "n", "n", ""], row.units[-1] > 1)
-    return texts.removesuffix("</tr>") + f"<td>{histogram(row)}</td><td>{caught}</td></tr>"
+    texts = _tr(cells(row), ["", "", "", "n", "n", "n", "long"], row.units[-1] > 1)
+    return texts.removesuffix("</tr>") + f'<td>{histogram(row)}</td><td class="n">{caught}</td></tr>'
 
 
 def markdown(report: Report, picture: str) -> str:

@@ -220,6 +220,16 @@ BUGS = [
         ),
     ),
     *bugs(
+        "ref_numpy/config.py",
+        (
+            "pattern_from_the_last_layer",
+            "Local and full layers are counted from the last one.",
+            "self._pattern[layer % len(self._pattern)]",
+            "self._pattern[(self.n_layer - 1 - layer) % len(self._pattern)]",
+        ),
+        killed_by="parity_tests/test_transformer.py",
+    ),
+    *bugs(
         "ref_numpy/multi_head_attention.py",
         (
             "groups_tiled",
@@ -314,6 +324,12 @@ BUGS = [
     ),
     *bugs(
         "torch_impl/kv_cache.py",
+        (
+            "held_window_one_too_wide",
+            "Where a step is replayed, a window of w holds w + 1 keys.",
+            "s > self.place - window",
+            "s >= self.place - window",
+        ),
         (
             "values_not_reordered",
             "When beams change places, their keys go along and their values stay.",

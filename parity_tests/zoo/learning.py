@@ -100,6 +100,12 @@ BUGS = [
     *bugs(
         "torch_impl/pairs.py",
         (
+            "begin_is_written",
+            "When many targets are written at once, a target may begin a second time.",
+            "never = torch.tensor([config.begin_token, config.padding_token]",
+            "never = torch.tensor([config.padding_token, config.padding_token]",
+        ),
+        (
             "the_answer_is_shown",
             "The decoder reads the tokens that it is to write.",
             "target[..., :-1], target_out",

@@ -206,6 +206,12 @@ BUGS = [
     *bugs(
         "ref_numpy/generate.py",
         (
+            "end_is_written",
+            "An answer has its end token too.",
+            "            return\n        ids.append(token)",
+            "            yield token\n            return\n        ids.append(token)",
+        ),
+        (
             "one_draw_for_all",
             "Every token of a text is drawn with the same u.",
             "step=i, stream=stream), 1)[0]\n            tokens",
