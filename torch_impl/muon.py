@@ -12,13 +12,21 @@ _ITERATIONS = 5
 
 
 def orthogonalise(matrices: Float[Tensor, "*K M N"]) -> Float[Tensor, "*K M N"]:
-    """U S' V^T for each matrix U S V^T, with the singular values of S' between about 0.7 and 1.2."""
+    """U S' V^T for each matrix U S V^T, with the singular values of S' between about 0.7 and 1.2.
+
+    The reference's iteration is X <- P X with P = a + b G + c G^2, G = X X^T, after which G is P G P. So all
+    of it is done on G, the smaller the flatter X is, and X is multiplied once, by the product of the P.
+    """
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if is_tall else matrices
     x = x / (x.square().sum((-2, -1), keepdim=True).sqrt() + 1e-7)
+    gram, product = x @ x.mT, None
     for _ in range(_ITERATIONS):
-        gram = x @ x.mT
-        x = _A * x + (_B * gram + _C * (gram @ gram)) @ x
+        step = _B * gram + _C * (gram @ gram)
+        step.diagonal(dim1=-2, dim2=-1).add_(_A)
+        product = step if product is None else step @ product
+        gram = step @ gram @ step
+    x = product @ x
     return x.mT if is_tall else x
 
 

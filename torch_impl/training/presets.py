@@ -60,17 +60,17 @@ PRESETS: dict[str, RunConfig] = {
                 qk_norm=True,
             ),
             TrainConfig(
-                steps=280,
+                steps=270,
                 batch_size=12,
-                learning_rate=4e-3,
+                learning_rate=6e-3,
                 min_learning_rate=0.0,
                 warmup_steps=20,
                 schedule="linear",
                 optimizer="muon",
-                muon_learning_rate=0.04,
+                muon_learning_rate=0.05,
                 beta2=0.95,
             ),
-            RunSettings(device="cpu", eval_every=70, checkpoint_every=70, log_every=10, sample_tokens=500),
+            RunSettings(device="cpu", eval_every=90, checkpoint_every=90, log_every=10, sample_tokens=500),
         ),
         # GPT-2's smallest model, trained as nanoGPT trains it: half a million tokens a step. It is
         # for gigabytes of text; a small one runs out of pairs before it fills the vocabulary.
