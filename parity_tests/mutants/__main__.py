@@ -1,0 +1,155 @@
+"""python -m parity_tests.mutants: every mutant of the reference has to be killed, or explained."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatch
+from importlib.metadata import version
+from pathlib import Path
+
+from tqdm import tqdm
+
+from parity_tests.mutants import explained
+from parity_tests.mutants.mutate import Mutant, mutants
+from parity_tests.mutants.pool import Pool
+from parity_tests.mutants.publish import Found, counted, page
+from parity_tests.mutants.state import State, digest
+from parity_tests.mutants.worker import HOUSE, Task, Verdict
+
+# Files without a test of their own name; elsewhere it is test_X.py.
+TESTS = {
+    "bpe_format": ("parity_tests/test_bpe.py",),
+    "parameters": ("parity_tests/test_transformer.py", "parity_tests/test_seq2seq.py"),
+}
+HEALTHY_LIMIT = 300.0  # seconds for the tests without a mutant
+PATIENCE = 5.0  # a mutant may take so many times as long as the healthy code ...
+GRACE = 10.0  # ... and so many seconds more
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line of this module."""
+
+    only: tuple[str, ...] = ()
+    """Files of ref_numpy, such as attention, or patterns such as "b*"; all by default."""
+    jobs: int = os.cpu_count() or 1
+    """Processes at a time."""
+    out: Path | None = None
+    """Folder for mutants.md and for mutants.jsonl, from which a run that was stopped goes on; none by default."""
+    minutes: float = 0.0
+    """Stop after so many; 0 means never."""
+
+
+def components(only: Sequence[str]) -> list[str]:
+    """The files that are meant. Raises InputError for a name that fits none."""
+    from torch_impl.training.files import InputError
+
+    there = sorted(path.stem for path in (HOUSE / "ref_numpy").glob("[!_]*.py"))
+    for pattern in only:
+        if not any(fnmatch(name, pattern) for name in there):
+            near = get_close_matches(pattern, there, 1, cutoff=0)
+            raise InputError(f"--only {pattern} is no file of ref_numpy; the nearest is {near[0]}")
+    return [name for name in there if not only or any(fnmatch(name, pattern) for pattern in only)]
+
+
+def tests_of(file: str) -> tuple[str, ...]:
+    stem = Path(file).stem
+    return TESTS.get(stem, (f"parity_tests/test_{stem}.py",))
+
+
+def judged(pool: Pool, file: str, some: Sequence[Mutant]) -> Iterator[tuple[Mutant, Verdict]]:
+    """The verdicts on mutants of one file, as they come. The tests are run on the healthy code first, for what
+    fails anyway kills nothing.
+
+    Raises InputError where a test fails without a mutant.
+    """
+    from torch_impl.training.files import InputError
+
+    tests = tests_of(file)
+    [(_, healthy)] = pool.verdicts([Task(tests)], HEALTHY_LIMIT)
+    if healthy.killed_by:
+        raise InputError(
+            f"{', '.join(tests)} does not pass without any mutant: {healthy.killed_by}: {healthy.message}"
+        )
+    tasks = [Task(tests, f"ref_numpy.{Path(file).stem}", mutant.source) for mutant in some]
+    for index, verdict in pool.verdicts(tasks, GRACE + PATIENCE * healthy.seconds):
+        yield some[index], verdict
+
+
+def run(options: Options, by_file: dict[str, list[Mutant]], state: State) -> bool:
+    """Runs what the state does not know. False where the time ran out before."""
+    digests = {file: digest(tests_of(file)) for file in by_file}
+    pending = {file: [m for m in some if not state.settled(m, digests[file])] for file, some in by_file.items()}
+    end = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
+    total = sum(len(some) for some in by_file.values())
+    done = total - sum(len(some) for some in pending.values())
+    with Pool(options.jobs) as pool, tqdm(total=total, initial=done, unit="mutant") as bar:
+        for file, some in pending.items():
+            if not some:
+                continue
+            bar.set_description(Path(file).stem)
+            with closing(judged(pool, file, some)) as verdicts:
+                for mutant, verdict in verdicts:
+                    state.add(mutant, digests[file], verdict)
+                    bar.update()
+                    if time.monotonic() > end:
+                        return False
+    return True
+
+
+def main(arguments: list[str]) -> int:
+    """The exit code: 0 where all were killed or explained, 1 where not, 2 for a mistake, 130 for Ctrl-C."""
+    from torch_impl.training.files import InputError
+    from torch_impl.training.flags import parse_flags
+
+    try:
+        options = parse_flags(Options(), arguments, "python -m parity_tests.mutants", "Changes the reference.")
+        if options.jobs < 1:
+            raise InputError(f"--jobs is {options.jobs}, but must be at least 1")
+        files = [f"ref_numpy/{name}.py" for name in components(options.only)]
+        try:
+            library = f"cosmic-ray {version('cosmic-ray')}"
+            by_file = {
+                file: list(mutants(file, (HOUSE / file).read_text(encoding="utf-8")))
+                for file in tqdm(files, "changing", unit="file", leave=False)
+            }
+        except ImportError:
+            raise InputError("this needs cosmic-ray, which is not installed: pip install cosmic-ray") from None
+        explanations = explained.read()
+        stale = [line for file in files for line in explained.without_mutant(explanations, file, by_file[file])]
+        if stale:
+            raise InputError(f"equivalent.toml explains what is no mutant: {'; '.join(stale)}")
+        state = State(options.out / "mutants.jsonl" if options.out else None)
+        complete = run(options, by_file, state)
+    except InputError as error:
+        print(f"mutants: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        further = "" if options.out is None else "; the same command goes on from here"
+        print(f"mutants: interrupted{further}", file=sys.stderr)
+        return 130
+    found = {
+        file: [Found(m, state.verdict(m), explanations.get(m.change, "")) for m in some]
+        for file, some in by_file.items()
+    }
+    if options.out is not None:
+        (options.out / "mutants.md").write_text(page(found, library), encoding="utf-8")
+    everything = [each for some in found.values() for each in some]
+    good = complete
+    for each in everything:
+        if each.survived and not each.explained:
+            print(f"survived: {each.mutant}")
+            good = False
+        elif each.killed and each.why:
+            print(f"explained as no bug, but killed by {each.verdict.killed_by}: {each.mutant}")
+            good = False
+    print(counted(everything))
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
