@@ -83,7 +83,9 @@ def judged(pool: Pool, file: str, some: Sequence[Mutant]) -> Iterator[tuple[Muta
 def run(options: Options, by_file: dict[str, list[Mutant]], state: State) -> bool:
     """Runs what the state does not know. False where the time ran out before."""
     digests = {file: digest(tests_of(file)) for file in by_file}
-    pending = {file: [m for m in some if not state.settled(m, digests[file])] for file, some in by_file.items()}
+    pending = {
+        file: [m for m in some if not state.settled(m, digests[file])] for file, some in by_file.items()
+    }
     end = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
     total = sum(len(some) for some in by_file.values())
     done = total - sum(len(some) for some in pending.values())
@@ -107,7 +109,9 @@ def main(arguments: list[str]) -> int:
     from torch_impl.training.flags import parse_flags
 
     try:
-        options = parse_flags(Options(), arguments, "python -m parity_tests.mutants", "Changes the reference.")
+        options = parse_flags(
+            Options(), arguments, "python -m parity_tests.mutants", "Changes the reference."
+        )
         if options.jobs < 1:
             raise InputError(f"--jobs is {options.jobs}, but must be at least 1")
         files = [f"ref_numpy/{name}.py" for name in components(options.only)]
@@ -118,9 +122,13 @@ def main(arguments: list[str]) -> int:
                 for file in tqdm(files, "changing", unit="file", leave=False)
             }
         except ImportError:
-            raise InputError("this needs cosmic-ray, which is not installed: pip install cosmic-ray") from None
+            raise InputError(
+                "this needs cosmic-ray, which is not installed: pip install cosmic-ray"
+            ) from None
         explanations = explained.read()
-        stale = [line for file in files for line in explained.without_mutant(explanations, file, by_file[file])]
+        stale = [
+            line for file in files for line in explained.without_mutant(explanations, file, by_file[file])
+        ]
         if stale:
             raise InputError(f"equivalent.toml explains what is no mutant: {'; '.join(stale)}")
         state = State(options.out / "mutants.jsonl" if options.out else None)

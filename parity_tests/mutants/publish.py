@@ -88,12 +88,15 @@ def page(by_file: Mapping[str, Sequence[Found]], library: str) -> str:
     if left:
         lines += ["", "## Survived", "", "| Where | Line | Becomes |", "|---|---|---|"]
         lines += [
-            f"| {m.file}:{m.line} | {_code(m.before)} | {_code(m.after)} |" for m in (each.mutant for each in left)
+            f"| {m.file}:{m.line} | {_code(m.before)} | {_code(m.after)} |"
+            for m in (each.mutant for each in left)
         ]
     lines += ["", "## Survived, and why that is no bug"]
     for file, found in by_file.items():
         explained = {each.mutant.change: each.why for each in found if each.explained}
         if explained:
             lines += ["", f"### {Path(file).stem}", "", "| Line | Becomes | Why |", "|---|---|---|"]
-            lines += [f"| {_code(line)} | {_code(after)} | {why} |" for (_, line, after), why in explained.items()]
+            lines += [
+                f"| {_code(line)} | {_code(after)} | {why} |" for (_, line, after), why in explained.items()
+            ]
     return "\n".join(lines) + "\n"
