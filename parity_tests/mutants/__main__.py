@@ -20,14 +20,15 @@ from parity_tests.mutants.publish import Found, counted, page
 from parity_tests.mutants.state import State, digest
 from parity_tests.mutants.worker import HOUSE, Task, Verdict
 
+PROGRAM = "parity_tests.mutants"
 # Files without a test of their own name; elsewhere it is test_X.py.
 TESTS = {
     "bpe_format": ("parity_tests/test_bpe.py",),
     "parameters": ("parity_tests/test_transformer.py", "parity_tests/test_seq2seq.py"),
 }
 HEALTHY_LIMIT = 300.0  # seconds for the tests without a mutant
-PATIENCE = 5.0  # a mutant may take so many times as long as the healthy code ...
-GRACE = 10.0  # ... and so many seconds more
+PATIENCE = 3.0  # a mutant may take so many times as long as the healthy code ...
+GRACE = 5.0  # ... and so many seconds more
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Options:
     jobs: int = os.cpu_count() or 1
     """Processes at a time."""
     out: Path | None = None
-    """Folder for mutants.md and for mutants.jsonl, from which a run that was stopped goes on; none by default."""
+    """Folder for mutants.md, and mutants.jsonl from which a run that was stopped goes on; none by default."""
     minutes: float = 0.0
     """Stop after so many; 0 means never."""
 
@@ -62,9 +63,9 @@ def tests_of(file: str) -> tuple[str, ...]:
 
 
 def judged(pool: Pool, file: str, some: Sequence[Mutant]) -> Iterator[tuple[Mutant, Verdict]]:
-    """The verdicts on mutants of one file, as they come. The tests are run on the healthy code first, for what
-    fails anyway kills nothing.
+    """The verdicts on mutants of one file, as they come.
 
+    The tests are run on the healthy code first, for what fails anyway kills nothing.
     Raises InputError where a test fails without a mutant.
     """
     from torch_impl.training.files import InputError

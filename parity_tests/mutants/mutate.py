@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
-# What may stand for what. All others (a float has no << or |, and // for + is caught by anything) are left out.
+# What may stand for what. A float has no << or |, and any test catches // in place of +.
 _SWAPPED = (
     {"Add", "Sub", "Mul", "Div"},
     {"FloorDiv", "Mod"},
@@ -60,7 +60,13 @@ def _makes_sense(operator: str) -> bool:
 
 
 class _Meaning(ast.NodeTransformer):
-    """Leaves out what a test cannot see, or should not look at: annotations, and the wording of errors."""
+    """Leaves out what is not computed: annotations, how arguments may be passed, the wording of errors."""
+
+    def visit_arguments(self, node: ast.arguments) -> ast.arguments:
+        node.args, node.posonlyargs, node.kwonlyargs = node.posonlyargs + node.args + node.kwonlyargs, [], []
+        node.defaults, node.kw_defaults = node.defaults + [value for value in node.kw_defaults if value], []
+        self.generic_visit(node)
+        return node
 
     def visit_arg(self, node: ast.arg) -> ast.arg:
         node.annotation = None

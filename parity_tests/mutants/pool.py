@@ -1,7 +1,6 @@
 """Some worker processes: tasks go in, verdicts come out as they are ready, and who hangs is ended."""
 
 import os
-import sys
 import tempfile
 import time
 from collections import deque

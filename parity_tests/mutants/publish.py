@@ -11,6 +11,16 @@ from parity_tests.mutants.mutate import Mutant
 from parity_tests.mutants.worker import Verdict
 
 _NAMED = 4  # tests of a file that are named
+_HEAD = """\
+# Mutants of the reference
+
+{counted}; {date}, Python {python}, {library}, {minutes:.0f} minutes of tests.
+`python -m parity_tests.mutants --out FOLDER` makes this page.
+
+[cosmic-ray](https://cosmic-ray.readthedocs.io) changes one operator, number, comparison, condition or loop of
+a file at a time, and each change has to be killed by the component's own test. An operator is replaced by its
+like alone: a float has no `<<` or `|`. Signatures, the texts of errors, and what runs under `__main__` stay as
+they are."""
 
 
 class Found(NamedTuple):
@@ -57,18 +67,15 @@ def counted(found: Sequence[Found]) -> str:
 def page(by_file: Mapping[str, Sequence[Found]], library: str) -> str:
     """The page as Markdown."""
     everything = [each for found in by_file.values() for each in found]
-    seconds = sum(each.verdict.seconds for each in everything if each.verdict is not None)
+    minutes = sum(each.verdict.seconds for each in everything if each.verdict is not None) / 60
     lines = [
-        "# Mutants of the reference",
-        "",
-        f"{counted(everything).capitalize()}; {date.today().isoformat()}, Python {platform.python_version()}, "
-        f"{library}, {seconds / 60:.0f} minutes of tests. `python -m parity_tests.mutants --out FOLDER` makes this "
-        "page.",
-        "",
-        "[cosmic-ray](https://cosmic-ray.readthedocs.io) changes one operator, number, comparison, condition or loop "
-        "of a file at a time, and each change has to be killed by the component's own test. An operator is replaced "
-        "by its like alone: a float has no `<<` or `|`. Annotations, the texts of errors, and what runs under "
-        "`__main__` are left as they are.",
+        *_HEAD.format(
+            counted=counted(everything).capitalize(),
+            date=date.today().isoformat(),
+            python=platform.python_version(),
+            library=library,
+            minutes=minutes,
+        ).splitlines(),
         "",
         "| File | Mutants | Killed | Explained | Survived | Not run | Killed by |",
         "|---|---|---|---|---|---|---|",
@@ -84,19 +91,15 @@ def page(by_file: Mapping[str, Sequence[Found]], library: str) -> str:
         )
         cells = [f"[{Path(file).stem}](../{file})", *(str(n or "") for n in numbers), _killers(found)]
         lines.append(f"| {' | '.join(cells)} |")
-    left = [each for each in everything if each.survived and not each.explained]
+    left = [each.mutant for each in everything if each.survived and not each.explained]
     if left:
         lines += ["", "## Survived", "", "| Where | Line | Becomes |", "|---|---|---|"]
-        lines += [
-            f"| {m.file}:{m.line} | {_code(m.before)} | {_code(m.after)} |"
-            for m in (each.mutant for each in left)
-        ]
+        lines += [f"| {m.file}:{m.line} | {_code(m.before)} | {_code(m.after)} |" for m in left]
     lines += ["", "## Survived, and why that is no bug"]
     for file, found in by_file.items():
-        explained = {each.mutant.change: each.why for each in found if each.explained}
-        if explained:
+        reasons = {each.mutant.change: each.why for each in found if each.explained}
+        if reasons:
             lines += ["", f"### {Path(file).stem}", "", "| Line | Becomes | Why |", "|---|---|---|"]
-            lines += [
-                f"| {_code(line)} | {_code(after)} | {why} |" for (_, line, after), why in explained.items()
-            ]
+        for (_, before, after), why in reasons.items():
+            lines.append(f"| {_code(before)} | {_code(after)} | {why} |")
     return "\n".join(lines) + "\n"
