@@ -62,8 +62,8 @@ def tests_of(file: str) -> tuple[str, ...]:
     return TESTS.get(stem, (f"parity_tests/test_{stem}.py",))
 
 
-def judged(pool: Pool, file: str, some: Sequence[Mutant]) -> Iterator[tuple[Mutant, Verdict]]:
-    """The verdicts on mutants of one file, as they come.
+def judged(pool: Pool, file: str, some: Sequence[Mutant], state: State) -> Iterator[None]:
+    """Puts the verdicts on mutants of one file into the state, as they come.
 
     The tests are run on the healthy code first, for what fails anyway kills nothing.
     Raises InputError where a test fails without a mutant.
@@ -71,22 +71,27 @@ def judged(pool: Pool, file: str, some: Sequence[Mutant]) -> Iterator[tuple[Muta
     from torch_impl.training.files import InputError
 
     tests = tests_of(file)
-    [(_, healthy)] = pool.verdicts([Task(tests)], HEALTHY_LIMIT)
-    if healthy.killed_by:
-        raise InputError(
-            f"{', '.join(tests)} does not pass without any mutant: {healthy.killed_by}: {healthy.message}"
-        )
+    tested = digest(tests)
+    healthy = Mutant(file, 0, "", "", (HOUSE / file).read_text(encoding="utf-8"))
+    if not state.settled(healthy, tested):
+        [(_, verdict)] = pool.verdicts([Task(tests)], HEALTHY_LIMIT)
+        if verdict.killed_by:
+            failure = f"{verdict.killed_by}: {verdict.message}"
+            raise InputError(f"{', '.join(tests)} does not pass without any mutant: {failure}")
+        state.add(healthy, tested, verdict)
+    limit = GRACE + PATIENCE * state.verdict(healthy).seconds
     tasks = [Task(tests, f"ref_numpy.{Path(file).stem}", mutant.source) for mutant in some]
-    for index, verdict in pool.verdicts(tasks, GRACE + PATIENCE * healthy.seconds):
-        yield some[index], verdict
+    for index, verdict in pool.verdicts(tasks, limit):
+        state.add(some[index], tested, verdict)
+        yield
 
 
 def run(options: Options, by_file: dict[str, list[Mutant]], state: State) -> bool:
     """Runs what the state does not know. False where the time ran out before."""
-    digests = {file: digest(tests_of(file)) for file in by_file}
-    pending = {
-        file: [m for m in some if not state.settled(m, digests[file])] for file, some in by_file.items()
-    }
+    pending = {}
+    for file, some in by_file.items():
+        tested = digest(tests_of(file))
+        pending[file] = [mutant for mutant in some if not state.settled(mutant, tested)]
     end = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
     total = sum(len(some) for some in by_file.values())
     done = total - sum(len(some) for some in pending.values())
@@ -95,9 +100,8 @@ def run(options: Options, by_file: dict[str, list[Mutant]], state: State) -> boo
             if not some:
                 continue
             bar.set_description(Path(file).stem)
-            with closing(judged(pool, file, some)) as verdicts:
-                for mutant, verdict in verdicts:
-                    state.add(mutant, digests[file], verdict)
+            with closing(judged(pool, file, some, state)) as verdicts:
+                for _ in verdicts:
                     bar.update()
                     if time.monotonic() > end:
                         return False
