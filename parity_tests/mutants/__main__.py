@@ -18,7 +18,7 @@ from parity_tests.mutants.mutate import Mutant, mutants
 from parity_tests.mutants.pool import Pool
 from parity_tests.mutants.publish import Found, counted, page
 from parity_tests.mutants.state import State, digest
-from parity_tests.mutants.worker import HOUSE, Task, Verdict
+from parity_tests.mutants.worker import HOUSE, Task
 
 PROGRAM = "parity_tests.mutants"
 # Files without a test of their own name; elsewhere it is test_X.py.
