@@ -1,6 +1,7 @@
 """python -m parity_tests.mutants: every mutant of the reference has to be killed, or explained."""
 
 import os
+import random
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -42,7 +43,9 @@ class Options:
     out: Path | None = None
     """Folder for mutants.md, and mutants.jsonl from which a run that was stopped goes on; none by default."""
     minutes: float = 0.0
-    """Stop after so many; 0 means never."""
+    """Stop after so many; 0 means no limit."""
+    sample: int = 0
+    """Run so many mutants of a file, drawn at random and always the same; 0 means no limit."""
 
 
 def components(only: Sequence[str]) -> list[str]:
@@ -91,11 +94,12 @@ def run(options: Options, by_file: dict[str, list[Mutant]], state: State) -> boo
     pending = {}
     for file, some in by_file.items():
         tested = digest(tests_of(file))
-        pending[file] = [mutant for mutant in some if not state.settled(mutant, tested)]
+        # In a random order that never changes: what is run of a file is a fair sample of it at any time.
+        drawn = random.Random(0).sample(some, min(options.sample or len(some), len(some)))
+        pending[file] = [mutant for mutant in drawn if not state.settled(mutant, tested)]
     end = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
-    total = sum(len(some) for some in by_file.values())
-    done = total - sum(len(some) for some in pending.values())
-    with Pool(options.jobs) as pool, tqdm(total=total, initial=done, unit="mutant") as bar:
+    total = sum(len(some) for some in pending.values())
+    with Pool(options.jobs) as pool, tqdm(total=total, unit="mutant") as bar:
         for file, some in pending.items():
             if not some:
                 continue
@@ -119,6 +123,9 @@ def main(arguments: list[str]) -> int:
         )
         if options.jobs < 1:
             raise InputError(f"--jobs is {options.jobs}, but must be at least 1")
+        for name, value in {"minutes": options.minutes, "sample": options.sample}.items():
+            if value < 0:
+                raise InputError(f"--{name} is {value}, but must be 0 (no limit) or more")
         files = [f"ref_numpy/{name}.py" for name in components(options.only)]
         try:
             library = f"cosmic-ray {version('cosmic-ray')}"
@@ -138,7 +145,7 @@ def main(arguments: list[str]) -> int:
             raise InputError(f"equivalent.toml explains what is no mutant: {'; '.join(stale)}")
         state = State(options.out / "mutants.jsonl" if options.out else None)
         complete = run(options, by_file, state)
-    except InputError as error:
+    except (InputError, OSError) as error:  # OSError: the folder cannot be written
         print(f"mutants: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -16,8 +16,8 @@ def read(path: Path = EQUIVALENT) -> Explanations:
     found = {}
     for component, entries in tomllib.loads(path.read_text(encoding="utf-8")).items():
         for entry in entries:
-            for after in entry["becomes"]:
-                found[f"ref_numpy/{component}.py", entry["line"], after] = entry["why"]
+            for before, after in entry["mutants"]:
+                found[f"ref_numpy/{component}.py", before, after] = entry["why"]
     return found
 
 
