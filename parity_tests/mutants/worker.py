@@ -1,5 +1,6 @@
 """A process that imports PyTorch and pytest once, and then runs tests on one mutant after the other."""
 
+import ast
 import contextlib
 import gc
 import importlib.util
@@ -8,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from functools import cache
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from multiprocessing.connection import Connection
@@ -61,12 +63,12 @@ class _Listener:
     """A plugin of pytest: plants the mutant before a test is imported, and hears the first failure."""
 
     def __init__(self, task: Task) -> None:
-        self.task = task
+        self.task, self.planted = task, _Planted(task.module, task.source)
         self.killed_by, self.message = "", ""
 
     def pytest_configure(self) -> None:
         if self.task.module:  # ahead of jaxtyping's finder, which has just been put there
-            sys.meta_path.insert(0, _Planted(self.task.module, self.task.source))
+            sys.meta_path.insert(0, self.planted)
 
     def pytest_collectreport(self, report: Any) -> None:
         self._hear(report, "import")
@@ -86,31 +88,64 @@ class _Listener:
             self.message = " ".join(text.split())[:200]
 
 
-def _forget() -> None:
-    """Unloads the project, so that the next import reads all of it anew."""
+@cache
+def _importers() -> dict[str, set[str]]:
+    """By module of the project: those that import it, anywhere in their text."""
+    found: dict[str, set[str]] = {}
+    for path in (path for room in _ROOMS for path in (HOUSE / room).rglob("*.py")):
+        importer = ".".join(path.relative_to(HOUSE).with_suffix("").parts)
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):  # from ref_numpy import alibi is an import of it
+                names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+            else:
+                continue
+            for name in names:
+                found.setdefault(name, set()).add(importer)
+    return found
+
+
+def _dependents(module: str) -> set[str]:
+    """The module, and all that import it, directly or not."""
+    found, new = set(), {module}
+    while new:
+        found |= new
+        new = {importer for name in new for importer in _importers().get(name, ())} - found
+    return found
+
+
+def _forget(module: str) -> None:
+    """Unloads a module and what depends on it, and all tests, so that the next import reads them anew."""
+    gone = _dependents(module)
     for name in list(sys.modules):
-        if name.partition(".")[0] in _ROOMS and not f"{name}.".startswith("parity_tests.mutants."):
+        is_test = name.startswith("parity_tests.") and not f"{name}.".startswith("parity_tests.mutants.")
+        if name in gone or is_test:
             del sys.modules[name]
+            package, _, own = name.rpartition(".")
+            if package in sys.modules:
+                vars(sys.modules[package]).pop(own, None)
     for _ in range(2):  # where a class is defined anew, beartype forgets the classes that it has seen
         beartype(type("Anew", (), {"__module__": __name__}))
 
 
 def run(task: Task) -> Verdict:
-    """Runs pytest in this process, and leaves no module of the project behind."""
+    """Runs pytest in this process, and leaves no module behind that has to do with the mutant."""
     import pytest
 
-    _forget()
-    finders, path = sys.meta_path[:], sys.path[:]
+    _forget(task.module)
     listener = _Listener(task)
     options = ["-x", "-n0", "--hypothesis-profile=zoo", "--tb=line", f"--rootdir={HOUSE}"]
     options += [f"-c{HOUSE / 'pyproject.toml'}"]
     options += [word for plugin in _NOT_LOADED for word in ("-p", f"no:{plugin}")]
+    if "ref_numpy" in sys.modules:  # by an earlier run, whose hook for imports is still there
+        options += ["--jaxtyping-packages="]
     begin = time.perf_counter()
     try:
         code = pytest.main([*options, *(str(HOUSE / test) for test in task.tests)], plugins=[listener])
     finally:
-        sys.meta_path[:], sys.path[:] = finders, path
-        _forget()
+        sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not listener.planted]
+        _forget(task.module)
     killed_by = listener.killed_by or ("" if code == 0 else f"pytest ended with {int(code)}")
     return Verdict(killed_by, listener.message, time.perf_counter() - begin)
 
@@ -123,16 +158,16 @@ def _limit_memory() -> None:
             resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
 
 
-def serve(connection: Connection, cache: str) -> None:
+def serve(connection: Connection, bytecode: str) -> None:
     """The life of a process: says None when it is ready, and then a verdict for each task.
 
-    cache is a folder for bytecode, so that none is written beside the project's files.
+    bytecode is a folder for it, so that none is written beside the project's files.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this one
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)
     os.dup2(silence, 2)
-    sys.dont_write_bytecode, sys.pycache_prefix = False, cache
+    sys.dont_write_bytecode, sys.pycache_prefix = False, sys.pycache_prefix or bytecode
     _limit_memory()
     import hypothesis  # noqa: F401
     import torch  # noqa: F401
