@@ -214,6 +214,10 @@ def test_top_p_by_hand():
 def test_a_token_seen_twice_is_penalised_once_whatever_its_sign():
     got = plain.penalise_repetition(np.array([2.0, -2.0, 1.0]), [0, 1, 0], 4.0)
     assert got.tolist() == [0.5, -8.0, 1.0]
+    by_two = plain.filtered_logits(
+        np.array([2.0, -2.0, 1.0]), [0, 1, 0], SamplingConfig(repetition_penalty=2.0)
+    )
+    assert by_two.tolist() == [1.0, -4.0, 1.0]
 
 
 @pytest.mark.parametrize(("sample", "array"), BOTH)
@@ -251,7 +255,7 @@ def test_frequencies_follow_the_softmax():
 
 
 @pytest.mark.parametrize(("sample", "array"), BOTH)
-@pytest.mark.parametrize("token", [-1, 3])
+@pytest.mark.parametrize("token", [-1, 3, 4])
 def test_a_forbidden_token_that_does_not_exist_is_refused(sample, array, token):
     with pytest.raises(ValueError, match=f"forbidden token {token} is not in the vocabulary of 3"):
         sample(array([0.0, 1.0, 2.0]), [], SamplingConfig(forbidden=(token,)), 0.5)
