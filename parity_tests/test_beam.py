@@ -266,6 +266,17 @@ def all_finished(model: Table, n_tokens: int, config: BeamConfig) -> list[float]
     return sorted(scores, reverse=True)
 
 
+def test_an_estimate_waits_for_as_many_as_the_beam_is_wide():
+    """Token 1 ends. After the first token one of two is finished; the second is better by its length."""
+    model = Table(np.broadcast_to([-2.1, -2.0], (2, 2, 2)).copy())
+    config = BeamConfig(2, length_penalty=2.0, early_stopping="estimate", end_token=1)
+    assert [tokens for tokens, _ in searched(model, [0], 2, config)] == [[0, 1]]
+
+
+def test_a_vocabulary_may_be_one_token():
+    assert searched(Table(np.zeros((1, 1, 1))), [0], 3, BeamConfig()) == [([0, 0, 0], 0.0)]
+
+
 def test_a_longer_sequence_wins_by_its_length():
     """Token 2 ends. Ending at once costs 1 nat; going on costs 0.6 each time, and the fifth token ends."""
     ending = np.log([1e-9, 1 - np.exp(-1) - 1e-9, np.exp(-1)])
