@@ -266,15 +266,26 @@ def all_finished(model: Table, n_tokens: int, config: BeamConfig) -> list[float]
     return sorted(scores, reverse=True)
 
 
-def test_an_estimate_waits_for_as_many_as_the_beam_is_wide():
-    """Token 1 ends. After the first token one of two is finished; the second is better by its length."""
-    model = Table(np.broadcast_to([-2.1, -2.0], (2, 2, 2)).copy())
-    config = BeamConfig(2, length_penalty=2.0, early_stopping="estimate", end_token=1)
-    assert [tokens for tokens, _ in searched(model, [0], 2, config)] == [[0, 1]]
+LOGITS = [[2, -2, 5], [1, 0, -2], [-1, 1, -3]]
 
 
-def test_a_vocabulary_may_be_one_token():
-    assert searched(Table(np.zeros((1, 1, 1))), [0], 3, BeamConfig()) == [([0, 0, 0], 0.0)]
+@pytest.mark.parametrize(
+    ("logits", "n_tokens", "config", "want"),
+    [
+        # By its mean, or its sum times its length, a longer one still beats the worst of three.
+        ([[0, 2, 1]] * 3, 3, BeamConfig(3, 3, 1.0, end_token=1), [[1], [2, 1], [2, 2, 1]]),
+        (LOGITS, 5, BeamConfig(3, 3, -1.0, end_token=1), [[2, 1], [1], [2, 0, 2, 1]]),
+        # The likeliest token ends it, though a longer one would be better.
+        ([[0, 1]] * 2, 4, BeamConfig(1, length_penalty=2.0, end_token=1), [[1]]),
+        # After the first token one of two is finished, and the second is better by its length.
+        ([[-2.1, -2]] * 2, 2, BeamConfig(2, 1, 2.0, "estimate", end_token=1), [[0, 1]]),
+        ([[0]], 3, BeamConfig(), [[0, 0, 0]]),
+    ],
+)
+def test_a_search_ends_neither_too_early_nor_too_late(logits, n_tokens, config, want):
+    """The logits by the last token; in all but the last case token 1 ends a sequence."""
+    model = Table(np.broadcast_to(np.array(logits, float), (len(logits),) * 3).copy())
+    assert [tokens for tokens, _ in searched(model, [0], n_tokens, config)] == want
 
 
 def test_a_longer_sequence_wins_by_its_length():
@@ -336,6 +347,7 @@ def test_the_prompt_completes_neither_a_phrase_nor_a_stop_sequence():
             "the phrases can never all appear, but max_new_tokens is 9",
         ),
         (BeamConfig(phrases=((3,),)), 3, "token 3 is not in the vocabulary; ids run from 0 to 2"),
+        (BeamConfig(phrases=((4,),)), 3, "token 4 is not in the vocabulary; ids run from 0 to 2"),
         (BeamConfig(forbidden=(0, 1, 2)), 3, "all 3 tokens are forbidden, so none can be chosen"),
         (BeamConfig(), 0, "max_new_tokens is 0, but a beam needs at least 1"),
     ],
