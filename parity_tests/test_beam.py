@@ -266,20 +266,17 @@ def all_finished(model: Table, n_tokens: int, config: BeamConfig) -> list[float]
     return sorted(scores, reverse=True)
 
 
-LOGITS = [[2, -2, 5], [1, 0, -2], [-1, 1, -3]]
-
-
 @pytest.mark.parametrize(
     ("logits", "n_tokens", "config", "want"),
     [
         # By its mean, or its sum times its length, a longer one still beats the worst of three.
         ([[0, 2, 1]] * 3, 3, BeamConfig(3, 3, 1.0, end_token=1), [[1], [2, 1], [2, 2, 1]]),
-        (LOGITS, 5, BeamConfig(3, 3, -1.0, end_token=1), [[2, 1], [1], [2, 0, 2, 1]]),
+        ([[-1, 2, -6]] * 3, 4, BeamConfig(3, 3, -0.5, end_token=1), [[1], [0, 1], [0, 0, 1]]),
         # The likeliest token ends it, though a longer one would be better.
         ([[0, 1]] * 2, 4, BeamConfig(1, length_penalty=2.0, end_token=1), [[1]]),
         # After the first token one of two is finished, and the second is better by its length.
         ([[-2.1, -2]] * 2, 2, BeamConfig(2, 1, 2.0, "estimate", end_token=1), [[0, 1]]),
-        ([[0]], 3, BeamConfig(), [[0, 0, 0]]),
+        ([[9e9]], 3, BeamConfig(), [[0, 0, 0]]),
     ],
 )
 def test_a_search_ends_neither_too_early_nor_too_late(logits, n_tokens, config, want):
