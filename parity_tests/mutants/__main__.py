@@ -24,7 +24,6 @@ from parity_tests.mutants.worker import HOUSE, Task
 PROGRAM = "parity_tests.mutants"
 # Files that have no test of their own name, or more than that one; elsewhere it is test_X.py.
 TESTS = {
-    "bpe_format": ("parity_tests/test_bpe.py",),
     "optim": ("parity_tests/test_optim.py", "parity_tests/test_muon.py"),
     "parameters": ("parity_tests/test_transformer.py", "parity_tests/test_seq2seq.py"),
 }
