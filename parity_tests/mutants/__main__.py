@@ -22,10 +22,9 @@ from parity_tests.mutants.state import State, digest
 from parity_tests.mutants.worker import HOUSE, Task
 
 PROGRAM = "parity_tests.mutants"
-# Files that have no test of their own name, or more than that one; elsewhere it is test_X.py.
+# Files that have more than the test of their own name.
 TESTS = {
     "optim": ("parity_tests/test_optim.py", "parity_tests/test_muon.py"),
-    "parameters": ("parity_tests/test_transformer.py", "parity_tests/test_seq2seq.py"),
 }
 HEALTHY_LIMIT = 300.0  # seconds for the tests without a mutant
 PATIENCE = 3.0  # a mutant may take so many times as long as the healthy code ...
