@@ -13,6 +13,7 @@ from ref_numpy.bpe_format import (
     TokenizerError,
     from_gpt2_files,
     from_json,
+    printable,
     to_gpt2_files,
     to_json,
     vocabulary_of,
@@ -120,3 +121,15 @@ def test_special_tokens_are_written_as_hugging_face_writes_them(vocabulary):
         name: getattr(written, name) for name in ("single_word", "lstrip", "rstrip", "normalized", "special")
     }
     assert flags.items() <= json.loads(content)["added_tokens"][1].items()
+
+
+def test_bytes_are_spelled_as_hugging_face_spells_them(vocabulary):
+    spelled = [printable(bytes([byte])) for byte in range(256)]
+    assert set(spelled) == set(tokenizers.pre_tokenizers.ByteLevel.alphabet()) and len(set(spelled)) == 256
+    assert spelled[ord(" ")] == "Ġ" and spelled[ord("a")] == "a"
+    assert "Ġ" in to_json(vocabulary)  # and no \u0120
+
+
+def test_a_special_token_may_be_the_first_of_all(vocabulary):
+    tokens = [b"<s>", *vocabulary.tokens[: -len(CHAT)]]
+    assert replace(vocabulary, tokens=tokens, special_tokens={"<s>": 0}).special_tokens == {"<s>": 0}

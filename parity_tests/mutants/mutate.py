@@ -137,7 +137,9 @@ def _difference(before: list[str], after: list[str]) -> tuple[int, str, str]:
 
 
 def _is_program(statement: ast.stmt) -> bool:
-    """if __name__ == "__main__": no test imports that."""
+    """def main(), and if __name__ == "__main__": a demonstration, which no test runs."""
+    if isinstance(statement, ast.FunctionDef):
+        return statement.name == "main"
     return isinstance(statement, ast.If) and "__name__" in ast.unparse(statement.test)
 
 

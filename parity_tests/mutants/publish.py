@@ -19,8 +19,8 @@ _HEAD = """\
 
 [cosmic-ray](https://cosmic-ray.readthedocs.io) changes one operator, number, comparison, condition or loop of
 a file at a time, and each change has to be killed by the component's own test. An operator is replaced by its
-like alone: a float has no `<<` or `|`. Signatures, the texts of errors, and what runs under `__main__` stay
-as they are."""
+like alone: a float has no `<<` or `|`. Signatures, the texts of errors, and programs (`main`) stay as they
+are."""
 
 
 class Found(NamedTuple):
