@@ -203,12 +203,15 @@ def test_pieces_hold_each_exchange_once_in_order_or_count_it_as_left_out(convers
 
 
 def test_an_exchange_that_just_fits_is_in():
-    """Five tokens each, two and three with their roles' and ends: two fit into ten, and then two again."""
+    """Behind the system message, which each piece has, there is room for two exchanges to the token."""
     tokenizer, special = TOKENIZERS[0], VOCABULARIES[0].special_tokens
-    turns = [Message("user", "q"), Message("assistant", "a")]
-    size = sum(turn_tokens(turn, tokenizer.encode, special).ids.size for turn in turns)
-    found, left_out = pieces(turns * 5, tokenizer.encode, special, 2 * size)
-    assert [piece.ids.size for piece in found] == [2 * size, 2 * size, size] and left_out == 0
+    exchange = [Message(*USER), Message(*ASSISTANT)]
+    opening, *sizes = (
+        turn_tokens(turn, tokenizer.encode, special).ids.size for turn in [Message(*SYSTEM), *exchange]
+    )
+    limit = opening + 2 * sum(sizes)
+    found, left_out = pieces([Message(*SYSTEM), *exchange * 5], tokenizer.encode, special, limit)
+    assert [piece.ids.size for piece in found] == [limit, limit, opening + sum(sizes)] and left_out == 0
 
 
 def test_a_conversation_that_breaks_no_rule_is_whole():

@@ -24,6 +24,7 @@ from parity_tests.mutants.worker import HOUSE, Task
 PROGRAM = "parity_tests.mutants"
 # Files that have more than the test of their own name.
 TESTS = {
+    "bpe_format": ("parity_tests/test_bpe_format.py", "parity_tests/test_bpe.py"),
     "optim": ("parity_tests/test_optim.py", "parity_tests/test_muon.py"),
 }
 HEALTHY_LIMIT = 300.0  # seconds for the tests without a mutant
