@@ -160,11 +160,12 @@ def main(arguments: list[str]) -> int:
         (options.out / "mutants.md").write_text(page(found, library), encoding="utf-8")
     everything = [each for some in found.values() for each in some]
     good = complete
+    survivors = {each.mutant.change for each in everything if each.survived}  # the same text may stand twice
     for each in everything:
         if each.survived and not each.explained:
             print(f"survived: {each.mutant}")
             good = False
-        elif each.killed and each.why:
+        elif each.killed and each.why and each.mutant.change not in survivors:
             print(f"explained as no bug, but killed by {each.verdict.killed_by}: {each.mutant}")
             good = False
     print(counted(everything))

@@ -20,7 +20,9 @@ _HEAD = """\
 [cosmic-ray](https://cosmic-ray.readthedocs.io) changes one operator, number, comparison, condition or loop of
 a file at a time, and each change has to be killed by the component's own test. An operator is replaced by its
 like alone: a float has no `<<` or `|`. Signatures, the texts of errors, and programs (`main`) stay as they
-are."""
+are.
+
+What has not been run of a file is a random part of it, drawn with a fixed seed."""
 
 
 class Found(NamedTuple):
