@@ -1,11 +1,12 @@
 """Transformer blocks: parity over the product of options, and the residual path."""
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from parity_tests.strategies import array, dropout_keys, masks, model_configs, model_params, seeds
-from ref_numpy.block import block_forward
+from ref_numpy.block import block_forward, within
+from ref_numpy.config import ModelConfig
 from ref_numpy.masks import causal_mask
 
 
@@ -34,6 +35,19 @@ def cases(draw, causal=False):
 @given(arguments=cases(), seed=seeds)
 def test_parity(agree, arguments, seed):
     agree("block", seed, judge_rounding=arguments["config"].activation != "relu", **arguments)
+
+
+@settings(max_examples=settings().max_examples // 4)
+@given(layer=st.integers(1, 9), key=dropout_keys(), seed=seeds)
+def test_parity_of_the_masks_of_later_layers(agree, layer, key, seed):
+    """Layer l drops at the sites 2 l + 1 and 2 l + 2; the first layer's cannot tell 2 from 3."""
+    config = ModelConfig(n_layer=1, d_model=8, n_head=2, dropout=0.5)
+    params = within(model_params(config, seed), "blocks.0")
+    case = {"x": array(np.random.default_rng(seed), (2, 3, 8)), "params": params, "config": config}
+    case |= {"mask": causal_mask(3), "places": np.arange(3)}
+    agree("block", seed, judge_rounding=False, **case, layer=layer, key=key)
+    first, _ = block_forward(**case, key=key)
+    np.testing.assert_array_equal(first, block_forward(**case, layer=0, key=key)[0])
 
 
 @given(arguments=cases(causal=True), place=st.integers(0, 6))

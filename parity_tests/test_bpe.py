@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pydoc_data.topics import topics
 
@@ -16,13 +17,9 @@ from ref_numpy import bpe as ref
 from ref_numpy.bpe_format import (
     SPLITS,
     TokenizerError,
-    from_gpt2_files,
-    from_json,
     new_vocabulary,
     printable,
-    to_gpt2_files,
     to_json,
-    vocabulary_of,
 )
 from torch_impl import bpe
 
@@ -94,6 +91,8 @@ def test_the_example_on_paper():
     ]
     assert [merge.pair for merge in merges] == [(b"l", b"o"), (b"lo", b"w"), (b" ", b"low")]
     assert [merge.count for merge in merges] == [3, 3, 2]
+    words = Counter(["ab1", "ab2", "ab3", "ab4", "ab5"])
+    assert next(ref.learn_merges(words)).words == ["ab1", "ab2", "ab3", "ab4"]  # some, to be shown
 
 
 @given(small_texts, st.integers(256, 280), patterns, st.sampled_from(["smallest ids", "greatest bytes"]))
@@ -318,74 +317,6 @@ def test_bytes_that_are_not_utf8_are_replaced_or_refused(vocabulary, tokenizer):
         assert decode(ids) == "\ufffd"
         with pytest.raises(UnicodeDecodeError):
             decode(ids, errors="strict")
-
-
-# --- files ----------------------------------------------------------------------------------------
-
-
-def test_files_hold_the_whole_vocabulary(vocabulary, tokenizer, tmp_path):
-    tokenizer.save(tmp_path / "a.json")
-    ref.save(vocabulary, tmp_path / "b.json")
-    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
-    assert ref.load(tmp_path / "a.json") == vocabulary
-    assert {path.name for path in tmp_path.iterdir()} == {"a.json", "b.json"}
-
-
-@pytest.mark.parametrize("split", [*SPLITS.values(), None, r"\d+"])
-def test_any_split_survives_the_file(split):
-    learned = bpe.train([CORPUS[:2000]], 300, CHAT, split)
-    assert from_json(to_json(learned)) == learned
-
-
-def test_gpt2_files_are_read_with_and_without_the_version_line(vocabulary):
-    vocab, merges = to_gpt2_files(vocabulary)
-    assert merges.startswith("#version: 0.2\n")
-    for text in (merges, merges.partition("\n")[2], merges.replace("\n", "\r\n")):
-        assert from_gpt2_files(vocab, text) == vocabulary
-
-
-def test_gpt2_files_are_those_of_hugging_face(vocabulary, tmp_path):
-    plain = vocabulary_of(dict(enumerate(vocabulary.tokens[: -len(CHAT)])), vocabulary.merges)
-    for name, content in zip(("vocab.json", "merges.txt"), to_gpt2_files(plain), strict=True):
-        (tmp_path / name).write_text(content, encoding="utf-8", newline="")
-    model = tokenizers.models.BPE.from_file(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
-    oracle = tokenizers.Tokenizer(model)
-    oracle.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    assert oracle.encode(CORPUS[:20000]).ids == bpe.BPETokenizer(plain).encode(CORPUS[:20000]).tolist()
-
-
-def edited(vocabulary, edit) -> str:
-    content = json.loads(to_json(vocabulary))
-    edit(content)
-    return json.dumps(content)
-
-
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (lambda c: c["model"].update(type="Unigram"), "its model is Unigram"),
-        (lambda c: c.update(normalizer={"type": "NFC"}), "normalizer"),
-        (lambda c: c["model"].update(byte_fallback=True), "byte_fallback"),
-        (lambda c: c.update(pre_tokenizer={"type": "Metaspace"}), "Metaspace"),
-        (lambda c: c["model"]["vocab"].pop("A"), "ids 0 to 1998"),
-        (lambda c: c["model"]["vocab"].update(A=0), "same id"),
-        (lambda c: c["model"]["vocab"].update(A="0"), "damaged"),
-        (lambda c: c["model"]["merges"].append(["q", "QQ"]), "merge q QQ needs"),
-        (lambda c: c["model"]["merges"].append(["q"]), "damaged"),
-        (lambda c: c["model"]["merges"].append(["\u4e2d", "a"]), "stands for no byte"),
-        (lambda c: c["added_tokens"].append({"id": 3, "content": "<x>"}), "same id"),
-    ],
-)
-def test_damaged_or_foreign_file_is_refused(vocabulary, edit, message):
-    with pytest.raises(TokenizerError, match=message):
-        from_json(edited(vocabulary, edit))
-
-
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"model": 3}', b"\xff\xfe", b"[" * 100_000])
-def test_what_is_no_tokenizer_is_refused_by_name(tmp_path, content):
-    (tmp_path / "t.json").write_bytes(content)
-    with pytest.raises(TokenizerError, match=r"t\.json cannot be read as a tokenizer"):
-        ref.load(tmp_path / "t.json")
 
 
 def test_of_overlapping_pairs_the_left_one_is_merged():

@@ -1,14 +1,24 @@
 """Configs refuse a contradiction when they are made, in one line that says how to mend it."""
 
+import re
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import FrozenInstanceError, asdict, dataclass, fields
+from math import inf, nan
+from typing import Literal
 
 import pytest
 from hypothesis import given
 
 from parity_tests.strategies import model_configs
-from ref_numpy.config import ConfigError, ModelConfig, TrainConfig
+from ref_numpy.config import (
+    BeamConfig,
+    ConfigError,
+    ModelConfig,
+    SamplingConfig,
+    TrainConfig,
+    _check_types,
+)
 
 
 @given(config=model_configs())
@@ -49,6 +59,19 @@ def test_the_default_width_of_the_feed_forward_layer_is_four_times_the_models():
             "window is 8, but encoder layers have no causal order to reach back in; set it to 0",
         ),
         ({"rope_scale": 2.0}, "rope_scale is 2.0, but positions are learned; set positions to rope"),
+        ({"rope_scale": 0.5}, "rope_scale is 0.5, but positions are learned; set positions to rope"),
+        (
+            {"rope_scale": 2.0, "positions": "sinusoidal"},
+            "rope_scale is 2.0, but positions are sinusoidal; set positions to rope",
+        ),
+        (
+            {"architecture": "encoder", "vocab_size": 1},
+            "vocab_size is 1, but 1 tokens are the encoder's own; make it 2 or more",
+        ),
+        (
+            {"architecture": "encoder-decoder", "vocab_size": 2},
+            "vocab_size is 2, but 3 tokens are the encoder-decoder's own; make it 4 or more",
+        ),
         ({"positions": "rope", "rope_base": 1.0}, "rope_base is 1.0, but must be above 1"),
         ({"positions": "rope", "rope_scale": 0.0}, "rope_scale is 0.0, but must be above 0"),
         (
@@ -92,6 +115,50 @@ def test_a_contradiction_in_a_training_is_refused(wrong, message):
 
 
 @pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"temperature": -0.5}, "temperature is -0.5, but must be 0 (greedy) or more"),
+        ({"temperature": float("nan")}, "temperature is nan, but must be 0 (greedy) or more"),
+        ({"top_k": -1}, "top_k is -1, but must be 0 (all tokens) or more"),
+        ({"top_p": 0.0}, "top_p is 0.0, but must lie in (0, 1]"),
+        ({"top_p": 1.5}, "top_p is 1.5, but must lie in (0, 1]"),
+        ({"min_p": 2.0}, "min_p is 2.0, but must lie in [0, 1]"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0, but must be above 0"),
+    ],
+)
+def test_a_contradiction_in_sampling_is_refused(wrong, message):
+    with pytest.raises(ConfigError) as error:
+        SamplingConfig(**wrong)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"width": 0}, "width is 0, but must be at least 1"),
+        ({"width": 2, "n_best": 3}, "n_best is 3, but must lie in [1, width 2]"),
+        ({"length_penalty": float("nan")}, "length_penalty is nan, but must lie in [-10, 10]"),
+        ({"phrases": ((1,),) * 9}, "there are 9 phrases, but at most 8 are possible"),
+        ({"phrases": ((),)}, "phrases holds an empty one; take it out"),
+        ({"stop_sequences": ((1,), ())}, "stop_sequences holds an empty one; take it out"),
+        ({"forbidden": (-1,)}, "a token id is -1, but must not be negative"),
+        ({"phrases": ((1, 2),), "forbidden": (2,)}, "phrase (1, 2) needs what is forbidden: [2]"),
+        (
+            {"phrases": ((1, 2, 3),), "end_token": 2},
+            "phrase (1, 2, 3) cannot be written to its end: (2,) stops before it",
+        ),
+    ],
+)
+def test_a_contradiction_in_a_beam_is_refused(wrong, message):
+    with pytest.raises(ConfigError) as error:
+        BeamConfig(**wrong)
+    assert str(error.value) == message
+
+
+FRACTIONS = ("beta1", "beta2", "muon_momentum", "label_smoothing")
+
+
+@pytest.mark.parametrize(
     ("config", "name", "allowed", "refused"),
     [
         *(
@@ -100,26 +167,70 @@ def test_a_contradiction_in_a_training_is_refused(wrong, message):
         ),
         (ModelConfig, "dropout", 0.0, -0.1),
         (ModelConfig, "dropout", 0.99, 0.991),
+        (ModelConfig, "dropout", 0.5, 1.5),
         (ModelConfig, "d_ff", 0, -1),
+        (ModelConfig, "n_kv_head", 0, -1),
+        (ModelConfig, "norm_epsilon", 1e-30, 0.0),
+        (ModelConfig, "norm_epsilon", 1e9, -1.0),
+        (ModelConfig, "rope_base", 1.1, 1.0),
+        (ModelConfig, "rope_base", 1e300, inf),
+        (ModelConfig, "rope_base", 2.0, 0.5),
+        (ModelConfig, "rope_scale", 1e-9, 0.0),
+        (ModelConfig, "rope_scale", 1e300, inf),
+        (ModelConfig, "rope_scale", 0.5, -1.0),
+        (ModelConfig, "window", 1, -1),
         *((TrainConfig, name, 1, 0) for name in ("batch_size", "micro_batches")),
+        (TrainConfig, "steps", 100, 0),
         (TrainConfig, "learning_rate", 1e-4, 0.0),
+        (TrainConfig, "learning_rate", 1e9, -1.0),
+        (TrainConfig, "muon_learning_rate", 1e-9, 0.0),
+        (TrainConfig, "muon_learning_rate", 1e9, -1.0),
         (TrainConfig, "min_learning_rate", 0.0, -1e-9),
         (TrainConfig, "min_learning_rate", 1e-3, 1.1e-3),
         (TrainConfig, "warmup_steps", 0, -1),
         (TrainConfig, "warmup_steps", 1000, 1001),
-        *((TrainConfig, name, 0.0, -0.1) for name in ("beta1", "beta2", "label_smoothing")),
-        *((TrainConfig, name, 0.999, 1.0) for name in ("beta1", "beta2", "label_smoothing")),
+        *((TrainConfig, name, 0.0, -0.1) for name in FRACTIONS),
+        *((TrainConfig, name, 0.999, 1.0) for name in FRACTIONS),
+        *((TrainConfig, name, 0.5, 1.5) for name in FRACTIONS),
         *((TrainConfig, name, 0.0, -0.1) for name in ("weight_decay", "clip")),
+        *((TrainConfig, name, 1e9, -1e9) for name in ("weight_decay", "clip")),
         (TrainConfig, "epsilon", 1e-30, 0.0),
+        (TrainConfig, "epsilon", 1.0, -1.0),
         (TrainConfig, "seed", 0, -1),
         (TrainConfig, "seed", 2**64 - 1, 2**64),
+        (TrainConfig, "seed", 1, 2**65),
+        (SamplingConfig, "temperature", 0.0, -1e-9),
+        (SamplingConfig, "temperature", 1e-9, 9e-10),
+        (SamplingConfig, "temperature", 1e300, inf),
+        (SamplingConfig, "top_k", 0, -1),
+        (SamplingConfig, "top_k", 10**9, -(10**9)),
+        (SamplingConfig, "top_p", 1e-9, 0.0),
+        (SamplingConfig, "top_p", 1.0, 1.1),
+        (SamplingConfig, "top_p", 0.5, -0.5),
+        (SamplingConfig, "min_p", 0.0, -0.1),
+        (SamplingConfig, "min_p", 1.0, 1.1),
+        (SamplingConfig, "min_p", 0.5, 1.5),
+        (SamplingConfig, "repetition_penalty", 1e-9, 9e-10),
+        (SamplingConfig, "repetition_penalty", 1e9, 1e9 + 1),
+        (SamplingConfig, "repetition_penalty", 0.5, -0.5),
+        (SamplingConfig, "repetition_penalty", 2.0, inf),
+        (BeamConfig, "width", 1, 0),
+        (BeamConfig, "width", 9, -1),
+        (BeamConfig, "n_best", 1, 0),
+        (BeamConfig, "n_best", 4, 5),
+        (BeamConfig, "n_best", 2, -1),
+        (BeamConfig, "length_penalty", -10.0, -10.1),
+        (BeamConfig, "length_penalty", 10.0, 10.1),
+        (BeamConfig, "length_penalty", 0.0, nan),
     ],
 )
 def test_the_last_value_allowed_and_the_first_refused(config, name, allowed, refused):
-    sizes = {"n_head": 1} if config is ModelConfig else {}
-    assert getattr(config(**(sizes | {name: allowed})), name) == allowed
-    with pytest.raises(ConfigError, match=f"^{name} is {refused}, but must "):
-        config(**(sizes | {name: refused}))
+    others = {"n_head": 1} if config is ModelConfig else {}
+    others |= {"window": {"attention_pattern": "local"}}.get(name, {})
+    others |= {"positions": "rope"} if name.startswith("rope") else {}
+    assert getattr(config(**(others | {name: allowed})), name) == allowed
+    with pytest.raises(ConfigError, match=re.escape(f"{name} is {refused}, but must ")):
+        config(**(others | {name: refused}))
 
 
 @pytest.mark.parametrize(
@@ -135,3 +246,92 @@ def test_a_value_of_the_wrong_kind_is_refused(wrong, message):
     code = f"from ref_numpy.config import ModelConfig; ModelConfig({wrong})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 1 and done.stderr.strip().endswith(f"ConfigError: {message}")
+
+
+@dataclass
+class Kinds:
+    whole: int = 1
+    real: float = 1.0
+    truth: bool = True
+    choice: Literal["a", "b"] = "a"
+
+
+@pytest.mark.parametrize("right", [{}, {"real": 2}, {"whole": 7, "real": 0.5, "truth": False, "choice": "b"}])
+def test_a_whole_number_may_stand_for_a_real_one(right):
+    _check_types(Kinds(**right))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind"),
+    [
+        ({"whole": 1.0}, "int"),
+        ({"whole": True}, "int"),
+        ({"real": "1"}, "float"),
+        ({"real": True}, "float"),
+        ({"truth": 1}, "bool"),
+    ],
+)
+def test_nothing_else_stands_for_another_kind(wrong, kind):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ConfigError, match=f"{name} is {value!r}, but must be a {kind}"):
+        _check_types(Kinds(**wrong))
+
+
+def test_what_a_phrase_may_be():
+    """It may end in a stop sequence, and hold what comes before or after one in order of its ids."""
+    for end in (0, 3, 9):
+        assert BeamConfig(phrases=((1, 2, 3),), end_token=end, forbidden=(4,)).end_token == end
+    assert len(BeamConfig(phrases=((1,),) * 8).phrases) == 8
+    config = BeamConfig(end_token=3, stop_sequences=((1, 2),), forbidden=(0,), phrases=((5, 6), (7,)))
+    assert config.stops == ((1, 2), (3,))
+    assert config.ids == (0, 1, 2, 3, 5, 6, 7)
+
+
+def test_the_last_tokens_of_a_vocabulary_are_the_models_own():
+    pairs = ModelConfig(architecture="encoder-decoder", vocab_size=10)
+    assert (pairs.text_tokens, pairs.begin_token, pairs.end_token, pairs.padding_token) == (7, 7, 8, 9)
+    encoder = ModelConfig(architecture="encoder", vocab_size=10)
+    assert (encoder.text_tokens, encoder.mask_token) == (9, 9)
+    assert ModelConfig(vocab_size=10).text_tokens == 10
+
+
+def test_a_pattern_of_windows_is_repeated_over_the_layers():
+    config = ModelConfig(attention_pattern="local, full", window=3)
+    assert [config.window_of(layer) for layer in range(4)] == [3, 0, 3, 0]
+
+
+def test_adam_is_for_those_who_want_no_decay():
+    assert TrainConfig(optimizer="adam", weight_decay=0.0).optimizer == "adam"
+
+
+@pytest.mark.parametrize("config", [ModelConfig, TrainConfig, SamplingConfig, BeamConfig])
+def test_a_config_does_not_change_after_it_was_checked(config):
+    made = config()
+    with pytest.raises(FrozenInstanceError):
+        setattr(made, fields(made)[0].name, 0)
+
+
+def test_what_nobody_chose_stays_as_it_is():
+    """A run without flags is the same run in every version."""
+    model = asdict(ModelConfig())
+    assert {name: value for name, value in model.items() if value not in (0, "", False)} == {
+        **{"architecture": "decoder", "vocab_size": 256, "context_length": 64, "n_layer": 2, "n_head": 4},
+        **{"d_model": 96, "norm": "layernorm", "norm_placement": "pre", "norm_epsilon": 1e-5},
+        **{"attention_pattern": "full", "activation": "gelu_tanh", "positions": "learned"},
+        **{
+            "rope_base": 10000.0,
+            "rope_layout": "half",
+            "rope_scale": 1.0,
+            "bias": True,
+            "tied_embeddings": True,
+        },
+    }
+    training = asdict(TrainConfig())
+    assert {name: value for name, value in training.items() if value not in (0, False)} == {
+        **{"steps": 1000, "batch_size": 12, "micro_batches": 1, "learning_rate": 1e-3},
+        **{"min_learning_rate": 1e-4, "warmup_steps": 100, "schedule": "cosine", "optimizer": "adamw"},
+        **{"muon_learning_rate": 0.02, "muon_momentum": 0.95, "beta1": 0.9, "beta2": 0.99, "epsilon": 1e-8},
+        **{"weight_decay": 0.1, "clip": 1.0},
+    }
+    assert [*asdict(SamplingConfig()).values()] == [1.0, 0, 1.0, 0.0, 1.0, ()]
+    assert [*asdict(BeamConfig()).values()] == [4, 1, 1.0, "exact", None, (), (), ()]

@@ -166,6 +166,8 @@ USER, ASSISTANT, SYSTEM = ("user", "q"), ("assistant", "a"), ("system", "s")
         ),
         (messages(USER), "the assistant says nothing, so there is nothing to learn"),
         (messages(("x" * 99, "q")), "has the role 'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx...; use"),
+        (messages(("x" * 39, "q")), "has the role 'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx...; use"),
+        (messages(("x" * 38, "q")), f"has the role '{'x' * 38}'; use"),
     ],
 )
 def test_what_is_malformed_is_told_in_one_line(record, message):
@@ -198,6 +200,18 @@ def test_pieces_hold_each_exchange_once_in_order_or_count_it_as_left_out(convers
     if not left_out:  # a piece ends where the next exchange has no room
         for (ids, _), following in zip(found, held[1:], strict=False):
             assert ids.size + len(following[0]) > limit
+
+
+def test_an_exchange_that_just_fits_is_in():
+    """Behind the system message, which each piece has, there is room for two exchanges to the token."""
+    tokenizer, special = TOKENIZERS[0], VOCABULARIES[0].special_tokens
+    exchange = [Message(*USER), Message(*ASSISTANT)]
+    opening, *sizes = (
+        turn_tokens(turn, tokenizer.encode, special).ids.size for turn in [Message(*SYSTEM), *exchange]
+    )
+    limit = opening + 2 * sum(sizes)
+    found, left_out = pieces([Message(*SYSTEM), *exchange * 5], tokenizer.encode, special, limit)
+    assert [piece.ids.size for piece in found] == [limit, limit, opening + sum(sizes)] and left_out == 0
 
 
 def test_a_conversation_that_breaks_no_rule_is_whole():

@@ -71,3 +71,15 @@ def test_without_a_key_nothing_is_dropped():
     y, _ = dropout_forward(x, 0.5, None)
     assert y.tolist() == x.tolist()
     assert (dropout_forward(np.ones((2, 99)), 0.5, DropoutKey(0, 0))[0] == 0).any()
+
+
+def test_every_one_of_the_sixteen_bits_counts():
+    """Of a million units some have just the value 1001, and fall between this threshold and the next one."""
+    key = DropoutKey(seed=0, step=0)
+    for keep in (keep_mask, lambda *arguments: fast.keep_mask(*arguments, torch.device("cpu")).numpy()):
+        at = [keep((1, 2**20), threshold / 65536, key) for threshold in (1000, 1001, 1002)]
+        assert (at[0] & ~at[1]).any() and (at[1] & ~at[2]).any()
+
+
+def test_a_key_begins_with_the_first_sequence_at_the_embedding():
+    assert DropoutKey(3, 5) == DropoutKey(3, 5, first_row=0, site=0)

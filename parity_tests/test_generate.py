@@ -167,3 +167,20 @@ def test_an_empty_prompt_is_refused():
     ):
         with pytest.raises(ValueError, match="the prompt is empty"):
             next(texts)
+
+
+def test_without_a_seed_it_is_0_and_each_prompt_has_its_stream():
+    config = ModelConfig(vocab_size=7, context_length=5, n_layer=1, n_head=1, d_model=4)
+    params, prompts = model_params(config, 0), [np.array([1]), np.array([2, 3])]
+    assert [*generate_batch(params, prompts, config, 5)] == [
+        *generate_batch(params, prompts, config, 5, seed=0)
+    ]
+    with pytest.raises(ValueError, match="shorter"):
+        next(generate_batch(params, prompts, config, 5, streams=[1]))
+
+
+def test_a_source_may_be_as_long_as_the_context():
+    config = ModelConfig(
+        architecture="encoder-decoder", vocab_size=7, context_length=5, n_layer=1, n_head=1, d_model=4
+    )
+    assert len([*answer(model_params(config, 0), np.ones(5, int), config, 3)]) <= 3

@@ -101,7 +101,7 @@ def test_where_nothing_counts_the_loss_is_zero():
     assert loss == 0 and np.abs(cross_entropy_backward(1.0, cache)).max() == 0
 
 
-@pytest.mark.parametrize("target", [-1, 4])
+@pytest.mark.parametrize("target", [-1, 4, 5, IGNORE - 1])
 def test_a_target_outside_the_vocabulary_is_refused(target):
     with pytest.raises(ValueError, match="a target lies outside the vocabulary of 4 and is not -100"):
         cross_entropy_forward(np.ones((2, 4)), np.array([0, target]))

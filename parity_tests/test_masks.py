@@ -59,6 +59,11 @@ def test_documents_see_themselves_alone(numbers):
     assert (fast.document_mask(torch.from_numpy(numbers)).numpy() == mask).all()
 
 
+def test_documents_by_hand():
+    want = [[True, False, False, False], [False, True, True, False], [False, True, True, False], [False] * 4]
+    assert plain.document_mask(np.array([[0, 1, 1, -1]]))[0, 0].tolist() == want
+
+
 @given(numbers=packed)
 def test_places_begin_anew_with_each_document(numbers):
     places = plain.places_in_documents(numbers)

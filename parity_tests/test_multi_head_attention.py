@@ -48,6 +48,14 @@ def test_queries_and_keys_are_normalised_before_they_turn(agree, layout):
     agree("multi_head_attention", 0, **case, mask=causal_mask(5), places=np.arange(5))
 
 
+def test_parity_with_alibi(agree):
+    """Of the ways to know a place it is the only one here beside rotation, and drawn seldom too."""
+    config = ModelConfig(n_head=3, d_model=6, positions="alibi")
+    params = within(model_params(config, 0), "blocks.0.attention")
+    case = {"x": array(np.random.default_rng(0), (2, 5, 6)), "params": params, "config": config}
+    agree("multi_head_attention", 0, **case, mask=causal_mask(5), places=np.arange(5))
+
+
 @given(seed=seeds, head=st.integers(0, 2))
 def test_heads_own_consecutive_features(seed, head):
     """Head h is made from rows h D to (h + 1) D of q, of k and of v: without those of v it is silent."""

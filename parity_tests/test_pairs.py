@@ -85,6 +85,7 @@ def test_every_pair_is_drawn():
         (0, 1, "the source of pair 2 has 0 tokens, not 1 to 9"),
         (10, 1, "the source of pair 2 has 10 tokens, not 1 to 9"),
         (1, 9, "the target of pair 2 has 9 tokens, not 0 to 8"),
+        (1, 10, "the target of pair 2 has 10 tokens, not 0 to 8"),
     ],
 )
 def test_pairs_that_do_not_fit_are_refused_on_both_sides(source, target, message):
@@ -93,6 +94,8 @@ def test_pairs_that_do_not_fit_are_refused_on_both_sides(source, target, message
         fine, odd, end = (ones(n, dtype=kind) for n in (3, source, target))
         with pytest.raises(ValueError, match=message):
             make([fine, odd], [fine, end], MODEL)
+        with pytest.raises(ValueError, match="shorter"):  # a source without its target
+            make([fine, fine], [fine], MODEL)
 
 
 def test_thirty_steps_agree(ours):

@@ -65,7 +65,8 @@ def test_a_step_of_k_is_a_rotation(width, t, k):
 
 
 def test_a_place_beyond_the_table_is_refused():
-    with pytest.raises(ValueError, match="place 3 lies beyond the context length of 3"):
-        learned_positions_forward(np.arange(4), np.zeros((3, 2)))
+    for place in (3, 4):
+        with pytest.raises(ValueError, match=f"place {place} lies beyond the context length of 3"):
+            learned_positions_forward(np.arange(place + 1), np.zeros((3, 2)))
     with pytest.raises(IndexError):
         fast.learned_positions(torch.arange(4), torch.zeros(3, 2))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from parity_tests.strategies import seeds
 from ref_numpy import rng as plain
-from ref_numpy.rng import DATA, DROPOUT, INIT, SAMPLE, Key
+from ref_numpy.rng import DATA, DROPOUT, INIT, MASK, SAMPLE, Key
 from torch_impl import rng as fast
 
 # philox4x32-10 in kat_vectors of Random123: counter, key, result.
@@ -21,7 +21,7 @@ KNOWN_ANSWERS = [
 keys = st.builds(
     Key,
     seed=st.integers(0, 2**64 - 1),
-    purpose=st.sampled_from([INIT, DATA, DROPOUT, SAMPLE]),
+    purpose=st.sampled_from([INIT, DATA, DROPOUT, SAMPLE, MASK]),
     step=st.integers(0, 2**32 - 1),
     stream=st.integers(0, 2**32 - 1),
 )
@@ -32,10 +32,14 @@ def words(text: str) -> list[int]:
 
 
 def test_no_two_purposes_share_their_bits():
-    """Else a model's first weights and the places of its first batch would be made of the same numbers."""
+    """Else a model's first weights and the places of its first batch would be made of the same numbers.
+
+    Nor does a purpose change its number, or no run could be repeated that was made before.
+    """
+    uses = (INIT, DATA, DROPOUT, SAMPLE, MASK)
+    assert uses == (0, 1, 2, 3, 4)
     block = np.arange(1, dtype=np.uint64)
-    draws = {tuple(plain.random_bits(Key(0, use), block)[0]) for use in (INIT, DATA, DROPOUT, SAMPLE)}
-    assert len(draws) == 4
+    assert len({tuple(plain.random_bits(Key(0, use), block)[0]) for use in uses}) == 5
 
 
 @given(key=keys, streams=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=5))
@@ -114,6 +118,7 @@ def test_distributions(seed):
     assert abs(neighbours) < 6 / np.sqrt(n)
 
 
-def test_a_stream_ends_at_its_last_block():
-    with pytest.raises(ValueError, match=r"block 4294967296 .* 2\*\*32"):
-        plain.random_bits(Key(0, INIT), np.array([2**32], np.uint64))
+@pytest.mark.parametrize("beyond", [2**32, 2**32 + 1])
+def test_a_stream_ends_at_its_last_block(beyond):
+    with pytest.raises(ValueError, match=rf"block {beyond} .* 2\*\*32"):
+        plain.random_bits(Key(0, INIT), np.array([0, beyond], np.uint64))

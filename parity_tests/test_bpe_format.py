@@ -1,0 +1,135 @@
+"""The files of tokenizers: whole, those of the ecosystem, and refused where they are damaged."""
+
+import json
+from dataclasses import FrozenInstanceError, replace
+from pydoc_data.topics import topics
+
+import pytest
+import tokenizers
+
+from ref_numpy import bpe as ref
+from ref_numpy.bpe_format import (
+    SPLITS,
+    TokenizerError,
+    from_gpt2_files,
+    from_json,
+    printable,
+    to_gpt2_files,
+    to_json,
+    vocabulary_of,
+)
+from torch_impl import bpe
+
+CORPUS = "\n".join(topics.values())[:100_000]  # from the language reference that every Python carries
+CHAT = ["<|endoftext|>", "<user>", "<assistant>", "<system>", "<end of turn>", "<user>>", "<use"]
+
+
+@pytest.fixture(scope="module")
+def vocabulary():
+    return bpe.train([CORPUS], 2000, CHAT)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(vocabulary):
+    return bpe.BPETokenizer(vocabulary)
+
+
+def test_files_hold_the_whole_vocabulary(vocabulary, tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "a.json")
+    ref.save(vocabulary, tmp_path / "b.json")
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    assert ref.load(tmp_path / "a.json") == vocabulary
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", "b.json"}
+
+
+@pytest.mark.parametrize("split", [*SPLITS.values(), None, r"\d+"])
+def test_any_split_survives_the_file(split):
+    learned = bpe.train([CORPUS[:2000]], 300, CHAT, split)
+    assert from_json(to_json(learned)) == learned
+
+
+def test_gpt2_files_are_read_with_and_without_the_version_line(vocabulary):
+    vocab, merges = to_gpt2_files(vocabulary)
+    assert merges.startswith("#version: 0.2\n")
+    for text in (merges, merges.partition("\n")[2], merges.replace("\n", "\r\n")):
+        assert from_gpt2_files(vocab, text) == vocabulary
+
+
+def test_gpt2_files_are_those_of_hugging_face(vocabulary, tmp_path):
+    plain = vocabulary_of(dict(enumerate(vocabulary.tokens[: -len(CHAT)])), vocabulary.merges)
+    for name, content in zip(("vocab.json", "merges.txt"), to_gpt2_files(plain), strict=True):
+        (tmp_path / name).write_text(content, encoding="utf-8", newline="")
+    model = tokenizers.models.BPE.from_file(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    oracle = tokenizers.Tokenizer(model)
+    oracle.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    assert oracle.encode(CORPUS[:20000]).ids == bpe.BPETokenizer(plain).encode(CORPUS[:20000]).tolist()
+
+
+def edited(vocabulary, edit) -> str:
+    content = json.loads(to_json(vocabulary))
+    edit(content)
+    return json.dumps(content)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda c: c["model"].update(type="Unigram"), "its model is Unigram"),
+        (lambda c: c.update(normalizer={"type": "NFC"}), "normalizer"),
+        (lambda c: c["model"].update(byte_fallback=True), "byte_fallback"),
+        (lambda c: c.update(pre_tokenizer={"type": "Metaspace"}), "Metaspace"),
+        (lambda c: c["model"]["vocab"].pop("A"), "ids 0 to 1998"),
+        (lambda c: c["model"]["vocab"].update(A=0), "same id"),
+        (lambda c: c["model"]["vocab"].update(A="0"), "damaged"),
+        (lambda c: c["model"]["merges"].append(["q", "QQ"]), "merge q QQ needs"),
+        (lambda c: c["model"]["merges"].append(["q"]), "damaged"),
+        (lambda c: c["model"]["merges"].append(["\u4e2d", "a"]), "stands for no byte"),
+        (lambda c: c["added_tokens"].append({"id": 3, "content": "<x>"}), "same id"),
+    ],
+)
+def test_damaged_or_foreign_file_is_refused(vocabulary, edit, message):
+    with pytest.raises(TokenizerError, match=message):
+        from_json(edited(vocabulary, edit))
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"model": 3}', b"\xff\xfe", b"[" * 100_000])
+def test_what_is_no_tokenizer_is_refused_by_name(tmp_path, content):
+    (tmp_path / "t.json").write_bytes(content)
+    with pytest.raises(TokenizerError, match=r"t\.json cannot be read as a tokenizer"):
+        ref.load(tmp_path / "t.json")
+
+
+def test_a_vocabulary_is_not_changed(vocabulary):
+    with pytest.raises(FrozenInstanceError):
+        vocabulary.split = None
+
+
+@pytest.mark.parametrize("id", [-1, 0, 1994, 2000, 2001])
+def test_a_special_token_stands_at_its_place(vocabulary, id):
+    """Neither before a token that comes before it in the alphabet, nor after one, nor outside."""
+    with pytest.raises(TokenizerError, match=f"'<use' has id {id}, but that is not its place"):
+        replace(vocabulary, special_tokens={"<use": id})
+
+
+def test_special_tokens_are_written_as_hugging_face_writes_them(vocabulary):
+    """Found in the text as it is, and not in what a normaliser makes of it."""
+    content = to_json(vocabulary)
+    again = json.loads(tokenizers.Tokenizer.from_str(content).to_str())
+    assert json.loads(content)["added_tokens"] == again["added_tokens"]
+    written = tokenizers.AddedToken("<user>", special=True)
+    flags = {
+        name: getattr(written, name) for name in ("single_word", "lstrip", "rstrip", "normalized", "special")
+    }
+    assert flags.items() <= json.loads(content)["added_tokens"][1].items()
+
+
+def test_bytes_are_spelled_as_hugging_face_spells_them(vocabulary):
+    spelled = [printable(bytes([byte])) for byte in range(256)]
+    assert set(spelled) == set(tokenizers.pre_tokenizers.ByteLevel.alphabet()) and len(set(spelled)) == 256
+    assert spelled[ord(" ")] == "Ġ" and spelled[ord("a")] == "a"
+    assert "Ġ" in to_json(vocabulary)  # and no \u0120
+
+
+def test_a_special_token_may_be_the_first_of_all(vocabulary):
+    tokens = [b"<s>", *vocabulary.tokens[: -len(CHAT)]]
+    assert replace(vocabulary, tokens=tokens, special_tokens={"<s>": 0}).special_tokens == {"<s>": 0}
