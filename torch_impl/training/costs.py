@@ -128,7 +128,7 @@ def activation_bytes(model: ModelConfig, sequences: int, size: int = 4) -> int:
     dropout's masks, the masks of attention and, with fewer bytes than the weights have, the weights
     converted. No scores and no logits: attention is fused, and so are output projection and loss. Left out is
     what neither the batch nor the width makes large: places and their angles.
-    CUDA's kernels keep less of RMSNorm and of masks.
+    CUDA's kernels keep less of norms and of masks.
     """
     tokens = sequences * model.context_length
     head = model.vocab_size * model.d_model
@@ -138,6 +138,9 @@ def activation_bytes(model: ModelConfig, sequences: int, size: int = 4) -> int:
         kept += tokens * _stack_bytes(model, size, has_memory=True)
     if size < 4:
         kept += size * (multiplied_weights(model) - head + parameters_by_part(model)["norms"])
+        if model.norm == "layernorm":  # is computed in float32, with its weights
+            without = parameters_by_part(replace(model, qk_norm=False))["norms"]
+            kept += (4 - size) * without
     return kept
 
 
@@ -146,8 +149,8 @@ def _stack_bytes(model: ModelConfig, size: int, has_memory: bool = False) -> int
     the head does."""
     C, H, K, D, F = model.d_model, model.n_head, model.kv_heads, model.head_width, model.ffn_width
     dropped = C if model.dropout > 0 else 0  # a byte each
-    # The input and its mean and deviation; RMSNorm's input before and after it is divided, in float32.
-    norm = size * (C + 2) if model.norm == "layernorm" else 4 * (2 * C + 1)
+    # In float32, the input with its mean and deviation; RMSNorm's input before and after it is divided.
+    norm = 4 * (C + 2) if model.norm == "layernorm" else 4 * (2 * C + 1)
     sublayer = norm + size * C + dropped  # and the sublayer's own input
     attention = size * (2 * C + 2 * K * D)  # q, k, v and what was found
     if model.qk_norm:
