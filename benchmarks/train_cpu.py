@@ -93,8 +93,9 @@ class Gpt2(nn.Module):
         logits = self.model(ids, use_cache=False).logits
         return logits, nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
-    def configure_optimizers(self, decay: float, rate: float, betas: tuple, _: str) -> torch.optim.AdamW:
-        return torch.optim.AdamW(self.parameters(), lr=rate, betas=betas, weight_decay=decay)
+    def configure_optimizers(self, decay: float, rate: float, betas: tuple, device: str) -> torch.optim.AdamW:
+        fused = device == "cuda"  # as nanoGPT's
+        return torch.optim.AdamW(self.parameters(), lr=rate, betas=betas, weight_decay=decay, fused=fused)
 
 
 def peer_side(

@@ -72,18 +72,22 @@ def ours(
     _: str,
     config: RunConfig = PRESETS["nanogpt-cpu"],
     dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    compiled: bool = False,
 ) -> Side:
     """torch_impl, driven as a run drives it."""
-    model = initialised(config.model, config.training.seed, dtype)
-    sample = partial(sample_batch, torch.from_numpy(train), config.model.context_length)
+    model = initialised(config.model, config.training.seed, dtype, device)
+    tokens = torch.from_numpy(train).to(device)
+    sample = partial(sample_batch, tokens, config.model.context_length)
 
     def steps() -> Iterator[None]:
-        for step, metrics in enumerate(train_steps(start(model, config.training), sample, config.training)):
+        state = start(model, config.training, compiled)
+        for step, metrics in enumerate(train_steps(state, sample, config.training)):
             if step % config.run.log_every == 0:
                 metrics.loss.item()
             yield
 
-    return Side(steps(), lambda: evaluate(model, torch.from_numpy(valid)))
+    return Side(steps(), lambda: evaluate(model, torch.from_numpy(valid).to(device)))
 
 
 def nanogpt(
@@ -118,23 +122,27 @@ def nanogpts_loop(
     config: RunConfig,
     compiled: bool = False,
     half: bool = False,
+    device: str = "cpu",
 ) -> Side:
     """The batches, the optimizer and the steps of nanoGPT's train.py, for its own model or another's with
     `(ids, targets) -> (logits, loss)` and `configure_optimizers`. half: in bfloat16, by autocast."""
     training, T = config.training, config.model.context_length
+    model = model.to(device)
     with redirect_stdout(io.StringIO()):
         betas = (training.beta1, training.beta2)
-        optimizer = model.configure_optimizers(training.weight_decay, training.learning_rate, betas, "cpu")
+        optimizer = model.configure_optimizers(training.weight_decay, training.learning_rate, betas, device)
     rates = learning_rates(training).tolist()
     forward = torch.compile(model) if compiled else model
-    precision = partial(torch.autocast, "cpu", torch.bfloat16, enabled=half)
+    precision = partial(torch.autocast, device, torch.bfloat16, enabled=half)
 
     def get_batch(path: Path) -> tuple[Tensor, Tensor]:
         data = np.memmap(path, dtype=np.uint16, mode="r")
         ix = torch.randint(len(data) - T, (training.batch_size,))
         x = torch.stack([torch.from_numpy((data[i : i + T]).astype(np.int64)) for i in ix])
         y = torch.stack([torch.from_numpy((data[i + 1 : i + 1 + T]).astype(np.int64)) for i in ix])
-        return x, y
+        if device == "cpu":
+            return x, y
+        return tuple(part.pin_memory().to(device, non_blocking=True) for part in (x, y))
 
     def steps() -> Iterator[None]:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
@@ -165,7 +173,7 @@ def nanogpts_loop(
             with precision():
                 return model(ids, targets.contiguous())[1] * (targets.numel() / count)
 
-    return Side(steps(), lambda: evaluate(WithLoss(), torch.from_numpy(valid)))
+    return Side(steps(), lambda: evaluate(WithLoss(), torch.from_numpy(valid).to(device)))
 
 
 def load_peer(folder: str) -> ModuleType:
@@ -185,14 +193,20 @@ def load_peer(folder: str) -> ModuleType:
 
 
 def serve(pipe: Connection, make: Callable[..., Side], threads: int, *arguments: object) -> None:
-    """The process of a side. Answers a number of steps with the seconds they took, and 0 with the loss."""
+    """The process of a side. Answers a number of steps with the seconds they took, 0 with the loss, and -1
+    with the most memory that it has had on a GPU, in bytes."""
     if threads:
         torch.set_num_threads(threads)
     side = make(*arguments)
     while (steps := pipe.recv()) is not None:
+        if steps < 0:
+            pipe.send(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+            continue
         begin = time.perf_counter()
         for _ in range(steps):
             next(side.steps)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         pipe.send(time.perf_counter() - begin if steps else side.held_out_loss())
     side.steps.close()
 

@@ -74,7 +74,8 @@ def keep_freed_memory() -> None:
     again page by page (mallopt(3), M_MMAP_THRESHOLD and M_TRIM_THRESHOLD). Other systems have no mallopt.
     """
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
-        library.mallopt(_MMAP_THRESHOLD, 2**30)
+        for size in (2**25, 2**30):  # of which glibc may refuse the larger one
+            library.mallopt(_MMAP_THRESHOLD, size)
         library.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
