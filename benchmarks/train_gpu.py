@@ -3,8 +3,8 @@
 FOLDER is a checkout of https://github.com/karpathy/nanoGPT. The preset gpu, a character model of ten million
 parameters and GPT-2's smallest shape are trained by torch_impl, nanoGPT and transformers, all compiled, in
 bfloat16. Each side has a process to itself, and they take turns. Beside the speeds stands what the GPU
-allows, in products of matrices and in copies. MFU is (6 N + 12 L H D T) tokens/s (PaLM, appendix B) as a part of the
-measured products, or of --peak-tflops, such as the data sheet's.
+allows, in products of matrices and in copies. MFU is (6 N + 12 L H D T) tokens/s (PaLM, appendix B) as a part
+of the measured products, or of --peak-tflops, such as the data sheet's.
 """
 
 import json
