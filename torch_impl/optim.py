@@ -30,6 +30,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
         "betas": (config.beta1, config.beta2),
         "eps": config.epsilon,
         "fused": True,
+        "capturable": device.type == "cuda",  # in a CUDA graph
     }
     if config.optimizer == "adam":
         return torch.optim.Adam(params, **shared)

@@ -17,6 +17,7 @@ from ref_numpy.config import TrainConfig
 from ref_numpy.dropout import DropoutKey
 from ref_numpy.loss import IGNORE
 from torch_impl.optim import clip_by_global_norm, learning_rates, make_optimizer, set_learning_rate
+from torch_impl.training.captured import Recorder, captured
 from torch_impl.training.ranks import ALONE, Engine, Ranks, make_engine
 from torch_impl.transformer import Embedded, Transformer
 
@@ -44,6 +45,7 @@ class TrainState:
     rates: Float[Tensor, "steps"]
     engine: Engine  # the model's loss, perhaps compiled, perhaps on several processes
     ranks: Ranks = ALONE
+    recorder: Recorder | None = None  # steps are recorded and replayed (see training/captured.py)
     step: int = 0  # finished steps
 
 
@@ -116,9 +118,16 @@ def train_step(
 def train_steps(state: TrainState, sample: Sample, config: TrainConfig) -> Iterator[StepMetrics]:
     """Goes on from state.step to config.steps, and yields the metrics after each step."""
     clock = torch.tensor(state.step, device=state.rates.device)
-    while state.step < config.steps:
+
+    def step() -> StepMetrics:
         metrics = train_step(state, sample(clock, config), clock, config)
-        clock += 1
+        clock.add_(1)
+        return metrics
+
+    if state.recorder is not None:
+        step = captured(step, state.recorder)
+    while state.step < config.steps:
+        metrics = step()
         state.step += 1
         yield metrics
 

@@ -32,6 +32,9 @@ class RunSettings:
     lacks it, else float32. float16 scales the loss."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the model with torch.compile; auto: on CUDA, where there is Triton."""
+    cuda_graph: bool = False
+    """Record a training step as a CUDA graph and replay it: on one GPU, where the host is what takes time.
+    Not in float16."""
     shard: bool = False
     """Under torchrun, each process holds a part of the weights, gradients and moments (FSDP2), for a model
     that does not fit; else each holds all of them (DDP)."""

@@ -14,6 +14,7 @@ from torch_impl.flash_attention import choose_path
 from torch_impl.linear import product_kernel
 from torch_impl.seq2seq import make_model
 from torch_impl.train import StepMetrics, TrainState, start
+from torch_impl.training.captured import CudaGraphs
 from torch_impl.training.checkpoint import (
     Progress,
     load_model,
@@ -82,6 +83,13 @@ def prepare(request: Request, ranks: Ranks) -> Run:
     """
     config, place = request.config, choose_place(request.config.run, ranks)
     refuse_uneven(config.training.batch_size, 1 if request.fit else config.training.micro_batches, ranks.size)
+    if config.run.cuda_graph and (
+        place.device.type != "cuda" or ranks.size > 1 or place.dtype == torch.float16
+    ):
+        among = f" in {ranks.size} processes" if ranks.size > 1 else ""
+        raise InputError(
+            f"--cuda-graph on {place}{among}: it is for one process on CUDA, not in float16; leave it out"
+        )
     sharded = config.run.shard and ranks.size > 1
     if sharded and config.training.optimizer == "muon":
         raise InputError(
@@ -152,7 +160,10 @@ def prepare(request: Request, ranks: Ranks) -> Run:
 def _start(model: Embedded, config: RunConfig, place: Place, ranks: Ranks) -> TrainState:
     if config.run.checkpoint_activations:
         recompute_blocks(model)
-    return start(model, config.training, place.compile, ranks, place.device if config.run.shard else None)
+    state = start(model, config.training, place.compile, ranks, place.device if config.run.shard else None)
+    if config.run.cuda_graph:
+        state.recorder = CudaGraphs()
+    return state
 
 
 def _first_model(
