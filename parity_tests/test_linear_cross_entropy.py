@@ -91,3 +91,10 @@ def test_a_target_outside_the_vocabulary_is_refused(target):
 def test_chunks_of_no_places_are_refused():
     with pytest.raises(ValueError, match="0 places at once are none"):
         linear_cross_entropy_forward(np.ones((2, 3)), np.ones((4, 3)), np.array([0, 1]), at_once=0)
+
+
+def test_targets_are_not_smoothed_unless_asked():
+    x, weight, targets = np.ones((2, 3)), np.arange(12.0).reshape(4, 3), np.array([0, 3])
+    plain, _ = linear_cross_entropy_forward(x, weight, targets)
+    assert plain == linear_cross_entropy_forward(x, weight, targets, 0.0)[0]
+    assert linear_cross_entropy(*map(torch.from_numpy, (x, weight, targets))).item() == pytest.approx(plain)
