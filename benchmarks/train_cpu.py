@@ -24,7 +24,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.training import Side, ask, load_peer, nanogpts_loop, nanogpts_model, ours, served
+from benchmarks.training import (
+    Side,
+    ask,
+    load_peer,
+    nanogpts_loop,
+    nanogpts_model,
+    ours,
+    served,
+    speed_rows,
+    take_turns,
+)
 from ref_numpy.config import ModelConfig
 from ref_numpy.data import sample_batch as numpy_batch
 from ref_numpy.parameters import init_params
@@ -67,7 +77,7 @@ class Flags:
     text: str = ""
     """Text to train on, whose last tenth is held out."""
     turns: int = 6
-    """Turns of each side at each shape; the first is not timed."""
+    """Turns of each side at each shape, after three steps that are not timed."""
     seconds: float = 4.0
     """Of a turn, about, in nanoGPT's steps."""
     tuned: bool = True
@@ -180,11 +190,7 @@ def measure(name: str, config: RunConfig, tokens: np.ndarray, flags: Flags) -> l
         steps = max(round(flags.seconds / again), 1)
         for pipe in pipes[1:]:
             ask(pipe, 1)
-        turns: list[list[float]] = []
-        for turn in tqdm(range(flags.turns), desc=name, unit="turn", dynamic_ncols=True):
-            numbers = range(len(pipes)) if turn % 2 else reversed(range(len(pipes)))
-            taken = {number: ask(pipes[number], steps) / steps for number in numbers}
-            turns.append([taken[number] for number in range(len(pipes))])
+        turns = take_turns(pipes, steps, flags.turns, name)
         losses = [ask(pipe, 0) for pipe in pipes]
     found = []
     for number, side in enumerate(makers):
@@ -271,18 +277,8 @@ def main(arguments: list[str]) -> int:
         speeds = []
         for name, config in SHAPES.items():
             speeds += measure(name, *tokens_for(config, text), flags)
-        rows = [
-            {
-                "name": f"{each.shape}: {each.side}",
-                "ours": each.tokens,
-                "peer": each.peer,
-                "ratio": each.ratio,
-            }
-            | {"unit": "tokens/s"}
-            for each in speeds
-        ]
         if flags.json:
-            write_file(Path(flags.json), json.dumps(rows, indent=1).encode("utf-8"))
+            write_file(Path(flags.json), json.dumps(speed_rows(speeds), indent=1).encode("utf-8"))
     except (InputError, OSError) as error:
         print(f"benchmarks.train_cpu: error: {error}", file=sys.stderr)
         return 2

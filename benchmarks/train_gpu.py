@@ -22,7 +22,18 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.train_cpu import Gpt2
-from benchmarks.training import Side, ask, load_peer, nanogpts_loop, nanogpts_model, ours, served, tokens_of
+from benchmarks.training import (
+    Side,
+    ask,
+    load_peer,
+    nanogpts_loop,
+    nanogpts_model,
+    ours,
+    served,
+    speed_rows,
+    take_turns,
+    tokens_of,
+)
 from torch_impl.training.config import RunConfig
 from torch_impl.training.costs import in_bytes, palm_flops
 from torch_impl.training.files import InputError, write_file
@@ -103,11 +114,7 @@ def measure(shape: str, tokens: np.ndarray, flags: Flags) -> list[Speed]:
         for pipe in pipes:
             ask(pipe, 5)
         steps = max(round(flags.seconds / (ask(pipes[0], 5) / 5)), 1)
-        turns: list[list[float]] = []
-        for turn in tqdm(range(flags.turns), desc=shape, unit="turn", dynamic_ncols=True):
-            numbers = range(len(pipes)) if turn % 2 else reversed(range(len(pipes)))
-            taken = {number: ask(pipes[number], steps) / steps for number in numbers}
-            turns.append([taken[number] for number in range(len(pipes))])
+        turns = take_turns(pipes, steps, flags.turns, shape)
         memory = [ask(pipe, -1) for pipe in pipes]
     tokens_per_step = config.training.batch_size * config.model.context_length
     peer = tokens_per_step / median(turn[0] for turn in turns)
@@ -175,18 +182,8 @@ def main(arguments: list[str]) -> int:
         tokens = tokens_of(Path(flags.text).read_bytes())
         products, copies = ceilings(flags.device)
         speeds = [speed for shape in flags.shapes for speed in measure(shape, tokens, flags)]
-        rows = [
-            {
-                "name": f"{each.shape}: {each.side}",
-                "ours": each.tokens,
-                "peer": each.peer,
-                "ratio": each.ratio,
-            }
-            | {"unit": "tokens/s"}
-            for each in speeds
-        ]
         if flags.json:
-            write_file(Path(flags.json), json.dumps(rows, indent=1).encode("utf-8"))
+            write_file(Path(flags.json), json.dumps(speed_rows(speeds), indent=1).encode("utf-8"))
     except (InputError, OSError) as error:
         print(f"benchmarks.train_gpu: error: {error}", file=sys.stderr)
         return 2

@@ -243,6 +243,25 @@ def ask(pipe: Connection, steps: int) -> float:
     return pipe.recv()
 
 
+def take_turns(pipes: Sequence[Connection], steps: int, turns: int, name: str) -> list[list[float]]:
+    """Seconds that a step takes, by turn and side; every second turn goes through the sides backwards."""
+    seconds = []
+    for turn in tqdm(range(turns), desc=name, unit="turn", dynamic_ncols=True):
+        numbers = range(len(pipes)) if turn % 2 else reversed(range(len(pipes)))
+        taken = {number: ask(pipes[number], steps) / steps for number in numbers}
+        seconds.append([taken[number] for number in range(len(pipes))])
+    return seconds
+
+
+def speed_rows(speeds: Sequence[Any]) -> list[dict]:
+    """The rows of sides at shapes: each has shape, side, tokens per second, its peer's and their ratio."""
+    return [
+        {"name": f"{each.shape}: {each.side}", "ours": each.tokens, "peer": each.peer, "ratio": each.ratio}
+        | {"unit": "tokens/s"}
+        for each in speeds
+    ]
+
+
 def compare(flags: Flags, text: bytes) -> list[dict]:
     """The rows; prints how far the ratio varied from turn to turn."""
     total = TRAINING.steps if flags.full else flags.steps

@@ -34,7 +34,7 @@ def linear_cross_entropy_forward(
     """loss = cross_entropy(x W^T, targets), for at_once places after the other; see ref_numpy/loss.py.
 
     The shares of the chunks add up, since each is divided by the count of all. Raises ValueError for a target
-    that is neither a token nor IGNORE, and for at_once below 1. (Wijmans et al. 2024, section 4.)
+    that is neither a token nor IGNORE, and for at_once below 1. (As in Liger Kernel, Hsu et al. 2024.)
     """
     if at_once < 1:
         raise ValueError(f"{at_once} places at once are none; it must be at least 1")

@@ -22,10 +22,11 @@ def orthogonalise(matrices: Float[Tensor, "*K M N"]) -> Float[Tensor, "*K M N"]:
     x = x / (x.square().sum((-2, -1), keepdim=True).sqrt() + 1e-7)
     gram, product = x @ x.mT, None
     for _ in range(_ITERATIONS):
+        if product is not None:
+            gram = step @ gram @ step
         step = _B * gram + _C * (gram @ gram)
         step.diagonal(dim1=-2, dim2=-1).add_(_A)
         product = step if product is None else step @ product
-        gram = step @ gram @ step
     x = product @ x
     return x.mT if is_tall else x
 

@@ -139,8 +139,7 @@ def activation_bytes(model: ModelConfig, sequences: int, size: int = 4) -> int:
     if size < 4:
         kept += size * (multiplied_weights(model) - head + parameters_by_part(model)["norms"])
         if model.norm == "layernorm":  # is computed in float32, with its weights
-            without = parameters_by_part(replace(model, qk_norm=False))["norms"]
-            kept += (4 - size) * without
+            kept += (4 - size) * parameters_by_part(replace(model, qk_norm=False))["norms"]
     return kept
 
 

@@ -256,7 +256,8 @@ def _tell(run: Run, place: Place, resumed: bool) -> None:
         f"run folder {run.folder}"
     )
     print(f"attention: {_attention_paths(run, place)}")
-    print(f"matrix products: {product_kernel(place.device, place.dtype, with_gradient=True)}")
+    kernel = product_kernel(place.device, place.dtype, with_gradient=True)
+    print(f"matrix products: {'PyTorch, compiled' if place.compile else kernel}")
     print(run.objective.describe())
     if resumed and run.progress.step == run.config.training.steps:
         print(f"finished already, at step {run.progress.step}; a larger --steps trains on")

@@ -45,7 +45,7 @@ PRESETS: dict[str, RunConfig] = {
             ),
             RunSettings(device="cpu", eval_every=250, checkpoint_every=250, log_every=10, sample_tokens=500),
         ),
-        # A model of that size, to that loss in a sixth of the steps: Muon, rotary positions, normed queries.
+        # A model of that size, to that loss in a seventh of the steps: Muon, rotary positions, query norms.
         RunConfig(
             "char-fast",
             ModelConfig(
