@@ -50,7 +50,7 @@ def test_any_split_survives_the_file(split):
 
 def test_gpt2_files_are_read_with_and_without_the_version_line(vocabulary):
     vocab, merges = to_gpt2_files(vocabulary)
-    assert merges.startswith("#version: 0.2\n")
+    assert merges.startswith("#version: 0.2\n") and "Ġ" in vocab
     for text in (merges, merges.partition("\n")[2], merges.replace("\n", "\r\n")):
         assert from_gpt2_files(vocab, text) == vocabulary
 
@@ -75,13 +75,16 @@ def edited(vocabulary, edit) -> str:
     ("edit", "message"),
     [
         (lambda c: c["model"].update(type="Unigram"), "its model is Unigram"),
+        (lambda c: c["model"].update(type="AnyOther"), "its model is AnyOther"),
         (lambda c: c.update(normalizer={"type": "NFC"}), "normalizer"),
         (lambda c: c["model"].update(byte_fallback=True), "byte_fallback"),
         (lambda c: c.update(pre_tokenizer={"type": "Metaspace"}), "Metaspace"),
+        (lambda c: c.update(pre_tokenizer={"type": "ByteLevel", "add_prefix_space": True}), "not supported"),
         (lambda c: c["model"]["vocab"].pop("A"), "ids 0 to 1998"),
         (lambda c: c["model"]["vocab"].update(A=0), "same id"),
         (lambda c: c["model"]["vocab"].update(A="0"), "damaged"),
         (lambda c: c["model"]["merges"].append(["q", "QQ"]), "merge q QQ needs"),
+        (lambda c: c["model"]["merges"].append(["q", "z"]), "merge q z needs"),
         (lambda c: c["model"]["merges"].append(["q"]), "damaged"),
         (lambda c: c["model"]["merges"].append(["\u4e2d", "a"]), "stands for no byte"),
         (lambda c: c["added_tokens"].append({"id": 3, "content": "<x>"}), "same id"),
@@ -128,6 +131,48 @@ def test_bytes_are_spelled_as_hugging_face_spells_them(vocabulary):
     assert set(spelled) == set(tokenizers.pre_tokenizers.ByteLevel.alphabet()) and len(set(spelled)) == 256
     assert spelled[ord(" ")] == "Ġ" and spelled[ord("a")] == "a"
     assert "Ġ" in to_json(vocabulary)  # and no \u0120
+
+
+def test_the_rest_is_written_as_hugging_face_writes_it(vocabulary):
+    """How text is cut, and all that a BPE can do beside, by the defaults of its own classes."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex(vocabulary.split), "isolated"),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    want, got = json.loads(made.to_str()), json.loads(to_json(vocabulary))
+    assert got["pre_tokenizer"] == want["pre_tokenizer"]
+    own = {"vocab": ..., "merges": ...}
+    assert got["model"] | own == want["model"] | own
+
+
+def test_gpt2s_own_way_to_cut_is_read(vocabulary):
+    """A ByteLevel that names no pattern of its own has GPT-2's."""
+    own_way = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    content = edited(replace(vocabulary, split=None), lambda c: c.update(pre_tokenizer=own_way))
+    assert from_json(content) == vocabulary
+
+
+@pytest.mark.parametrize("byte", [0, 10, 65, 255])
+def test_each_byte_needs_a_token(vocabulary, byte):
+    tokens = [token for token in vocabulary.tokens[:256] if token != bytes([byte])]
+    with pytest.raises(TokenizerError, match=f"byte {byte} has no token"):
+        vocabulary_of(dict(enumerate(tokens)), [])
+
+
+def test_ids_begin_with_0(vocabulary):
+    with pytest.raises(TokenizerError, match="256 tokens must have the ids 0 to 255"):
+        vocabulary_of(dict(enumerate(vocabulary.tokens[:256], start=-1)), [])
+
+
+def test_a_special_token_may_hold_what_spells_no_byte(vocabulary):
+    """Only one that as a whole stands for an ordinary token in the files would be taken for it."""
+    tokens = dict(enumerate(vocabulary.tokens[:256]))
+    assert vocabulary_of(tokens, [], ["中a"]).special_tokens == {"中a": 256}
+    with pytest.raises(TokenizerError, match="'Ġ' is an ordinary token as well"):
+        vocabulary_of(tokens, [], ["Ġ"])
 
 
 def test_a_special_token_may_be_the_first_of_all(vocabulary):

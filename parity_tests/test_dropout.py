@@ -74,11 +74,14 @@ def test_without_a_key_nothing_is_dropped():
 
 
 def test_every_one_of_the_sixteen_bits_counts():
-    """Of a million units some have just the value 1001, and fall between this threshold and the next one."""
+    """Of a million units some have just the value 1001, and fall between this threshold and the next one; so
+    do some of those that take the lower half of a word, and some that take the upper."""
     key = DropoutKey(seed=0, step=0)
     for keep in (keep_mask, lambda *arguments: fast.keep_mask(*arguments, torch.device("cpu")).numpy()):
         at = [keep((1, 2**20), threshold / 65536, key) for threshold in (1000, 1001, 1002)]
-        assert (at[0] & ~at[1]).any() and (at[1] & ~at[2]).any()
+        for half in (0, 1):
+            first, second, third = (kept[0, half::2] for kept in at)
+            assert (first & ~second).any() and (second & ~third).any()
 
 
 def test_a_key_begins_with_the_first_sequence_at_the_embedding():

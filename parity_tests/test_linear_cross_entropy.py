@@ -52,6 +52,13 @@ def test_it_is_the_two_components_in_a_row(arguments, dloss):
         close(got, wanted)
 
 
+def test_labels_are_not_smoothed_unless_that_is_asked_for():
+    x, weight, targets = np.array([[1.0, 2.0]]), np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([1])
+    loss, _ = linear_cross_entropy_forward(x, weight, targets)
+    assert loss == pytest.approx(np.log1p(np.exp(-1)))
+    assert linear_cross_entropy(*map(torch.from_numpy, (x, weight, targets))).item() == pytest.approx(loss)
+
+
 def test_no_more_logits_are_made_than_were_asked_for(monkeypatch):
     made = []
 

@@ -90,6 +90,7 @@ def test_steps_agree(seed, steps, momentum, decay):
         np.testing.assert_allclose(state["exp_avg"], moments.m[name], rtol=1e-10, atol=1e-12)
         assert state["step"] == steps
         assert ("exp_avg_sq" in state) != is_muons(name, tuple(parameter.shape))
+        assert moments.v[name].any() == ("exp_avg_sq" in state)
 
 
 def test_muon_serves_the_matrices_of_blocks_alone():

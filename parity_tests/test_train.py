@@ -140,9 +140,10 @@ def test_the_loops_agree():
     optimizer=st.sampled_from(["adam", "adamw"]),
     micro_batches=st.sampled_from([1, 2, 3, 6]),
     freeze=st.booleans(),
+    packed=st.booleans(),
 )
-def test_a_step_agrees_for_any_model(model_config, seed, smoothing, optimizer, micro_batches, freeze):
-    """With an epsilon of 1 the step is as long as the gradient: with a small one, where the gradient is 0 (a
+def test_a_step_agrees_for_any_model(model_config, seed, smoothing, optimizer, micro_batches, freeze, packed):
+    """Also where several documents share a row. With an epsilon of 1 the step is as long as the gradient: with a small one, where the gradient is 0 (a
     bias of keys, which softmax ignores), Adam would take a whole step in the direction of its rounding."""
     config = replace(
         TRAINING,
@@ -158,9 +159,11 @@ def test_a_step_agrees_for_any_model(model_config, seed, smoothing, optimizer, m
     tokens = np.random.default_rng(seed).integers(model_config.vocab_size, size=99)
     inputs, targets = sample_batch(tokens, model_config.context_length, 0, config)
     targets = unevenly_counted(targets, seed)
-    after, _, want = train_step(params, zero_moments(params), (inputs, targets), 0, model_config, config)
+    documents = (np.arange(inputs.size).reshape(inputs.shape) // 4,) if packed else ()
+    batch = (inputs, *documents, targets)
+    after, _, want = train_step(params, zero_moments(params), batch, 0, model_config, config)
     state = state_of(params, model_config, config)
-    got = fast.train_step(state, tensors(inputs, targets), torch.tensor(0), config)
+    got = fast.train_step(state, tensors(*batch), torch.tensor(0), config)
     assert got.loss.item() == pytest.approx(want.loss, rel=1e-9)
     assert got.grad_norm.item() == pytest.approx(want.grad_norm, rel=1e-8)
     for name, value in values(state).items():
