@@ -143,7 +143,9 @@ def test_the_loops_agree():
     packed=st.booleans(),
 )
 def test_a_step_agrees_for_any_model(model_config, seed, smoothing, optimizer, micro_batches, freeze, packed):
-    """Also where several documents share a row. With an epsilon of 1 the step is as long as the gradient: with a small one, where the gradient is 0 (a
+    """Also where several documents share a row.
+
+    With an epsilon of 1 the step is as long as the gradient: with a small one, where the gradient is 0 (a
     bias of keys, which softmax ignores), Adam would take a whole step in the direction of its rounding."""
     config = replace(
         TRAINING,

@@ -130,9 +130,20 @@ def test_activations_are_those_that_autograd_keeps(config, sequences, dtype):
     """To the byte, but for places and angles."""
     # Turned halves of one feature have strides that the fused kernel does not take.
     assume(config.positions != "rope" or config.head_width > 2)
-    estimated = costs.activation_bytes(config, sequences, dtype.itemsize)
+    estimated = costs.activation_bytes(config, sequences, costs.Kernels(dtype.itemsize))
     left_out = kept_for_backward(build(config, dtype), sequences) - estimated
     assert 0 <= left_out <= places_bytes(config, dtype.itemsize)
+
+
+@some
+@given(config=configs, sequences=st.integers(1, 3))
+def test_half_precision_on_cuda_keeps_less(config, sequences):
+    """Than on a CPU, whose kernels widen norms and attention; and more than half of what float32 keeps."""
+    half, cpu, single = (
+        costs.activation_bytes(config, sequences, costs.Kernels(*of))
+        for of in ((2, False), (2, True), (4, False))
+    )
+    assert single / 2 <= half < cpu
 
 
 @pytest.mark.parametrize("architecture", ["decoder", "encoder", "encoder-decoder"])
@@ -266,7 +277,7 @@ def test_the_table_does_not_wait_for_torch():
 
 def test_numbers_are_finite():
     config = PRESETS["gpt2-124m"]
-    numbers = account.account(config.model, config.training, "bfloat16")
+    numbers = account.account(config.model, config.training, "bfloat16", "cuda")
     assert all(
         math.isfinite(number) and number >= 0 for group in numbers.values() for number in group.values()
     )

@@ -23,12 +23,13 @@ from torch_impl.training import memory, objectives
 from torch_impl.training import run as run_module
 from torch_impl.training.config import read_config
 from torch_impl.training.costs import parameter_count
+from torch_impl.training.device import Place
 from torch_impl.training.memory import largest_that_fits, needed_bytes, step_bytes
 from torch_impl.training.presets import PRESETS
 from torch_impl.training.ranks import ALONE, Ranks
 
 ROOT = Path(__file__).parents[1]
-BF16 = torch.bfloat16
+GPU = Place(torch.device("cuda"), torch.bfloat16, False)
 CPU = torch.device("cpu")
 
 
@@ -164,16 +165,16 @@ def test_memory_that_runs_out(small_run, monkeypatch, error):
 def test_the_largest_batch_that_fits_is_the_largest():
     config = PRESETS["gpt2-124m"]
     for gib in (8, 24, 80):
-        fewest = largest_that_fits(config, BF16, gib << 30, ALONE)
+        fewest = largest_that_fits(config, GPU, gib << 30, ALONE)
         counts = [m for m in range(1, 481) if 480 % m == 0]
-        fits = [step_bytes(config, BF16, m, ALONE).peak <= gib << 30 for m in counts]
+        fits = [step_bytes(config, GPU, m, ALONE).peak <= gib << 30 for m in counts]
         assert fits == sorted(fits) and fewest == counts[fits.index(True)]
-    assert largest_that_fits(config, BF16, 1 << 30, ALONE) is None
+    assert largest_that_fits(config, GPU, 1 << 30, ALONE) is None
     sharded = replace(config, run=replace(config.run, shard=True))
     eight = Ranks(size=8)
-    one, each = (step_bytes(kind, BF16, 60, eight).moments for kind in (config, sharded))
+    one, each = (step_bytes(kind, GPU, 60, eight).moments for kind in (config, sharded))
     assert each * 8 == one
-    assert largest_that_fits(config, BF16, 24 << 30, eight) < largest_that_fits(config, BF16, 24 << 30, ALONE)
+    assert largest_that_fits(config, GPU, 24 << 30, eight) < largest_that_fits(config, GPU, 24 << 30, ALONE)
 
 
 def test_a_batch_is_fitted_into_the_memory_that_is_free(small_run, monkeypatch):
@@ -181,7 +182,7 @@ def test_a_batch_is_fitted_into_the_memory_that_is_free(small_run, monkeypatch):
     size = "--context-length", 64
     assert small_run("--out", "whole", "--batch-size", 4, *size).code == 0
     config = read_config(Path("whole/last"))
-    needed = step_bytes(config, torch.float32, 2, ALONE).peak
+    needed = step_bytes(config, Place(torch.device("cpu"), torch.float32, False), 2, ALONE).peak
     monkeypatch.setattr(memory, "free_memory_of", lambda device: int(needed / 0.75) + 8)
     fit = small_run("--out", "fitted", "--batch-size", "auto", "--micro-batches", 1, *size)
     assert fit.code == 0 and "batches of 4 sequences, 2 at a time" in fit.out

@@ -14,10 +14,11 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, NamedTuple, no_type_check
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from torch_impl.attention import fused_attention
 
 if TYPE_CHECKING:  # its import takes seconds, and only CUDA trains with it
     from torch.nn.attention.flex_attention import BlockMask
@@ -97,23 +98,7 @@ def flash_attention(
         return _flex(q, k, v, pattern)
     if path is Path.BLOCKS:
         return _by_blocks(q, k, v, pattern, queries_at_once)
-    return _fused(q, k, v, is_causal=path is Path.CAUSAL)
-
-
-def _fused(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
-) -> Tensor:
-    """scaled_dot_product_attention, with groups of heads.
-
-    CUDA's kernels for float32 and for masks know no groups, and a plain one, with all scores, would step in.
-    """
-    groups = q.shape[1] // k.shape[1]
-    half = q.dtype in (torch.float16, torch.bfloat16)
-    if groups > 1 and q.device.type != "cpu" and (attn_mask is not None or not half):
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    return fused_attention(q, k, v, is_causal=path is Path.CAUSAL)
 
 
 @no_type_check  # flex_attention traces it into its kernel, where a check has no place
@@ -178,7 +163,7 @@ def _block(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, start: in
         # Of four axes: given three, the CPU falls back on the plain formulas.
         bias = (slopes[h] * -(t - s).abs()).to(q.dtype)[None]  # (1, H, T, S)
         allowed = torch.where(allowed, bias, -torch.inf)
-    y = _fused(q, k, v, attn_mask=allowed)
+    y = fused_attention(q, k, v, allowed)
     return torch.where(sees_something, y, 0.0) if can_be_blind else y
 
 

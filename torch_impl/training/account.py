@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 from ref_numpy.config import ConfigError, ModelConfig, TrainConfig
 from torch_impl.training.config import DEFAULT_VOCAB_SIZE, RunConfig, read_config
 from torch_impl.training.costs import (
+    Kernels,
     attention_pairs,
     checkpoint_bytes,
     forward_flops,
@@ -50,6 +51,8 @@ class BatchFlags:
     """The token embedding is not trained, and needs no moments."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the computation; weights, gradients and moments are float32."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Whose kernels compute: a CPU's keep norms and attention in float32, whatever the precision."""
     processes: int = 1
     """Processes of torchrun that divide the batch, each with a GPU of its own."""
     shard: bool = False
@@ -76,6 +79,7 @@ class Request(NamedTuple):
     model: ModelConfig
     training: TrainConfig
     precision: str
+    device: str
     processes: int
     shard: bool
     json: Path | None
@@ -96,7 +100,9 @@ def parse(arguments: list[str]) -> Request:
             raise InputError(f"{folder} is quantised; name the run that it was made from")
         flags = _parse_flags(rest, config, of_preset=False)
     batch = asdict(flags.batch)
-    precision, processes, shard = (batch.pop(name) for name in ("precision", "processes", "shard"))
+    precision, device, processes, shard = (
+        batch.pop(name) for name in ("precision", "device", "processes", "shard")
+    )
     training = replace(config.training, **batch)
     if processes < 1 or training.batch_size // training.micro_batches % processes:
         rows = training.batch_size // training.micro_batches
@@ -108,7 +114,7 @@ def parse(arguments: list[str]) -> Request:
     if json_file is not None and json_file.is_dir():
         raise InputError(f"--json {json_file} is a folder; name a file")
     model = ModelConfig(**asdict(flags.shape))
-    return Request(name, model, training, precision, processes, shard, json_file)
+    return Request(name, model, training, precision, device, processes, shard, json_file)
 
 
 def _parse_flags(arguments: list[str], config: RunConfig, of_preset: bool = True) -> Flags:
@@ -125,6 +131,7 @@ def _parse_flags(arguments: list[str], config: RunConfig, of_preset: bool = True
                 training.micro_batches,
                 training.freeze_embeddings,
                 precision,
+                "cuda" if config.run.device == "cuda" else "cpu",
                 shard=config.run.shard,
             ),
             ShapeFlags(**asdict(model)),
@@ -137,10 +144,16 @@ def _parse_flags(arguments: list[str], config: RunConfig, of_preset: bool = True
 
 
 def account(
-    model: ModelConfig, training: TrainConfig, precision: str, processes: int = 1, shard: bool = False
+    model: ModelConfig,
+    training: TrainConfig,
+    precision: str,
+    device: str,
+    processes: int = 1,
+    shard: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """All the numbers, by group and name: parameters, FLOPs per token, bytes."""
     size, parts = _SIZES[precision], parameters_by_part(model)
+    kernels = Kernels(size, of_cpu=device == "cpu")
     forward, cache = forward_flops(model), kv_cache_bytes(model, size)
     model_file, optimizer_file = checkpoint_bytes(model, training)
     pairs = attention_pairs(model)
@@ -158,9 +171,9 @@ def account(
             "training, 6 N non-embedding": kaplan_flops(model),
             "share of scores seen": pairs.seen / pairs.all,
         },
-        "training_bytes": training_bytes(model, training, size)._asdict(),
+        "training_bytes": training_bytes(model, training, kernels)._asdict(),
         "process_bytes": {
-            **process_bytes(model, training, size, processes, shard)._asdict(),
+            **process_bytes(model, training, kernels, processes, shard)._asdict(),
             "sent per step": sent_bytes(model, training, size, processes, shard),
         },
         "kv_cache_bytes": cache._asdict(),
@@ -175,7 +188,7 @@ def account(
 def table(request: Request) -> str:
     """The numbers for a reader, with what they mean."""
     model, training, precision = request.model, request.training, request.precision
-    numbers = account(model, training, precision, request.processes, request.shard)
+    numbers = account(*request[1:7])
     parts, flops = numbers["parameters"], numbers["flops_per_token"]
     held, cache, files = (numbers[f"{what}_bytes"] for what in ("training", "kv_cache", "checkpoint"))
     rows = training.batch_size // training.micro_batches
@@ -203,7 +216,7 @@ def table(request: Request) -> str:
         ),
         ("  6 N", _si(flops["training, 6 N non-embedding"]), "Kaplan et al. 2020, N non-embedding"),
         ("  a step", _si(flops["training"] * tokens_per_step), f"training, {tokens_per_step:,} tokens"),
-        ("memory of training", "", f"{precision}, {rows:,} sequences at a time"),
+        ("memory of training", "", f"{precision} on {request.device}, {rows:,} sequences at a time"),
         ("  weights", in_bytes(held["weights"]), "float32"),
         ("  gradients", in_bytes(held["gradients"]), "float32"),
         ("  optimizer", in_bytes(held["moments"]), "two moments, float32"),
@@ -267,7 +280,7 @@ def main(arguments: list[str]) -> int:
         told = table(request)
         if request.json is not None:
             config = {"name": request.name, "model": asdict(request.model), "precision": request.precision}
-            numbers = account(*request[1:6])
+            numbers = account(*request[1:7])
             content = json.dumps({**config, **numbers}, indent=1)
             write_file(request.json, content.encode("utf-8"))
         print(told, flush=True)

@@ -120,70 +120,88 @@ def kaplan_flops(model: ModelConfig) -> int:
     return 6 * non_embedding_count(model)
 
 
-def activation_bytes(model: ModelConfig, sequences: int, size: int = 4) -> int:
-    """What autograd keeps of a forward pass for the backward one, with `size` bytes per number.
+class Kernels(NamedTuple):
+    """Whose kernels compute, and with how many bytes per number."""
 
-    Counted tensor by tensor, as PyTorch's CPU kernels keep them: the inputs of products and norms, q, k, v
+    size: int = 4
+    of_cpu: bool = True  # these compute norms and attention in float32, whatever the precision
+
+
+def activation_bytes(model: ModelConfig, sequences: int, kernels: Kernels = Kernels()) -> int:  # noqa: B008
+    """What autograd keeps of a forward pass for the backward one.
+
+    Counted tensor by tensor, for a CPU as it is kept to the byte: the inputs of products and norms, q, k, v
     and the output of attention, both sides of the nonlinearity, the gradients that come with the loss,
     dropout's masks, the masks of attention and, with fewer bytes than the weights have, the weights
     converted. No scores and no logits: attention is fused, and so are output projection and loss. Left out is
-    what neither the batch nor the width makes large: places and their angles.
-    CUDA's kernels keep less of norms and of masks.
+    what neither the batch nor the width makes large: places and their angles. For CUDA it is what its kernels
+    keep by their documentation, at least.
     """
-    tokens = sequences * model.context_length
+    size, tokens = kernels.size, sequences * model.context_length
     head = model.vocab_size * model.d_model
     kept = 4 * head  # the gradient of the output projection, made with the loss
-    kept += tokens * _stack_bytes(model, size) + _attending_bytes(model, sequences, size)
+    kept += tokens * _stack_bytes(model, kernels) + _attending_bytes(model, sequences, kernels)
     if model.architecture == "encoder-decoder":
-        kept += tokens * _stack_bytes(model, size, has_memory=True)
+        kept += tokens * _stack_bytes(model, kernels, has_memory=True)
     if size < 4:
         kept += size * (multiplied_weights(model) - head + parameters_by_part(model)["norms"])
-        if model.norm == "layernorm":  # is computed in float32, with its weights
+        if model.norm == "layernorm" and kernels.of_cpu:  # computes with its weights in float32
             kept += (4 - size) * parameters_by_part(replace(model, qk_norm=False))["norms"]
     return kept
 
 
-def _stack_bytes(model: ModelConfig, size: int, has_memory: bool = False) -> int:
+def _stack_bytes(model: ModelConfig, kernels: Kernels, has_memory: bool = False) -> int:
     """Per token, of a stack of blocks from its embedding to what another stack reads, or the gradient of what
     the head does."""
     C, H, K, D, F = model.d_model, model.n_head, model.kv_heads, model.head_width, model.ffn_width
+    size, of_cpu = kernels
     dropped = C if model.dropout > 0 else 0  # a byte each
-    # In float32, the input with its mean and deviation; RMSNorm's input before and after it is divided.
-    norm = 4 * (C + 2) if model.norm == "layernorm" else 4 * (2 * C + 1)
+    if model.norm == "layernorm":
+        norm = (4 if of_cpu else size) * C + 8  # the input, its mean and its deviation
+    else:
+        norm = 4 * (2 * C + 1) if of_cpu else size * C + 4  # a CPU keeps the input before and after division
     sublayer = norm + size * C + dropped  # and the sublayer's own input
-    attention = size * (2 * C + 2 * K * D)  # q, k, v and what was found
+    widened = of_cpu and size < 4
+
+    def attended(keys: int) -> int:  # q, k, v and what was found, which a projection reads
+        return 4 * (2 * C + 2 * keys) + size * C if widened else size * (2 * C + 2 * keys)
+
+    attention = attended(K * D)
     if model.qk_norm:
-        attention += 4 * (H + K) * ((D if size == 4 else 2 * D) + 1)
-    if model.qk_norm or model.positions == "rope":
+        attention += 4 * (H + K) * (1 if not of_cpu else D + 1 if size == 4 else 2 * D + 1)
+    if (model.qk_norm or model.positions == "rope") and not widened:
         attention += size * (H + K) * D  # q and k once more
     wide = {"relu": 1, "swiglu": 4}.get(model.activation, 2)
     block = 2 * sublayer + attention + size * wide * F
     if has_memory:
-        block += sublayer + size * 4 * C  # of cross-attention: q, k, v and what was found
+        block += sublayer + attended(C)  # of cross-attention
     last = (norm if model.norm_placement == "pre" else 0) + size * C
     return 8 + dropped + model.n_layer * block + last  # 8: the token's id
 
 
-def _attending_bytes(model: ModelConfig, sequences: int, size: int) -> int:
+def _attending_bytes(model: ModelConfig, sequences: int, kernels: Kernels) -> int:
     """Of all layers, what attention keeps beside its inputs and its output: by masks.
 
     Without a mask and with one of no more than QUERIES_AT_ONCE rows, the log-sum-exps, the mask as numbers,
     and the output once more where it is copied: by joining heads that do not lie side by side, as after a
     norm or a turn of the queries, or to put zeros where padding may leave a query nothing to see. With a
-    larger mask nothing, since attention goes by blocks, which are computed again.
+    larger mask nothing, since attention goes by blocks, which are computed again. CUDA's kernels keep the
+    log-sum-exps, and make masks as they go.
     """
     T, C, H, L = model.context_length, model.d_model, model.n_head, model.n_layer
+    if not kernels.of_cpu:
+        return sequences * T * 4 * H * L * (3 if model.architecture == "encoder-decoder" else 1)
     alibi, in_one_piece = model.positions == "alibi", T <= QUERIES_AT_ONCE
-    output = sequences * size * T * C
+    output = sequences * 4 * T * C if kernels.size == 4 else 0  # else what is copied is converted anyway
     joined = output if H > 1 and (model.qk_norm or model.positions == "rope") else 0
     sums = sequences * T * 4 * H
-    table = size * T * T * (H if alibi else 1)
+    table = 4 * T * T * (H if alibi else 1)
     masked = L if alibi else local_layers(model)
     kept = (L - masked) * (sums + joined) + masked * in_one_piece * (sums + joined + table)
     if model.architecture != "encoder-decoder":
         return kept
     padded = sums + output + sequences  # one byte says whether a source has any token
-    padding = sequences * size * T  # one row of a mask
+    padding = sequences * 4 * T  # one row of a mask
     encoder = in_one_piece * (padded + sequences * table) if alibi else padded + padding
     return kept + L * (encoder + padded + padding)  # the decoder, the encoder, cross-attention
 
@@ -198,8 +216,12 @@ class TrainingBytes(NamedTuple):
     peak: int  # at least
 
 
-def training_bytes(model: ModelConfig, training: TrainConfig, size: int = 4) -> TrainingBytes:
-    """What a training step holds, computing with `size` bytes per number.
+def training_bytes(
+    model: ModelConfig,
+    training: TrainConfig,
+    kernels: Kernels = Kernels(),  # noqa: B008 (it is immutable)
+) -> TrainingBytes:
+    """What a training step holds.
 
     At the peak there are activations beside gradients only where an earlier micro-batch left some: the first
     one's come while its activations go.
@@ -207,18 +229,18 @@ def training_bytes(model: ModelConfig, training: TrainConfig, size: int = 4) -> 
     count = parameter_count(model)
     frozen = parameters_by_part(model)["embedding"] if training.freeze_embeddings else 0
     weights, gradients, moments = 4 * count, 4 * (count - frozen), 8 * (count - frozen)
-    activations = activation_bytes(model, training.batch_size // training.micro_batches, size)
+    activations = activation_bytes(model, training.batch_size // training.micro_batches, kernels)
     at_once = activations + gradients if training.micro_batches > 1 else max(activations, gradients)
     return TrainingBytes(weights, gradients, moments, activations, weights + moments + at_once)
 
 
 def process_bytes(
-    model: ModelConfig, training: TrainConfig, size: int, processes: int, shard: bool
+    model: ModelConfig, training: TrainConfig, kernels: Kernels, processes: int, shard: bool
 ) -> TrainingBytes:
     """What one of several processes holds: its rows of each micro-batch, and of the rest all or, sharded, its
     part. Left out are the buffers in which a block's weights are put together."""
     own = replace(training, batch_size=training.batch_size // processes)
-    held = training_bytes(model, own, size)
+    held = training_bytes(model, own, kernels)
     if not shard or processes == 1:
         return held
     weights, gradients, moments = (-(-part // processes) for part in held[:3])
@@ -233,7 +255,7 @@ def sent_bytes(model: ModelConfig, training: TrainConfig, size: int, processes: 
     each micro-batch three times: to put the weights together for the forward pass and for the backward one,
     with `size` bytes per number, and to add up the gradients in float32, of which each keeps its part.
     """
-    held = training_bytes(model, training, size)
+    held = training_bytes(model, training)
     if shard:
         n = training.micro_batches * (2 * held.weights * size // 4 + held.gradients)
     else:

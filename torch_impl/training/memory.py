@@ -15,7 +15,14 @@ from pathlib import Path
 import torch
 
 from torch_impl.training.config import RunConfig
-from torch_impl.training.costs import TrainingBytes, in_bytes, parameter_count, process_bytes, training_bytes
+from torch_impl.training.costs import (
+    Kernels,
+    TrainingBytes,
+    in_bytes,
+    parameter_count,
+    process_bytes,
+    training_bytes,
+)
 from torch_impl.training.device import Place
 from torch_impl.training.files import InputError
 from torch_impl.training.ranks import ALONE, Ranks
@@ -33,7 +40,7 @@ def needed_bytes(config: RunConfig, device: torch.device, ranks: Ranks = ALONE) 
     if model.architecture == "encoder-decoder":  # sources and targets may be shorter by any length
         model = replace(model, context_length=2)
     size = 4 if config.run.precision in ("auto", "float32") else 2
-    return training_bytes(model, training, size).peak * ranks.local_size
+    return training_bytes(model, training, Kernels(size)).peak * ranks.local_size
 
 
 _FILLED = 0.75  # of the memory that is free, by --batch-size auto
@@ -69,18 +76,19 @@ def memory_of(device: torch.device) -> int | None:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def largest_that_fits(config: RunConfig, dtype: torch.dtype, room: int | float, ranks: Ranks) -> int | None:
+def largest_that_fits(config: RunConfig, place: Place, room: int | float, ranks: Ranks) -> int | None:
     """The fewest micro-batches that divide the batch and whose step needs no more than `room` bytes in one of
     the processes; None where even single sequences need more."""
     rows = config.training.batch_size
     counts = (m for m in range(1, rows + 1) if rows % m == 0 and rows // m % ranks.size == 0)
-    return next((m for m in counts if step_bytes(config, dtype, m, ranks).peak <= room), None)
+    return next((m for m in counts if step_bytes(config, place, m, ranks).peak <= room), None)
 
 
-def step_bytes(config: RunConfig, dtype: torch.dtype, micro_batches: int, ranks: Ranks) -> TrainingBytes:
+def step_bytes(config: RunConfig, place: Place, micro_batches: int, ranks: Ranks) -> TrainingBytes:
     """What a step needs in one process, by parts; a sharded one holds its part of all but the activations."""
     training = replace(config.training, micro_batches=micro_batches)
-    return process_bytes(config.model, training, dtype.itemsize, ranks.size, config.run.shard)
+    kernels = Kernels(place.dtype.itemsize, of_cpu=place.device.type == "cpu")
+    return process_bytes(config.model, training, kernels, ranks.size, config.run.shard)
 
 
 def fitted(config: RunConfig, place: Place, ranks: Ranks) -> RunConfig:
@@ -96,9 +104,9 @@ def fitted(config: RunConfig, place: Place, ranks: Ranks) -> RunConfig:
             "--micro-batches"
         )
     room = _FILLED * free / (ranks.local_size if place.device.type == "cpu" else 1)
-    fewest = largest_that_fits(config, place.dtype, room, ranks)
+    fewest = largest_that_fits(config, place, room, ranks)
     if fewest is None:
-        needed = step_bytes(config, place.dtype, config.training.batch_size // ranks.size, ranks).peak
+        needed = step_bytes(config, place, config.training.batch_size // ranks.size, ranks).peak
         raise InputError(
             f"--batch-size auto: a single sequence needs {in_bytes(needed)} at least, and of "
             f"{in_bytes(free)} that are free {_FILLED:.0%} may be filled: reduce --d-model, --n-layer or "
@@ -137,7 +145,7 @@ def peak_memory(device: torch.device) -> int | None:
 def _needs(config: RunConfig, place: Place, ranks: Ranks) -> str:
     room = memory_of(place.device)
     training, context = config.training, config.model.context_length
-    held = step_bytes(config, place.dtype, training.micro_batches, ranks)
+    held = step_bytes(config, place, training.micro_batches, ranks)
     parts = ", ".join(f"{name} {in_bytes(part)}" for name, part in held._asdict().items() if name != "peak")
     message = (
         f"out of memory with batch_size {training.batch_size} in {training.micro_batches} micro_batches and "
@@ -147,7 +155,7 @@ def _needs(config: RunConfig, place: Place, ranks: Ranks) -> str:
     if room is not None:
         message += f"; there are {in_bytes(room)}"
     # What has just failed did not fit, whatever was counted: so less than that, by a tenth at least.
-    fewest = largest_that_fits(config, place.dtype, 0.9 * min(room or held.peak, held.peak), ranks)
+    fewest = largest_that_fits(config, place, 0.9 * min(room or held.peak, held.peak), ranks)
     if fewest is None or fewest <= training.micro_batches:
         return f"{message}. Reduce --d-model, --n-layer or --context-length{recompute}"
     return (
