@@ -159,6 +159,9 @@ def sides(config: RunConfig, tuned: bool, with_numpy: bool) -> dict[str, Callabl
     if with_numpy:
         found["ref_numpy"] = partial(numpy_side, config=config)
     if tuned:
+        found["torch_impl, compiled, bfloat16"] = partial(
+            ours, config=config, dtype=torch.bfloat16, compiled=has_compiler()
+        )
         for name in ("nanoGPT", "transformers"):
             found[f"{name}, tuned"] = partial(peer_side, config=config, name=name, tuned=True)
             found[f"{name}, tuned, bfloat16"] = partial(

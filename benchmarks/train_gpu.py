@@ -100,14 +100,15 @@ def peer_side(
 
 def measure(shape: str, tokens: np.ndarray, flags: Flags) -> list[Speed]:
     """All sides at one shape. nanoGPT is the first."""
-    config = SHAPES[shape]
+    config, on_cuda = SHAPES[shape], flags.device == "cuda"
+    mine = partial(ours, config=config, dtype=torch.bfloat16, device=flags.device, compiled=on_cuda)
     makers: dict[str, Callable[..., Side]] = {
         "nanoGPT": partial(peer_side, config=config, name="nanoGPT", device=flags.device),
-        "torch_impl": partial(
-            ours, config=config, dtype=torch.bfloat16, device=flags.device, compiled=flags.device == "cuda"
-        ),
+        "torch_impl": mine,
         "transformers": partial(peer_side, config=config, name="transformers", device=flags.device),
     }
+    if not on_cuda or torch.cuda.get_device_capability() >= (8, 9):
+        makers["torch_impl, float8"] = partial(mine, float8=True)
     with served(list(makers.values()), tokens, flags.peer, 0) as pipes:
         bar = tqdm(pipes, desc=f"{shape}: first steps", unit="side", dynamic_ncols=True)
         first = [ask(pipe, 1) for pipe in bar]

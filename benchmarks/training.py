@@ -30,6 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from torch_impl.data import sample_batch
+from torch_impl.float8 import use_float8
 from torch_impl.optim import learning_rates
 from torch_impl.train import evaluate, start, train_steps
 from torch_impl.training.config import RunConfig
@@ -74,9 +75,12 @@ def ours(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     compiled: bool = False,
+    float8: bool = False,
 ) -> Side:
     """torch_impl, driven as a run drives it."""
     model = initialised(config.model, config.training.seed, dtype, device)
+    if float8:
+        use_float8(model)
     tokens = torch.from_numpy(train).to(device)
     sample = partial(sample_batch, tokens, config.model.context_length)
 

@@ -95,6 +95,14 @@ def test_the_example_on_paper():
     assert next(ref.learn_merges(words)).words == ["ab1", "ab2", "ab3", "ab4"]  # some, to be shown
 
 
+def test_the_greatest_bytes_are_those_that_come_last_in_a_dictionary():
+    """A token comes before what begins with it, even where that goes on with a zero byte."""
+    words = ["a\0"] * 10 + ["xa", "xa\0"] * 3
+    for side in (ref, bpe):
+        learned = side.train(words, 258, (), None, "greatest bytes")
+        assert learned.merges == [(b"a", b"\0"), (b"x", b"a\0")]
+
+
 @given(small_texts, st.integers(256, 280), patterns, st.sampled_from(["smallest ids", "greatest bytes"]))
 def test_both_sides_learn_the_same(texts, vocab_size, split, ties):
     assert bpe.train(texts, vocab_size, (), split, ties) == ref.train(texts, vocab_size, (), split, ties)
@@ -209,6 +217,27 @@ def test_a_pattern_of_the_users_own_loses_no_text(text, split):
     pieces = split_by(split, text)
     assert "".join(pieces) == text
     assert pieces == ref.pre_tokens(text, split)
+
+
+def test_of_a_merge_that_is_listed_twice_the_last_place_counts():
+    """As in Hugging Face's tokenizers; both sides once took the first."""
+    twice = new_vocabulary([(b"a", b"b"), (b"b", b"c"), (b"x", b"y"), (b"a", b"b")])
+    oracle = tokenizers.Tokenizer.from_str(to_json(twice))
+    for text in ("abc", "ab", "xyabc"):
+        want = oracle.encode(text).ids
+        assert ref.encode(text, twice) == bpe.BPETokenizer(twice).encode(text).tolist() == want
+
+
+def test_the_empty_word_has_no_tokens():
+    assert ref.encode_word("", {}) == []
+
+
+def test_a_tokenizer_takes_the_place_of_the_one_before(vocabulary, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    for kept in (new_vocabulary([]), vocabulary):
+        ref.save(kept, path)
+        assert ref.load(path) == kept
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_merges_go_by_rank_and_not_by_place():

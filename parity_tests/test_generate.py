@@ -95,6 +95,12 @@ def test_room_that_nothing_was_written_to_has_no_say(monkeypatch):
     length=4,
     sampling=SamplingConfig(),
 )
+@example(
+    config=ModelConfig("encoder-decoder", vocab_size=7, context_length=7, n_layer=1, n_head=2, d_model=8),
+    seed=2,
+    length=4,
+    sampling=SamplingConfig(repetition_penalty=1e6),  # each token once, the first one too
+)
 @settings(max_examples=settings().max_examples // 3)  # without a cache, each takes its time
 def test_answers_are_equal(config, seed, length, sampling):
     """They end before n_tokens where the model ends them, and where the context does."""
@@ -141,6 +147,7 @@ def test_greedy_text_is_the_most_likely_next_token_again_and_again():
 
 
 @given(length=st.integers(1, 100), context_length=st.integers(1, 20))
+@example(length=1, context_length=2)  # which moves on by single tokens, though not yet
 def test_a_context_holds_at_least_half_of_what_it_could(length, context_length):
     start = context_start(length, context_length)
     assert start == fast.context_start(length, context_length)
@@ -175,8 +182,13 @@ def test_without_a_seed_it_is_0_and_each_prompt_has_its_stream():
     assert [*generate_batch(params, prompts, config, 5)] == [
         *generate_batch(params, prompts, config, 5, seed=0)
     ]
+    assert [*generate(params, prompts[0], config, 5)] == [*generate(params, prompts[0], config, 5, seed=0)]
     with pytest.raises(ValueError, match="shorter"):
         next(generate_batch(params, prompts, config, 5, streams=[1]))
+    config = replace(config, architecture="encoder-decoder")
+    params = model_params(config, 0)
+    answers = [[*answer(params, prompts[1], config, 5, **seed)] for seed in ({}, {"seed": 0}, {"seed": 1})]
+    assert answers[0] == answers[1] != answers[2]
 
 
 def test_a_source_may_be_as_long_as_the_context():

@@ -32,6 +32,7 @@ import heapq
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import pairwise
+from math import inf
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -205,9 +206,9 @@ def encode_word(word: str, rank: dict[Pair, int]) -> list[bytes]:
     """Of all neighbours take the pair that was learned first, leftmost if it stands twice; merge; repeat."""
     tokens = as_bytes(word)
     while len(tokens) > 1:
-        ranks = [rank.get(pair, len(rank)) for pair in pairs_of(tokens)]
+        ranks = [rank.get(pair, inf) for pair in pairs_of(tokens)]
         first = min(ranks)
-        if first == len(rank):
+        if first == inf:
             break
         i = ranks.index(first)
         tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
@@ -223,7 +224,7 @@ def encode(text: str, vocabulary: Vocabulary, allowed_special: Collection[str] =
     for name in allowed_special:
         if name not in vocabulary.special_tokens:
             raise TokenizerError(f"{name!r} is no special token of this vocabulary")
-    rank = {pair: place for place, pair in reversed(list(enumerate(vocabulary.merges)))}
+    rank = {pair: place for place, pair in enumerate(vocabulary.merges)}  # of one listed twice, the last
     id_of = vocabulary.ordinary_ids
     words: dict[str, list[int]] = {}  # a word that was seen before need not be merged again
     ids = []

@@ -53,7 +53,8 @@ def serve(requests: Connection, rank: int) -> None:
 
 def trajectory(rank: int, shard: bool, **changes: Any) -> list[float]:
     """Losses and norms of the gradient of some steps in float64, and the sum of the weights' magnitudes."""
-    training = replace(TRAINING, micro_batches=changes.pop("micro_batches", 1))
+    of_training = {name: changes.pop(name) for name in ("micro_batches", "optimizer") if name in changes}
+    training = replace(TRAINING, **of_training)
     config = replace(MODEL, **changes)
     random = torch.Generator().manual_seed(0)
     tokens = torch.randint(28, (300,), generator=random)

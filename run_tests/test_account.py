@@ -21,6 +21,7 @@ from ref_numpy.config import ModelConfig, TrainConfig
 from ref_numpy.dropout import DropoutKey
 from ref_numpy.transformer import attention_mask
 from torch_impl import flash_attention
+from torch_impl.optim import make_optimizer
 from torch_impl.seq2seq import Seq2Seq
 from torch_impl.training import account, costs
 from torch_impl.training.presets import PRESETS
@@ -218,6 +219,20 @@ def test_a_checkpoint_has_the_size_that_was_said(small_run, table):
             steps = sum(4 for tensor in tensors.keys() if tensor.endswith(".step"))  # noqa: SIM118 (no dict)
         said = numbers["checkpoint_bytes"][f"{name}.safetensors"]
         assert file.stat().st_size == header + said + steps
+
+
+@pytest.mark.parametrize("preset", ["char-fast", "dates"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_moments_are_those_that_the_optimizer_keeps(preset, optimizer):
+    config = PRESETS[preset]
+    training = replace(config.training, optimizer=optimizer)
+    model = build(replace(config.model, vocab_size=30))
+    state = make_optimizer(model, training)
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    state.step()
+    kept = [value for each in state.state.values() for name, value in each.items() if name != "step"]
+    assert costs.training_bytes(model.config, training).moments == sum(value.nbytes for value in kept)
 
 
 def test_flags_say_what_to_count(table):

@@ -48,7 +48,7 @@ def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one(small_run, cli, 
     assert Path("stopped/sample.txt").read_bytes() == Path("whole/sample.txt").read_bytes()
 
 
-@pytest.mark.parametrize("precision", ["float16", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float16", "bfloat16", "float8"])
 def test_low_precision_resumes_bit_for_bit_with_its_loss_scale(small_run, cli, stop_at, precision):
     assert small_run("--out", "whole", "--precision", precision).code == 0
     stop_at(7)

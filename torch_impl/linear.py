@@ -64,13 +64,17 @@ class _ByOneDNN(torch.autograd.Function):
 
 
 class Linear(nn.Module):
-    """Holds W and b, in the precision of the parameters; computes in the precision of its input."""
+    """Holds W and b, in the precision of the parameters; computes in the precision of its input.
+
+    `multiply` is linear, or another function of its signature: see torch_impl/float8.py.
+    """
 
     def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+        self.multiply = linear
 
     def forward(self, x: Float[Tensor, "*rows I"]) -> Float[Tensor, "*rows O"]:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return linear(x, self.weight.to(x.dtype), bias)
+        return self.multiply(x, self.weight.to(x.dtype), bias)

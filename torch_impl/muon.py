@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from torch_impl.training.ranks import part_of, whole
+
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 _ITERATIONS = 5
 
@@ -34,7 +36,8 @@ def orthogonalise(matrices: Float[Tensor, "*K M N"]) -> Float[Tensor, "*K M N"]:
 class Muon(torch.optim.AdamW):
     """A group whose "momentum" is not None is Muon's, the others are AdamW's.
 
-    Its state has AdamW's names: exp_avg is the momentum, step counts, and there is no exp_avg_sq.
+    Its state has AdamW's names: exp_avg is the momentum, step counts, and there is no exp_avg_sq. Of a matrix
+    that processes hold parts of, each makes the whole orthogonal and takes its part.
     """
 
     def __init__(self, groups: list[dict], **settings: object) -> None:
@@ -67,6 +70,8 @@ class Muon(torch.optim.AdamW):
             gradients = [param.grad for param in same]
             torch._foreach_lerp_(averages, gradients, 1 - momentum)
             ahead = torch._foreach_lerp(averages, gradients, 1 - momentum)
-            updates = orthogonalise(torch.stack(ahead)) * (rate * max(1.0, rows / columns) ** 0.5)
+            matrices = torch.stack([whole(matrix) for matrix in ahead])
+            updates = orthogonalise(matrices) * (rate * max(1.0, rows / columns) ** 0.5)
+            updates = updates.to(same[0].dtype).unbind()
             torch._foreach_mul_(same, 1 - rate * decay)
-            torch._foreach_sub_(same, list(updates.to(same[0].dtype).unbind()))
+            torch._foreach_sub_(same, list(map(part_of, updates, same)))

@@ -6,6 +6,6 @@ plants them one by one in copies of the project, and runs the component's own te
 survives is a hole in the suite.
 """
 
-from parity_tests.zoo import attention, layers, learning, positions, writing
+from parity_tests.zoo import attention, layers, learning, positions, precision, writing
 
-ZOO = [*attention.BUGS, *positions.BUGS, *layers.BUGS, *learning.BUGS, *writing.BUGS]
+ZOO = [*attention.BUGS, *positions.BUGS, *layers.BUGS, *learning.BUGS, *precision.BUGS, *writing.BUGS]

@@ -65,8 +65,8 @@ BUGS = [
         (
             "scale_by_width",
             "Scores are divided by D, not by its root.",
-            "attn_mask=allowed)",
-            "attn_mask=allowed, scale=1 / q.shape[-1])",
+            "fused_attention(q, k, v, allowed)",
+            "fused_attention(q / q.shape[-1] ** 0.5, k, v, allowed)",
         ),
         (
             "blind_rows_average",

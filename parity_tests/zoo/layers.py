@@ -353,40 +353,4 @@ BUGS = [
             "padding_mask(torch.ones_like(present))\n",
         ),
     ),
-    *bugs(
-        "ref_numpy/quantise.py",
-        (
-            "uneven_range",
-            "8 bits go to 128, which int8 does not hold.",
-            "LIMITS = {8: 127, 4: 7}",
-            "LIMITS = {8: 128, 4: 7}",
-        ),
-        (
-            "truncated",
-            "Values are cut off, not rounded.",
-            "np.rint(groups",
-            "np.trunc(groups",
-        ),
-        (
-            "packed_halves_swapped",
-            "Columns of the first half go into the high bits.",
-            "nibbles[:, :half] | nibbles[:, half:] << 4",
-            "nibbles[:, :half] << 4 | nibbles[:, half:]",
-        ),
-    ),
-    *bugs(
-        "torch_impl/quantise.py",
-        (
-            "sign_lost",
-            "Negative 4-bit numbers come back positive.",
-            "(signed << 4) >> 4, signed >> 4",
-            "signed & 15, signed >> 4",
-        ),
-        (
-            "scales_tiled",
-            "Scales of groups are repeated in turns, not one after the other.",
-            "scales.repeat_interleave(g, dim=1)",
-            "scales.repeat(1, g)",
-        ),
-    ),
 ]

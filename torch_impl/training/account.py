@@ -34,6 +34,11 @@ from torch_impl.training.flags import parse_flags
 from torch_impl.training.presets import PRESETS
 
 _SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
+_MOMENTS = {
+    "adam": "two moments, float32",
+    "adamw": "two moments, float32",
+    "muon": "one moment of the blocks' matrices, two of the rest, float32",
+}
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,9 @@ def parse(arguments: list[str]) -> Request:
 
 def _parse_flags(arguments: list[str], config: RunConfig, of_preset: bool = True) -> Flags:
     """The flags, with those of a config where none are given."""
-    precision = "float32" if config.run.precision == "auto" else config.run.precision
+    precision = {"auto": "float32", "tf32": "float32", "float8": "bfloat16"}.get(
+        config.run.precision, config.run.precision
+    )
     training, model = config.training, config.model
     if of_preset and config.tokenizer.tokenizer == "bpe":  # else its tokenizer is not learned yet
         model = replace(model, vocab_size=config.tokenizer.vocab_size or DEFAULT_VOCAB_SIZE)
@@ -219,7 +226,7 @@ def table(request: Request) -> str:
         ("memory of training", "", f"{precision} on {request.device}, {rows:,} sequences at a time"),
         ("  weights", in_bytes(held["weights"]), "float32"),
         ("  gradients", in_bytes(held["gradients"]), "float32"),
-        ("  optimizer", in_bytes(held["moments"]), "two moments, float32"),
+        ("  optimizer", in_bytes(held["moments"]), _MOMENTS[training.optimizer]),
         ("  activations", in_bytes(held["activations"]), "that the backward pass needs, attention fused"),
         ("  peak, at least", in_bytes(held["peak"]), _peak_of(training)),
         *_process_lines(request, numbers["process_bytes"]),

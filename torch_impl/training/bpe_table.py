@@ -51,9 +51,7 @@ class MergeTable:
     """Rank and result of each pair of ids."""
 
     def __init__(self, pairs: list[tuple[int, int]], results: list[int], id_of_byte: Int64[Array, "256"]):
-        self.rank = {}
-        for rank, (a, b) in enumerate(pairs):
-            self.rank.setdefault(a << 32 | b, rank)
+        self.rank = {a << 32 | b: rank for rank, (a, b) in enumerate(pairs)}  # of one listed twice, the last
         self.results = results
         self.id_of_byte = id_of_byte
         self._ranks = Ranks(

@@ -27,9 +27,11 @@ class RunSettings:
     "content"}, ...]} or of instruction, input and output. Of these it learns what the assistant says."""
     device: str = "auto"
     """auto (CUDA, else MPS, else the CPU), cpu, cuda, cuda:1, mps."""
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    precision: Literal["auto", "float32", "tf32", "bfloat16", "float16", "float8"] = "auto"
     """Number format of the computation; weights are float32. auto: on CUDA bfloat16, or float16 where the GPU
-    lacks it, else float32. float16 scales the loss."""
+    lacks it, else float32. tf32: float32 whose products round their factors to eleven bits (NVIDIA, from
+    Ampere on). float16 scales the loss. float8: bfloat16, with the products of the blocks' linear layers in
+    8 bits (NVIDIA, from Ada and Hopper on; a CPU can as well, slowly)."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the model with torch.compile; auto: on CUDA, where there is Triton."""
     cuda_graph: bool = False

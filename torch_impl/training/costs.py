@@ -211,7 +211,7 @@ class TrainingBytes(NamedTuple):
 
     weights: int
     gradients: int
-    moments: int  # AdamW's or Adam's two
+    moments: int  # AdamW's or Adam's two, Muon's one
     activations: int  # of one micro-batch
     peak: int  # at least
 
@@ -229,6 +229,8 @@ def training_bytes(
     count = parameter_count(model)
     frozen = parameters_by_part(model)["embedding"] if training.freeze_embeddings else 0
     weights, gradients, moments = 4 * count, 4 * (count - frozen), 8 * (count - frozen)
+    if training.optimizer == "muon":
+        moments -= 4 * (multiplied_weights(model) - model.vocab_size * model.d_model)
     activations = activation_bytes(model, training.batch_size // training.micro_batches, kernels)
     at_once = activations + gradients if training.micro_batches > 1 else max(activations, gradients)
     return TrainingBytes(weights, gradients, moments, activations, weights + moments + at_once)

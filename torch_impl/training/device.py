@@ -13,7 +13,15 @@ from torch_impl.training.config import RunSettings
 from torch_impl.training.files import InputError
 from torch_impl.training.ranks import ALONE, Ranks
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {
+    "float32": torch.float32,
+    "tf32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float8": torch.bfloat16,
+}
+_PRODUCTS = {"tf32": (8, 0), "float8": (8, 9)}
+"""Formats of the factors of products alone, and the compute capability of GPUs that have them."""
 
 _COPIED_AT_ONCE = 1 << 24  # ids
 
@@ -24,6 +32,7 @@ class Place(NamedTuple):
     device: torch.device
     dtype: torch.dtype  # of the computation
     compile: bool
+    products: str | None = None  # the format of their factors: tf32, float8, or None for dtype
 
     def __str__(self) -> str:
         kind = (
@@ -31,7 +40,9 @@ class Place(NamedTuple):
             if self.device.type == "cuda"
             else self.device
         )
-        return f"{kind}, {str(self.dtype).removeprefix('torch.')}" + (", compiled" if self.compile else "")
+        products = f", products in {self.products}" if self.products else ""
+        compiled = ", compiled" if self.compile else ""
+        return f"{kind}, {str(self.dtype).removeprefix('torch.')}{products}{compiled}"
 
 
 def best_device() -> str:
@@ -101,6 +112,9 @@ def copied_to(device: torch.device, ids: UInt[Array, "N"]) -> Integer[Tensor, "N
 def choose_place(run: RunSettings, ranks: Ranks = ALONE) -> Place:
     """Device, number format and compilation of a run. Raises InputError for a device that is not here."""
     device = choose_device(run.device, ranks)
+    products = run.precision if run.precision in _PRODUCTS else None
+    if products:
+        _refuse_lacking(device, products)
     on_cuda = device.type == "cuda"
     if run.precision != "auto":
         dtype = _DTYPES[run.precision]
@@ -111,4 +125,19 @@ def choose_place(run: RunSettings, ranks: Ranks = ALONE) -> Place:
     else:
         dtype = torch.float32
     can_compile = on_cuda and find_spec("triton") is not None  # PyTorch for Windows comes without
-    return Place(device, dtype, can_compile if run.compile == "auto" else run.compile == "on")
+    compile = can_compile if run.compile == "auto" else run.compile == "on"
+    return Place(device, dtype, compile, products)
+
+
+def _refuse_lacking(device: torch.device, products: str) -> None:
+    """Raises InputError for a device that has no products of that format."""
+    instead = str(_DTYPES[products]).removeprefix("torch.")
+    if device.type == "cuda":
+        has, needed = torch.cuda.get_device_capability(device), _PRODUCTS[products]
+        if has < needed:
+            raise InputError(
+                f"--precision {products} needs a GPU of compute capability {needed[0]}.{needed[1]}, and "
+                f"{torch.cuda.get_device_name(device)} has {has[0]}.{has[1]}; use --precision {instead}"
+            )
+    elif (device.type, products) != ("cpu", "float8"):
+        raise InputError(f"--precision {products}: {device} has none; use --precision {instead}")

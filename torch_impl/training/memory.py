@@ -39,7 +39,7 @@ def needed_bytes(config: RunConfig, device: torch.device, ranks: Ranks = ALONE) 
     training = replace(training, batch_size=training.batch_size // ranks.size)
     if model.architecture == "encoder-decoder":  # sources and targets may be shorter by any length
         model = replace(model, context_length=2)
-    size = 4 if config.run.precision in ("auto", "float32") else 2
+    size = 4 if config.run.precision in ("auto", "float32", "tf32") else 2
     return training_bytes(model, training, Kernels(size)).peak * ranks.local_size
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Integer
 from torch import Tensor
 
 from torch_impl.flash_attention import choose_path
+from torch_impl.float8 import use_float8
 from torch_impl.linear import product_kernel
 from torch_impl.seq2seq import make_model
 from torch_impl.train import StepMetrics, TrainState, start
@@ -90,12 +91,11 @@ def prepare(request: Request, ranks: Ranks) -> Run:
         raise InputError(
             f"--cuda-graph on {place}{among}: it is for one process on CUDA, not in float16; leave it out"
         )
-    sharded = config.run.shard and ranks.size > 1
-    if sharded and config.training.optimizer == "muon":
+    if config.run.detect_anomaly and place.products == "float8":
         raise InputError(
-            "--optimizer muon needs whole matrices, which --shard divides; leave one of them out, or use "
-            "--optimizer adamw"
+            "--detect-anomaly sees nothing beside the rounding of float8; use --precision bfloat16 with it"
         )
+    sharded = config.run.shard and ranks.size > 1
     home = torch.device("cpu") if sharded else place.device  # of the model while it is whole
     saved = _load(request.resume, place.dtype, home, ranks) if request.resume else None
     corpus = load_for(config)
@@ -158,6 +158,10 @@ def prepare(request: Request, ranks: Ranks) -> Run:
 
 
 def _start(model: Embedded, config: RunConfig, place: Place, ranks: Ranks) -> TrainState:
+    if place.products == "float8":
+        use_float8(model)
+    if place.products == "tf32":
+        torch.set_float32_matmul_precision("high")
     if config.run.checkpoint_activations:
         recompute_blocks(model)
     state = start(model, config.training, place.compile, ranks, place.device if config.run.shard else None)
@@ -257,7 +261,8 @@ def _tell(run: Run, place: Place, resumed: bool) -> None:
     )
     print(f"attention: {_attention_paths(run, place)}")
     kernel = product_kernel(place.device, place.dtype, with_gradient=True)
-    print(f"matrix products: {'PyTorch, compiled' if place.compile else kernel}")
+    told = "PyTorch, compiled" if place.compile else kernel
+    print(f"matrix products: {told}{f', in {place.products}' if place.products else ''}")
     print(run.objective.describe())
     if resumed and run.progress.step == run.config.training.steps:
         print(f"finished already, at step {run.progress.step}; a larger --steps trains on")

@@ -186,9 +186,10 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def part_of(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """Of a whole tensor, what belongs to this process's part of a parameter. All processes have to ask."""
+    """Of a whole tensor, which every process has, what belongs to this one's part of a parameter."""
     if not hasattr(parameter, "full_tensor"):
         return tensor
     from torch.distributed.tensor import distribute_tensor  # a second to import
 
-    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
+    where = parameter.device_mesh, parameter.placements
+    return distribute_tensor(tensor.to(parameter.device), *where, src_data_rank=None)
