@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -33,6 +33,7 @@ from torch_impl.data import sample_batch
 from torch_impl.float8 import use_float8
 from torch_impl.optim import learning_rates
 from torch_impl.train import evaluate, start, train_steps
+from torch_impl.training.captured import CudaGraphs
 from torch_impl.training.config import RunConfig
 from torch_impl.training.files import InputError, write_file
 from torch_impl.training.flags import parse_flags
@@ -76,6 +77,7 @@ def ours(
     device: str = "cpu",
     compiled: bool = False,
     float8: bool = False,
+    cuda_graph: bool = False,
 ) -> Side:
     """torch_impl, driven as a run drives it."""
     model = initialised(config.model, config.training.seed, dtype, device)
@@ -86,6 +88,8 @@ def ours(
 
     def steps() -> Iterator[None]:
         state = start(model, config.training, compiled)
+        if cuda_graph:
+            state.recorder = CudaGraphs()
         for step, metrics in enumerate(train_steps(state, sample, config.training)):
             if step % config.run.log_every == 0:
                 metrics.loss.item()
@@ -232,7 +236,8 @@ def served(
         pipes.append(here)
     yield pipes
     for pipe, process in zip(pipes, processes, strict=True):
-        pipe.send(None)
+        with suppress(OSError):  # one that has died
+            pipe.send(None)
         process.join()
 
 
