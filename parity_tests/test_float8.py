@@ -49,6 +49,19 @@ def test_values_and_scales_are_equal(ours, format, x):
     assert np.abs(want.values).max() <= mine.largest
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("format", FORMATS)
+@given(x=matrices())
+def test_numbers_of_half_precision_are_rounded_once(dtype, format, x):
+    """Divided in their own precision they would be rounded to it before they are rounded to the format."""
+    mine, theirs = FORMATS[format]
+    x = torch.from_numpy(x).clamp(-6e4, 6e4).to(dtype)
+    want = plain.to_float8(x.float().numpy(), mine)
+    values, scale = fast.to_float8(x, theirs)
+    assert scale.dtype == torch.float32 and scale.item() == want.scale
+    np.testing.assert_array_equal(values.float(), want.values)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_number_of_a_format_stays_and_what_is_between_goes_to_the_nearest(format):
     """All 256 of them, by PyTorch's table; halves go to the even neighbour, whose last bit is 0."""
@@ -120,6 +133,11 @@ def test_products_are_those_of_the_rounded_matrices(ours, layer):
         magnitude = np.abs(a) @ np.abs(b) + (0 if bias is None else np.abs(wanted))
         bound = 2 * tolerances.contraction(magnitude, a.shape[1], precision)
         assert (np.abs(got - wanted) <= bound).all()
+    if bias is not None:
+        for dbias in (want[3], by_torch(*layer)[3]):  # is no product, and knows dy as it was
+            np.testing.assert_allclose(
+                dbias, dy.sum(axis=0, dtype=float), rtol=1e-5, atol=1e-5 * np.abs(dy).max()
+            )
 
 
 @given(seed=seeds, rows=st.integers(1, 3), inputs=st.integers(1, 5))

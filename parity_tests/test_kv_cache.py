@@ -64,6 +64,19 @@ def test_tokens_one_by_one_in_the_same_shapes_give_the_logits_of_the_whole(case)
         np.testing.assert_allclose(got, want[:, place], rtol=0, atol=1e-10)
 
 
+def test_a_cleared_cache_is_as_new():
+    """Also where it held shapes: what comes next may be many tokens again."""
+    config = ModelConfig(vocab_size=5, context_length=4, n_head=1, d_model=4)
+    model, past = Transformer(config).requires_grad_(False), KVCache(config, 1, torch.float32)
+    model.initialise(0)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    model(ids[:, :2], past=past)
+    past.hold_shapes()
+    model(ids[:, 2:3], past=past)
+    past.clear()
+    torch.testing.assert_close(model(ids, past=past), model(ids))
+
+
 @given(case=cases())
 def test_the_last_logits_alone_are_those_of_the_last_place(case):
     config, params, ids, _, _ = case

@@ -72,6 +72,13 @@ def test_no_more_logits_are_made_than_were_asked_for(monkeypatch):
     assert max(made) == 64 * 300
 
 
+def test_gradients_of_chunks_add_up_in_the_precision_of_the_weight():
+    """Each of 1,024 chunks adds a half: a sum in bfloat16, as the places are, would stay at 128."""
+    x, weight = torch.ones(1024, 1, dtype=torch.bfloat16), torch.zeros(2, 1, requires_grad=True)
+    linear_cross_entropy(x, weight, torch.zeros(1024, dtype=torch.long), at_once=1).backward()
+    assert weight.grad.tolist() == [[-0.5], [0.5]]
+
+
 def test_what_needs_no_gradient_costs_none():
     """Of frozen embeddings, or where nothing is trained: the products of the gradients are left out."""
     x, weight, targets = torch.randn(5, 4), torch.randn(3, 4), torch.tensor([0, 1, 2, 0, 1])

@@ -27,6 +27,7 @@ def matrix(random: np.random.Generator, shape: tuple[int, int], regime: str, dty
     if regime == "ties":  # with a largest magnitude of 127 or 7 the scale is 1, and halves are ties
         values = random.integers(-6, 7, shape) + 0.5
         values[:, 0] = 127.0 if random.random() < 0.5 else 7.0
+        values *= random.choice([1.0, 237.0])  # the scale then; halves times 1 / 237 are halves no more
     if regime == "subnormal":
         values = values * tiny * random.choice([1e-7, 1e-3, 1.0, 100.0], shape)
     if regime == "huge":

@@ -21,7 +21,7 @@ configs = st.builds(
     st.sampled_from([(1, 2), (3, 4), (2, 10)]),
     st.sampled_from([10000.0, 7.0, 5e5]),
     st.sampled_from(["half", "interleaved"]),
-    st.sampled_from([1.0, 4.0, 0.5]),
+    st.sampled_from([1.0, 4.0, 0.3]),  # the last no power of 2: dividing by it rounds
 )  # fmt: skip
 
 

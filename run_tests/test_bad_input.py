@@ -99,13 +99,13 @@ def test_products_that_are_not_here(small_run, flags, message):
 def test_a_gpu_that_is_too_old_for_float8(monkeypatch):
     for name, value in {
         "device_count": 1,
-        "get_device_capability": (8, 6),
-        "get_device_name": "A6000",
+        "get_device_capability": (8, 0),  # the least that tf32 needs
+        "get_device_name": "A100",
     }.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     found = choose_place(RunSettings(device="cuda", precision="tf32", compile="off"))
     assert (found.dtype, found.products) == (torch.float32, "tf32")
-    message = "--precision float8 needs a GPU of compute capability 8.9, and A6000 has 8.6; use --precision b"
+    message = "--precision float8 needs a GPU of compute capability 8.9, and A100 has 8.0; use --precision bf"
     with pytest.raises(InputError, match=re.escape(message)):
         choose_place(RunSettings(device="cuda", precision="float8"))
 
