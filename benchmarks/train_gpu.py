@@ -174,6 +174,7 @@ def table(speeds: list[Speed], products: float, copies: float, peak: float) -> s
             f"{each.shape + ', ' + each.side:34} {each.tokens:11,.0f} {each.ratio:11.2f}x {mfu:6.1%} "
             f"{in_bytes(round(each.memory)):>10} {each.first_step:9.1f} s"
         )
+    lines.append("MFU in float8 is a part of the speed in bfloat16, as all others are")
     lines.append(
         f"measured: products {products / 1e12:.1f} TFLOP/s in bfloat16, copies {copies / 1e9:.0f} GB/s"
     )

@@ -90,21 +90,21 @@ def test_a_number_is_off_by_one_part_in_sixteen_at_most():
 
 @st.composite
 def layers(draw):
-    rows, inputs, outputs = (16 * draw(st.integers(1, 3)) for _ in range(3))
+    """Of any sizes: kernels want multiples of 16, and are given zeros besides."""
+    places = draw(st.sampled_from([(), (1,), (7,), (16,), (2, 8), (3, 11)]))
+    inputs, outputs = draw(st.sampled_from([1, 5, 16, 48])), draw(st.sampled_from([1, 9, 32]))
+    rows = int(np.prod(places))
     shapes = (rows, inputs), (outputs, inputs), (rows, outputs)
     x, weight, dy = (draw(matrices(st.just(shape))) for shape in shapes)
     bias = draw(st.none() | st.just(array(np.random.default_rng(0), (outputs,)).astype(np.float32)))
-    return x, weight, bias, dy
+    return x.reshape(*places, inputs), weight, bias, dy.reshape(*places, outputs)
 
 
 def device_of(ours) -> torch.device:
     """The device that was asked for; a GPU that has no products in float8 leaves them to the CPU."""
     device = torch.device(ours.device)
-    return (
-        device
-        if device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
-        else torch.device("cpu")
-    )
+    lacks = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9)
+    return torch.device("cpu") if lacks else device
 
 
 def by_torch(device, *arrays):
@@ -125,19 +125,21 @@ def test_products_are_those_of_the_rounded_matrices(ours, layer):
     x, weight, bias, dy = layer
     y, cache = plain.float8_linear_forward(x, weight, bias)
     want = y, *(each for each in plain.float8_linear_backward(dy, cache) if each is not None)
-    x8, w8 = ((each.values * each.scale).astype(float) for each in cache[:2])
-    dy8 = plain.to_float8(dy, plain.E5M2)
-    dy8 = (dy8.values * dy8.scale).astype(float)
+    rows = dy.reshape(-1, dy.shape[-1])
+    dy8 = plain.to_float8(rows, plain.E5M2)
+    x8, w8, dy8 = ((each.values * each.scale).astype(float) for each in (*cache[:2], dy8))
     factors = (x8, w8.T), (dy8, w8), (dy8.T, x8)
-    for got, wanted, (a, b) in zip(by_torch(device, *layer), want, factors, strict=False):
-        magnitude = np.abs(a) @ np.abs(b) + (0 if bias is None else np.abs(wanted))
+    found = by_torch(device, *layer)
+    assert [each.shape for each in found] == [each.shape for each in want] and len(want) == 3 + (
+        bias is not None
+    )
+    for got, wanted, (a, b) in zip(found, want, factors, strict=False):
+        magnitude = (np.abs(a) @ np.abs(b)).reshape(wanted.shape) + (0 if bias is None else np.abs(wanted))
         bound = 2 * tolerances.contraction(magnitude, a.shape[1], precision)
         assert (np.abs(got - wanted) <= bound).all()
-    if bias is not None:
-        for dbias in (want[3], by_torch(*layer)[3]):  # is no product, and knows dy as it was
-            np.testing.assert_allclose(
-                dbias, dy.sum(axis=0, dtype=float), rtol=1e-5, atol=1e-5 * np.abs(dy).max()
-            )
+    for dbias in (*want[3:], *found[3:]):  # is no product, and knows dy as it was
+        off = np.abs(dbias - rows.sum(axis=0, dtype=float))
+        assert (off <= 1e-5 * np.abs(rows).max(initial=0)).all()
 
 
 @given(seed=seeds, rows=st.integers(1, 3), inputs=st.integers(1, 5))
@@ -166,21 +168,6 @@ def test_an_ordinary_layer_is_near(seed, rows, inputs):
         assert error.max() > 1e-4 * bound.max(), "nothing was rounded"
 
 
-@given(layer=layers(), cut=st.sampled_from(["rows", "inputs", "outputs"]))
-def test_what_is_no_multiple_of_sixteen_is_not_rounded(layer, cut):
-    x, weight, bias, _ = layer
-    x, weight = (
-        (x[:-1], weight)
-        if cut == "rows"
-        else (x[:, :-1], weight[:, :-1])
-        if cut == "inputs"
-        else (x, weight[:-1])
-    )
-    bias = bias if bias is None else bias[: len(weight)]
-    tensors = [None if each is None else torch.from_numpy(each.copy()) for each in (x, weight, bias)]
-    assert torch.equal(fast.float8_linear(*tensors), linear(*tensors))
-
-
 def test_the_layers_of_blocks_alone_compute_in_float8():
     """Neither embeddings nor the head; and the gradients are still near those of float32."""
     config = ModelConfig(
@@ -201,3 +188,5 @@ def test_the_layers_of_blocks_alone_compute_in_float8():
         off = (got.grad - wanted.grad).norm() / wanted.grad.norm()
         assert off < 0.2 or wanted.ndim == 1, name  # sums over places cancel
     assert not torch.equal(plainly.blocks[0].ffn.up.weight.grad, in_float8.blocks[0].ffn.up.weight.grad)
+    with torch.no_grad():  # an evaluation is of the model as it will be used
+        assert torch.equal(plainly(ids), in_float8(ids))

@@ -5,7 +5,11 @@
 x8 = round(x / s_x), and so for W and dy: each matrix is divided by its scale s, which takes its largest
 magnitude to the largest number of the format, and rounded to the format. Inputs and weights are E4M3, with
 more digits, gradients E5M2, with more range (Micikevicius et al. 2022, FP8 Formats for Deep Learning,
-sections 3 and 4). The gradient passes the rounding as if it were not there. Sums are float32.
+sections 3 and 4). The gradient passes the rounding as if it were not there. Sums are float32; a GPU's may
+keep fewer bits.
+
+A scale is of all rows together. So a row's result depends on the others, if only in its rounding: training
+in float8 is not the same for any number of processes or micro-batches.
 
 Shapes: I inputs, O outputs; the leading axes of x are rows. See ref_numpy/linear.py.
 Not here: scales that are remembered from earlier steps, or that belong to rows or to blocks.

@@ -25,6 +25,7 @@ from torch_impl.optim import make_optimizer
 from torch_impl.seq2seq import Seq2Seq
 from torch_impl.training import account, costs
 from torch_impl.training.presets import PRESETS
+from torch_impl.training.recompute import recompute_blocks
 from torch_impl.transformer import Embedded, Transformer
 
 HOUSE = Path(__file__).parent.parent
@@ -134,6 +135,19 @@ def test_activations_are_those_that_autograd_keeps(config, sequences, dtype):
     estimated = costs.activation_bytes(config, sequences, costs.Kernels(dtype.itemsize))
     left_out = kept_for_backward(build(config, dtype), sequences) - estimated
     assert 0 <= left_out <= places_bytes(config, dtype.itemsize)
+
+
+@some
+@given(config=model_configs(architectures=("decoder", "encoder")), sequences=st.integers(1, 3))
+def test_blocks_that_are_computed_again_keep_their_inputs(config, sequences):
+    """And one of them, at a time, what it keeps: which is left out while there is only the forward pass."""
+    assume(config.positions not in ("rope", "alibi") and config.window == 0)
+    estimated = costs.activation_bytes(config, sequences, costs.Kernels(recomputed=True))
+    model = build(config)
+    recompute_blocks(model)
+    meanwhile = estimated - kept_for_backward(model, sequences)
+    one, two = (costs.activation_bytes(replace(config, n_layer=n), sequences) for n in (1, 2))
+    assert 0 <= meanwhile <= two - one
 
 
 @some

@@ -49,6 +49,21 @@ def test_temperature_0_always_takes_the_likeliest(write):
     assert write(*flags)[1] == write(*flags, "--seed", 5)[1]
 
 
+@pytest.mark.parametrize(("precision", "read_in"), [("tf32", "float32"), ("float8", "bfloat16")])
+def test_a_run_with_products_of_another_format_is_read_in_the_format_of_all_the_rest(
+    write, precision, read_in
+):
+    """Trained on a GPU that has them, it once could not be used on a machine without."""
+    flags, path = ("--model", "run", "--max-new-tokens", 20, "--device", "cpu"), Path("run/best/config.json")
+    written = {}
+    for each in (precision, read_in):
+        config = json.loads(path.read_bytes())
+        config["run"]["precision"] = each
+        path.write_text(json.dumps(config), encoding="utf-8")
+        written[each] = write(*flags)
+    assert written[precision] == written[read_in] and written[precision][0] == 0
+
+
 def test_best_is_taken_before_last_and_a_checkpoint_when_it_is_named(write):
     flags = ("--prompt", "a", "--max-new-tokens", 20)
     best = write("--model", "run/best", *flags)[1]

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -59,11 +59,11 @@ def open_dialogue(flags: ChatFlags) -> "Dialogue":
     """The model that the flags name. Raises InputError where there is none, or none that answers."""
     from torch_impl.training.checkpoint import load_model
     from torch_impl.training.config import read_config
-    from torch_impl.training.device import choose_place
+    from torch_impl.training.device import place_to_read
     from torch_impl.training.dialogue import Dialogue
 
     checkpoint = find_checkpoint(Path(flags.model))
-    place = choose_place(replace(read_config(checkpoint).run, device=flags.device, compile="off"))
+    place = place_to_read(read_config(checkpoint).run, flags.device)
     loaded = load_model(checkpoint, place.dtype, place.device)
     try:
         dialogue = Dialogue(loaded.model, loaded.tokenizer)

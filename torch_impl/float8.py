@@ -1,6 +1,7 @@
 """A linear layer whose products are made of 8-bit floating point numbers. The twin of ref_numpy/float8.py."""
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
@@ -11,7 +12,7 @@ from torch_impl.linear import Linear, linear
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 _UNIT = 16
-"""What rows, inputs and outputs have to be multiples of, for CUDA's kernels."""
+"""CUDA's kernels take matrices whose sizes are multiples of it; others get rows and columns of zeros."""
 
 
 def to_float8(x: Float[Tensor, "*shape"], to: torch.dtype) -> tuple[Tensor, Float[Tensor, ""]]:
@@ -24,14 +25,8 @@ def to_float8(x: Float[Tensor, "*shape"], to: torch.dtype) -> tuple[Tensor, Floa
 def float8_linear(
     x: Float[Tensor, "*rows I"], weight: Float[Tensor, "O I"], bias: Float[Tensor, "O"] | None
 ) -> Float[Tensor, "*rows O"]:
-    """y = x W^T + b with x and W in E4M3, and in the backward pass dy in E5M2.
-
-    Where rows, inputs or outputs are no multiples of 16 it is an ordinary linear layer.
-    """
-    rows = x.flatten(0, -2).contiguous()
-    if any(size % _UNIT for size in (*rows.shape, *weight.shape)):
-        return linear(x, weight, bias)
-    y = _Float8Product.apply(rows, weight).unflatten(0, x.shape[:-1])
+    """y = x W^T + b with x and W in E4M3, and in the backward pass dy in E5M2."""
+    y = _Float8Product.apply(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], -1)
     return y if bias is None else y + bias
 
 
@@ -40,18 +35,27 @@ class _Float8Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor) -> Tensor:
-        (x8, x_scale), (w8, w_scale) = to_float8(x, E4M3), to_float8(weight, E4M3)
+        x8, x_scale = to_float8(_filled(x), E4M3)
+        w8, w_scale = to_float8(_filled(weight), E4M3)
         ctx.save_for_backward(x8, x_scale, w8, w_scale)
-        return _product(x8, w8.t(), x_scale, w_scale, x.dtype, fast=True)
+        ctx.inputs = x.shape[1]
+        y = _product(x8, w8.t(), x_scale, w_scale, x.dtype, fast=True)
+        return y[: x.shape[0], : weight.shape[0]]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor, Tensor]:
         x8, x_scale, w8, w_scale = ctx.saved_tensors
-        dy8, dy_scale = to_float8(dy.contiguous(), E5M2)
+        rows, outputs = dy.shape
+        dy8, dy_scale = to_float8(_filled(dy), E5M2)
         dx = _product(dy8, _by_columns(w8), dy_scale, w_scale, dy.dtype)
         dweight = _product(dy8.t().contiguous(), _by_columns(x8), dy_scale, x_scale, dy.dtype)
-        return dx, dweight
+        return dx[:rows, : ctx.inputs], dweight[:outputs, : ctx.inputs]
+
+
+def _filled(matrix: Tensor) -> Tensor:
+    rows, columns = (-size % _UNIT for size in matrix.shape)
+    return F.pad(matrix, (0, columns, 0, rows)) if rows or columns else matrix.contiguous()
 
 
 def _by_columns(matrix: Tensor) -> Tensor:
@@ -61,14 +65,20 @@ def _by_columns(matrix: Tensor) -> Tensor:
 def _product(
     a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype: torch.dtype, fast: bool = False
 ) -> Tensor:
-    """A fast sum keeps some fourteen bits on Hopper, which is plenty for a result, but not for gradients."""
-    return torch._scaled_mm(a, b, scale_a=a_scale, scale_b=b_scale, out_dtype=dtype, use_fast_accum=fast)
+    """a b. Fast sums keep some fourteen bits on Hopper: plenty for a result, but not for gradients."""
+    whole = F.ScalingType.TensorWise
+    return F.scaled_mm(a, b, a_scale, whole, b_scale, whole, output_dtype=dtype, use_fast_accum=fast)
 
 
 def use_float8(model: nn.Module) -> None:
-    """The linear layers of a model's blocks compute in float8 from now on; embeddings and head do not."""
+    """The linear layers of a model's blocks train in float8 from now on; embeddings and head do not."""
     for block in model.modules():
         if isinstance(block, Block | CrossBlock):
             for layer in block.modules():
                 if isinstance(layer, Linear):
-                    layer.multiply = float8_linear
+                    layer.multiply = _while_training
+
+
+def _while_training(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """An evaluation is of the model as it will be used, and no row's result depends on others there."""
+    return float8_linear(x, weight, bias) if torch.is_grad_enabled() else linear(x, weight, bias)

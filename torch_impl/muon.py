@@ -37,7 +37,8 @@ class Muon(torch.optim.AdamW):
     """A group whose "momentum" is not None is Muon's, the others are AdamW's.
 
     Its state has AdamW's names: exp_avg is the momentum, step counts, and there is no exp_avg_sq. Of a matrix
-    that processes hold parts of, each makes the whole orthogonal and takes its part.
+    that processes hold parts of, each makes the whole orthogonal and takes its part; one after the other, for
+    together they would take the room that was to be saved.
     """
 
     def __init__(self, groups: list[dict], **settings: object) -> None:
@@ -64,8 +65,9 @@ class Muon(torch.optim.AdamW):
                 state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
                 state["exp_avg"] = torch.zeros_like(param)
             state["step"] += 1
-            alike[param.shape].append(param)
-        for (rows, columns), same in alike.items():
+            divided = hasattr(param, "full_tensor")
+            alike[param.shape, id(param) if divided else 0].append(param)
+        for ((rows, columns), _), same in alike.items():
             averages = [self.state[param]["exp_avg"] for param in same]
             gradients = [param.grad for param in same]
             torch._foreach_lerp_(averages, gradients, 1 - momentum)

@@ -71,8 +71,8 @@ BUGS = [
         (
             "gradient_in_the_format_of_weights",
             "Gradients are rounded to E4M3, whose range they leave.",
-            "to_float8(dy.contiguous(), E5M2)",
-            "to_float8(dy.contiguous(), E4M3)",
+            "to_float8(_filled(dy), E5M2)",
+            "to_float8(_filled(dy), E4M3)",
         ),
         (
             "scale_per_sequence",
@@ -85,6 +85,12 @@ BUGS = [
             "The gradient of x is multiplied by W^T.",
             "_product(dy8, _by_columns(w8), dy_scale",
             "_product(dy8, w8.t().contiguous().view_as(w8), dy_scale",
+        ),
+        (
+            "evaluated_in_float8",
+            "An evaluation rounds to float8 too, though the model is used in bfloat16.",
+            "if torch.is_grad_enabled() else",
+            "if True else",
         ),
         (
             "head_too",

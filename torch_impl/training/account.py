@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ref_numpy.config import ConfigError, ModelConfig, TrainConfig
-from torch_impl.training.config import DEFAULT_VOCAB_SIZE, RunConfig, read_config
+from torch_impl.training.config import DEFAULT_VOCAB_SIZE, WITHOUT_PRODUCTS, RunConfig, read_config
 from torch_impl.training.costs import (
     Kernels,
     attention_pairs,
@@ -58,6 +58,8 @@ class BatchFlags:
     """Number format of the computation; weights, gradients and moments are float32."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Whose kernels compute: a CPU's keep norms and attention in float32, whatever the precision."""
+    optimizer: Literal["adamw", "adam", "muon"] = TrainConfig.optimizer
+    """adamw and adam keep two moments; of the matrices of blocks muon keeps one."""
     processes: int = 1
     """Processes of torchrun that divide the batch, each with a GPU of its own."""
     shard: bool = False
@@ -124,9 +126,8 @@ def parse(arguments: list[str]) -> Request:
 
 def _parse_flags(arguments: list[str], config: RunConfig, of_preset: bool = True) -> Flags:
     """The flags, with those of a config where none are given."""
-    precision = {"auto": "float32", "tf32": "float32", "float8": "bfloat16"}.get(
-        config.run.precision, config.run.precision
-    )
+    precision = WITHOUT_PRODUCTS.get(config.run.precision, config.run.precision)
+    precision = "float32" if precision == "auto" else precision
     training, model = config.training, config.model
     if of_preset and config.tokenizer.tokenizer == "bpe":  # else its tokenizer is not learned yet
         model = replace(model, vocab_size=config.tokenizer.vocab_size or DEFAULT_VOCAB_SIZE)
@@ -138,7 +139,8 @@ def _parse_flags(arguments: list[str], config: RunConfig, of_preset: bool = True
                 training.micro_batches,
                 training.freeze_embeddings,
                 precision,
-                "cuda" if config.run.device == "cuda" else "cpu",
+                "cuda" if config.run.device.startswith("cuda") else "cpu",
+                training.optimizer,
                 shard=config.run.shard,
             ),
             ShapeFlags(**asdict(model)),
@@ -286,7 +288,8 @@ def main(arguments: list[str]) -> int:
         request = parse(arguments)
         told = table(request)
         if request.json is not None:
-            config = {"name": request.name, "model": asdict(request.model), "precision": request.precision}
+            config = {"name": request.name, "model": asdict(request.model)}
+            config |= {"precision": request.precision, "device": request.device}
             numbers = account(*request[1:7])
             content = json.dumps({**config, **numbers}, indent=1)
             write_file(request.json, content.encode("utf-8"))

@@ -12,6 +12,10 @@ from torch_impl.training.hf_config import is_hf, read_hf_config
 FORMAT_VERSION = 1  # of the files in a checkpoint
 
 
+WITHOUT_PRODUCTS = {"tf32": "float32", "float8": "bfloat16"}
+"""Of precisions that are formats of products alone, that of all the rest."""
+
+
 @dataclass(frozen=True)
 class RunSettings:
     """Where a run computes and what it reports. Raises ConfigError on a value out of range."""

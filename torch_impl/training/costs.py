@@ -64,6 +64,11 @@ def multiplied_weights(model: ModelConfig) -> int:
     return layers + model.vocab_size * C
 
 
+def muons_count(model: ModelConfig) -> int:
+    """How many numbers the matrices have that Muon serves: all that multiply but the output head."""
+    return multiplied_weights(model) - model.vocab_size * model.d_model
+
+
 def local_layers(model: ModelConfig) -> int:
     """How many layers look through the window."""
     period = model.attention_pattern.count(",") + 1
@@ -121,10 +126,11 @@ def kaplan_flops(model: ModelConfig) -> int:
 
 
 class Kernels(NamedTuple):
-    """Whose kernels compute, and with how many bytes per number."""
+    """Whose kernels compute, with how many bytes per number, and what they compute twice."""
 
     size: int = 4
     of_cpu: bool = True  # these compute norms and attention in float32, whatever the precision
+    recomputed: bool = False  # blocks, for the backward pass
 
 
 def activation_bytes(model: ModelConfig, sequences: int, kernels: Kernels = Kernels()) -> int:  # noqa: B008
@@ -135,14 +141,18 @@ def activation_bytes(model: ModelConfig, sequences: int, kernels: Kernels = Kern
     dropout's masks, the masks of attention and, with fewer bytes than the weights have, the weights
     converted. No scores and no logits: attention is fused, and so are output projection and loss. Left out is
     what neither the batch nor the width makes large: places and their angles. For CUDA it is what its kernels
-    keep by their documentation, at least.
+    have to keep at least; no GPU was measured. Where blocks are computed again it is their inputs, and at
+    least what one of them keeps meanwhile.
     """
-    size, tokens = kernels.size, sequences * model.context_length
+    size, tokens, L = kernels.size, sequences * model.context_length, model.n_layer
     head = model.vocab_size * model.d_model
     kept = 4 * head  # the gradient of the output projection, made with the loss
-    kept += tokens * _stack_bytes(model, kernels) + _attending_bytes(model, sequences, kernels)
+    if kernels.recomputed:
+        inputs = (L - 1) * (2 if model.architecture == "encoder-decoder" else 1) * size * model.d_model
+        return kept + tokens * (_stack_bytes(model, kernels, 1) + inputs)
+    kept += tokens * _stack_bytes(model, kernels, L) + _attending_bytes(model, sequences, kernels)
     if model.architecture == "encoder-decoder":
-        kept += tokens * _stack_bytes(model, kernels, has_memory=True)
+        kept += tokens * _stack_bytes(model, kernels, L, has_memory=True)
     if size < 4:
         kept += size * (multiplied_weights(model) - head + parameters_by_part(model)["norms"])
         if model.norm == "layernorm" and kernels.of_cpu:  # computes with its weights in float32
@@ -150,11 +160,11 @@ def activation_bytes(model: ModelConfig, sequences: int, kernels: Kernels = Kern
     return kept
 
 
-def _stack_bytes(model: ModelConfig, kernels: Kernels, has_memory: bool = False) -> int:
-    """Per token, of a stack of blocks from its embedding to what another stack reads, or the gradient of what
-    the head does."""
+def _stack_bytes(model: ModelConfig, kernels: Kernels, layers: int, has_memory: bool = False) -> int:
+    """Per token, of a stack of so many blocks, from its embedding to what another stack reads, or the
+    gradient of what the head does."""
     C, H, K, D, F = model.d_model, model.n_head, model.kv_heads, model.head_width, model.ffn_width
-    size, of_cpu = kernels
+    size, of_cpu, _ = kernels
     dropped = C if model.dropout > 0 else 0  # a byte each
     if model.norm == "layernorm":
         norm = (4 if of_cpu else size) * C + 8  # the input, its mean and its deviation
@@ -176,7 +186,7 @@ def _stack_bytes(model: ModelConfig, kernels: Kernels, has_memory: bool = False)
     if has_memory:
         block += sublayer + attended(C)  # of cross-attention
     last = (norm if model.norm_placement == "pre" else 0) + size * C
-    return 8 + dropped + model.n_layer * block + last  # 8: the token's id
+    return 8 + dropped + layers * block + last  # 8: the token's id
 
 
 def _attending_bytes(model: ModelConfig, sequences: int, kernels: Kernels) -> int:
@@ -230,7 +240,7 @@ def training_bytes(
     frozen = parameters_by_part(model)["embedding"] if training.freeze_embeddings else 0
     weights, gradients, moments = 4 * count, 4 * (count - frozen), 8 * (count - frozen)
     if training.optimizer == "muon":
-        moments -= 4 * (multiplied_weights(model) - model.vocab_size * model.d_model)
+        moments -= 4 * muons_count(model)
     activations = activation_bytes(model, training.batch_size // training.micro_batches, kernels)
     at_once = activations + gradients if training.micro_batches > 1 else max(activations, gradients)
     return TrainingBytes(weights, gradients, moments, activations, weights + moments + at_once)
@@ -255,11 +265,13 @@ def sent_bytes(model: ModelConfig, training: TrainConfig, size: int, processes: 
 
     To add up n bytes so that everybody has the sum (DDP), 2 n (P - 1) / P, once. Sharded, n (P - 1) / P for
     each micro-batch three times: to put the weights together for the forward pass and for the backward one,
-    with `size` bytes per number, and to add up the gradients in float32, of which each keeps its part.
+    with `size` bytes per number, and to add up the gradients in float32, of which each keeps its part. Muon
+    has its matrices put together once more.
     """
     held = training_bytes(model, training)
     if shard:
         n = training.micro_batches * (2 * held.weights * size // 4 + held.gradients)
+        n += 4 * muons_count(model) if training.optimizer == "muon" else 0
     else:
         n = 2 * held.gradients
     return n * (processes - 1) // processes

@@ -1,5 +1,6 @@
 """Where a run computes, and in which number format."""
 
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -9,17 +10,11 @@ from jaxtyping import Integer, UInt
 from numpy import ndarray as Array
 from torch import Tensor
 
-from torch_impl.training.config import RunSettings
+from torch_impl.training.config import WITHOUT_PRODUCTS, RunSettings
 from torch_impl.training.files import InputError
 from torch_impl.training.ranks import ALONE, Ranks
 
-_DTYPES = {
-    "float32": torch.float32,
-    "tf32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float8": torch.bfloat16,
-}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PRODUCTS = {"tf32": (8, 0), "float8": (8, 9)}
 """Formats of the factors of products alone, and the compute capability of GPUs that have them."""
 
@@ -109,6 +104,12 @@ def copied_to(device: torch.device, ids: UInt[Array, "N"]) -> Integer[Tensor, "N
     return tokens
 
 
+def place_to_read(run: RunSettings, device: str) -> Place:
+    """Where a run's model is read, not compiled: its products are in the number format of all the rest."""
+    precision = WITHOUT_PRODUCTS.get(run.precision, run.precision)
+    return choose_place(replace(run, device=device, precision=precision, compile="off"))
+
+
 def choose_place(run: RunSettings, ranks: Ranks = ALONE) -> Place:
     """Device, number format and compilation of a run. Raises InputError for a device that is not here."""
     device = choose_device(run.device, ranks)
@@ -117,7 +118,7 @@ def choose_place(run: RunSettings, ranks: Ranks = ALONE) -> Place:
         _refuse_lacking(device, products)
     on_cuda = device.type == "cuda"
     if run.precision != "auto":
-        dtype = _DTYPES[run.precision]
+        dtype = _DTYPES[WITHOUT_PRODUCTS.get(run.precision, run.precision)]
     elif on_cuda:
         with torch.cuda.device(device):
             native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -131,8 +132,8 @@ def choose_place(run: RunSettings, ranks: Ranks = ALONE) -> Place:
 
 def _refuse_lacking(device: torch.device, products: str) -> None:
     """Raises InputError for a device that has no products of that format."""
-    instead = str(_DTYPES[products]).removeprefix("torch.")
-    if device.type == "cuda":
+    instead = WITHOUT_PRODUCTS[products]
+    if device.type == "cuda" and torch.version.hip is None:
         has, needed = torch.cuda.get_device_capability(device), _PRODUCTS[products]
         if has < needed:
             raise InputError(

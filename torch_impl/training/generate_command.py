@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from torch_impl.generate import answer, generate_batch
 from torch_impl.training.beams import BeamFlags, beam_of, continuations
 from torch_impl.training.checkpoint import LoadedModel, load_model
 from torch_impl.training.config import read_config
-from torch_impl.training.device import choose_place
+from torch_impl.training.device import place_to_read
 from torch_impl.training.files import InputError, find_checkpoint
 from torch_impl.training.flags import dashed, parse_flags
 from torch_impl.training.memory import ran_out
@@ -142,7 +142,7 @@ def _check_encodes(flag: str, text: str) -> None:
 def write(request: Request) -> None:
     """Write what the request asks for to stdout."""
     flags = request.flags
-    place = choose_place(replace(read_config(request.checkpoint).run, device=flags.device, compile="off"))
+    place = place_to_read(read_config(request.checkpoint).run, flags.device)
     loaded = load_model(request.checkpoint, place.dtype, place.device)
     loaded.model.settle_precision()
     prompts = _encoded(request, loaded)

@@ -39,8 +39,9 @@ def needed_bytes(config: RunConfig, device: torch.device, ranks: Ranks = ALONE) 
     training = replace(training, batch_size=training.batch_size // ranks.size)
     if model.architecture == "encoder-decoder":  # sources and targets may be shorter by any length
         model = replace(model, context_length=2)
-    size = 4 if config.run.precision in ("auto", "float32", "tf32") else 2
-    return training_bytes(model, training, Kernels(size)).peak * ranks.local_size
+    size = {"bfloat16": 2, "float16": 2, "float8": 1}.get(config.run.precision, 4)
+    kernels = Kernels(size, recomputed=config.run.checkpoint_activations)
+    return training_bytes(model, training, kernels).peak * ranks.local_size
 
 
 _FILLED = 0.75  # of the memory that is free, by --batch-size auto
@@ -87,7 +88,8 @@ def largest_that_fits(config: RunConfig, place: Place, room: int | float, ranks:
 def step_bytes(config: RunConfig, place: Place, micro_batches: int, ranks: Ranks) -> TrainingBytes:
     """What a step needs in one process, by parts; a sharded one holds its part of all but the activations."""
     training = replace(config.training, micro_batches=micro_batches)
-    kernels = Kernels(place.dtype.itemsize, of_cpu=place.device.type == "cpu")
+    size = 1 if place.products == "float8" else place.dtype.itemsize  # at least
+    kernels = Kernels(size, place.device.type == "cpu", config.run.checkpoint_activations)
     return process_bytes(config.model, training, kernels, ranks.size, config.run.shard)
 
 

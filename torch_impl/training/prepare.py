@@ -160,8 +160,7 @@ def prepare(request: Request, ranks: Ranks) -> Run:
 def _start(model: Embedded, config: RunConfig, place: Place, ranks: Ranks) -> TrainState:
     if place.products == "float8":
         use_float8(model)
-    if place.products == "tf32":
-        torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision("high" if place.products == "tf32" else "highest")
     if config.run.checkpoint_activations:
         recompute_blocks(model)
     state = start(model, config.training, place.compile, ranks, place.device if config.run.shard else None)

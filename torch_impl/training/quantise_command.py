@@ -17,7 +17,7 @@ from torch_impl.training.checkpoint import LoadedModel, load_model, save_model
 from torch_impl.training.config import ConfigError, QuantisationSettings, read_config
 from torch_impl.training.conversation_file import load_conversations
 from torch_impl.training.corpus import encoded, load_corpus
-from torch_impl.training.device import Place, choose_place, tokens_on
+from torch_impl.training.device import Place, place_to_read, tokens_on
 from torch_impl.training.files import InputError, find_checkpoint
 from torch_impl.training.flags import parse_flags
 from torch_impl.training.telemetry import faces_of_loss
@@ -98,7 +98,7 @@ def carry_out(request: Request) -> None:
             f"{request.checkpoint} is an {config.model.architecture}, and only decoders are "
             "quantised; name a run of one"
         )
-    place = choose_place(replace(config.run, device=flags.device, compile="off"))
+    place = place_to_read(config.run, flags.device)
     original = load_model(request.checkpoint, place.dtype, place.device)
     held_out = _held_out_text(original, flags, place)
 
