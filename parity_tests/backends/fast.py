@@ -41,6 +41,17 @@ def _present(params):
     return {name: value for name, value in params.items() if value is not None}
 
 
+def _called(module, params, inputs):
+    """A module with the parameters handed in, which have to be of its own names and shapes."""
+    own, given = (
+        {name: tuple(value.shape) for name, value in each}
+        for each in (module.named_parameters(), params.items())
+    )
+    if own != given:
+        raise ValueError(f"{type(module).__name__} has the parameters {own}, and is given {given}")
+    return functional_call(module, params, inputs)
+
+
 def rope(x, places, config):
     return _rotation(x, places, config).turn(x)
 
@@ -63,12 +74,12 @@ def _attend(config, mask):
 
 def multi_head_attention(x, params, config, mask, places):
     attend = _attend(config, mask)
-    return functional_call(MultiHeadAttention(config), params, (x, attend, _rotation(x, places, config)))
+    return _called(MultiHeadAttention(config), params, (x, attend, _rotation(x, places, config)))
 
 
 def cross_attention(x, memory, params, n_head, mask):
     module = CrossAttention(x.shape[-1], n_head, "q.bias" in params)
-    return functional_call(module, params, (x, memory, mask))
+    return _called(module, params, (x, memory, mask))
 
 
 def flash_attention(q, k, v, mask, bias, tile):
@@ -80,25 +91,25 @@ def flash_attention(q, k, v, mask, bias, tile):
 def ffn(x, up_weight, up_bias, down_weight, down_bias, activation):
     module = FFN(x.shape[-1], up_weight.shape[0], activation, up_bias is not None)
     weights = {"up.weight": up_weight, "up.bias": up_bias, "down.weight": down_weight, "down.bias": down_bias}
-    return functional_call(module, _present(weights), (x,))
+    return _called(module, _present(weights), (x,))
 
 
 def swiglu(x, gate_weight, gate_bias, up_weight, up_bias, down_weight, down_bias):
     module = SwiGLU(x.shape[-1], up_weight.shape[0], up_bias is not None)
     weights = {"gate.weight": gate_weight, "up.weight": up_weight, "down.weight": down_weight}
     weights |= {"gate.bias": gate_bias, "up.bias": up_bias, "down.bias": down_bias}
-    return functional_call(module, _present(weights), (x,))
+    return _called(module, _present(weights), (x,))
 
 
 def block(x, params, config, mask, places, layer, key):
     attend = _attend(config, mask)
-    return functional_call(Block(config, layer), params, (x, attend, _rotation(x, places, config), key))
+    return _called(Block(config, layer), params, (x, attend, _rotation(x, places, config), key))
 
 
 def cross_block(x, memory, params, config, mask, memory_mask, places, site, key):
     attend = _attend(config, mask)
     rotation = _rotation(x, places, config)
-    return functional_call(CrossBlock(config, site), params, (x, memory, memory_mask, attend, rotation, key))
+    return _called(CrossBlock(config, site), params, (x, memory, memory_mask, attend, rotation, key))
 
 
 def transformer(params, ids, config, key, documents):
@@ -114,7 +125,7 @@ def _whole(model_class, params, config, *inputs):
     dtype = params["token_embedding.weight"].dtype
     held = torch.promote_types(dtype, torch.float32)
     model = model_class(config, compute_dtype=dtype).to(inputs[0].device, held)
-    return functional_call(model, {name: value.to(held) for name, value in params.items()}, inputs)
+    return _called(model, {name: value.to(held) for name, value in params.items()}, inputs)
 
 
 def _holding(params):
