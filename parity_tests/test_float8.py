@@ -190,3 +190,17 @@ def test_the_layers_of_blocks_alone_compute_in_float8():
     assert not torch.equal(plainly.blocks[0].ffn.up.weight.grad, in_float8.blocks[0].ffn.up.weight.grad)
     with torch.no_grad():  # an evaluation is of the model as it will be used
         assert torch.equal(plainly(ids), in_float8(ids))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (16, 32), (17, 31), (5, 48)])
+def test_kernels_are_given_multiples_of_sixteen(shape):
+    """Which CUDA's insist on."""
+    x, weight, dy = torch.randn(shape), torch.randn(7, shape[1]), torch.randn(shape[0], 7)
+    for matrix in (x, weight, dy):
+        filled = fast._filled(matrix)
+        assert all(
+            size % 16 == 0 and 0 <= size - own < 16
+            for size, own in zip(filled.shape, matrix.shape, strict=True)
+        )
+        assert torch.equal(filled[: matrix.shape[0], : matrix.shape[1]], matrix)
+        assert filled.abs().sum() == pytest.approx(matrix.abs().sum())

@@ -183,6 +183,9 @@ def test_without_a_seed_it_is_0_and_each_prompt_has_its_stream():
         *generate_batch(params, prompts, config, 5, seed=0)
     ]
     assert [*generate(params, prompts[0], config, 5)] == [*generate(params, prompts[0], config, 5, seed=0)]
+    model, tensors = model_of(config, params), list(map(torch.from_numpy, prompts))
+    assert [*fast.generate_batch(model, tensors, 5)] == [*generate_batch(params, prompts, config, 5)]
+    assert [*fast.generate(model, tensors[0], 5)] == [*generate(params, prompts[0], config, 5)]
     with pytest.raises(ValueError, match="shorter"):
         next(generate_batch(params, prompts, config, 5, streams=[1]))
     config = replace(config, architecture="encoder-decoder")

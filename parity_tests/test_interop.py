@@ -31,6 +31,7 @@ from torch_impl.interop import from_hf, to_hf
 from torch_impl.loss import cross_entropy
 from torch_impl.train import start, train_step
 from torch_impl.training.dialogue import Dialogue
+from torch_impl.training.files import InputError
 from torch_impl.training.growth import with_chat_tokens
 from torch_impl.training.hf_tensors import from_hf_tensors
 from torch_impl.training.tokenizer import (
@@ -336,12 +337,18 @@ def test_the_tokenizer_goes_along(tokenizer, tmp_path):
     there = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert there(TEXT).input_ids == tokenizer.encode(TEXT).tolist()
     assert len(there) == tokenizer.vocab_size and there.model_max_length == 8
+    spaced = "Why not ? I 'm here , and you are n't ."
+    assert there.decode(there(spaced).input_ids) == tokenizer.decode(tokenizer.encode(spaced).tolist())
     end = getattr(tokenizer, "special_tokens", {}).get("<|endoftext|>")
     assert there.eos_token_id == end
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").config.eos_token_id == end
     there.save_pretrained(tmp_path / "saved")
     again = load_tokenizer(tmp_path / "saved/tokenizer.json")
     assert again.encode(TEXT).tolist() == tokenizer.encode(TEXT).tolist()
+    for size in (tokenizer.vocab_size - 1, tokenizer.vocab_size + 1):
+        other = initialised(ModelConfig(vocab_size=size, context_length=8, n_layer=1), 0)
+        with pytest.raises(InputError, match="they do not belong together"):
+            to_hf(other, tmp_path / "other", tokenizer)
 
 
 def test_a_chat_model_goes_along_with_its_turns(tmp_path):

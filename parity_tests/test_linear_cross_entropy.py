@@ -114,3 +114,13 @@ def test_targets_are_not_smoothed_unless_asked():
     plain, _ = linear_cross_entropy_forward(x, weight, targets)
     assert plain == linear_cross_entropy_forward(x, weight, targets, 0.0)[0]
     assert linear_cross_entropy(*map(torch.from_numpy, (x, weight, targets))).item() == pytest.approx(plain)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_unless_told_the_mean_is_over_the_places_that_count(agree, smoothing):
+    random = np.random.default_rng(0)
+    case = {"x": random.standard_normal((6, 3)), "weight": random.standard_normal((5, 3))}
+    targets = np.array([3, IGNORE, 0, IGNORE, IGNORE, 4])
+    agree(
+        "linear_cross_entropy", 0, **case, targets=targets, label_smoothing=smoothing, count=None, at_once=4
+    )

@@ -105,3 +105,11 @@ def test_where_nothing_counts_the_loss_is_zero():
 def test_a_target_outside_the_vocabulary_is_refused(target):
     with pytest.raises(ValueError, match="a target lies outside the vocabulary of 4 and is not -100"):
         cross_entropy_forward(np.ones((2, 4)), np.array([0, target]))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_unless_told_the_mean_is_over_the_places_that_count(agree, smoothing):
+    """Some do and some do not, and no count is given: the cases that are drawn seldom have all three."""
+    logits = np.random.default_rng(0).standard_normal((6, 5))
+    targets = np.array([3, IGNORE, 0, IGNORE, IGNORE, 4])
+    agree("cross_entropy", 0, logits=logits, targets=targets, label_smoothing=smoothing, count=None)

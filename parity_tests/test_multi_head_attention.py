@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,6 +13,10 @@ from ref_numpy.block import within
 from ref_numpy.config import ModelConfig
 from ref_numpy.masks import causal_mask
 from ref_numpy.multi_head_attention import multi_head_attention_forward
+from torch_impl.block import Block
+from torch_impl.cross_block import CrossBlock
+from torch_impl.flash_attention import AttentionPattern
+from torch_impl.multi_head_attention import MultiHeadAttention, attend_by
 
 
 @st.composite
@@ -91,3 +96,25 @@ def test_grouped_queries_are_many_heads_with_equal_keys(config, seed):
         x, many, replace(config, n_kv_head=0), causal_mask(T), np.arange(T)
     )
     np.testing.assert_allclose(y, want, rtol=0, atol=1e-12)
+
+
+def test_without_a_word_who_sees_what_attention_is_causal():
+    """In the fast half, where each module has that default."""
+    config = ModelConfig(vocab_size=5, context_length=6, n_layer=1, n_head=2, d_model=4)
+    torch.manual_seed(0)
+    x, memory = torch.randn(1, 6, 4), torch.randn(1, 3, 4)
+    for module, *others in (
+        (MultiHeadAttention(config),),
+        (Block(config, 0),),
+        (CrossBlock(config, 0), memory, torch.ones(1, 1, 6, 3, dtype=torch.bool)),
+    ):
+        for param in module.parameters():
+            torch.nn.init.normal_(param)
+        with torch.no_grad():
+            whole, part = (
+                module(x[:, :length], *(m[:, :, :length] if m.ndim == 4 else m for m in others))
+                for length in (6, 4)
+            )
+            seeing_all = module(x, *others, attend=attend_by(AttentionPattern()))
+        torch.testing.assert_close(whole[:, :4], part)
+        assert not torch.allclose(whole, seeing_all)

@@ -66,10 +66,11 @@ def test_a_step_by_hand():
     steps=st.integers(1, 4),
     momentum=st.sampled_from([0.0, 0.9, 0.95]),
     decay=st.sampled_from([0.0, 0.1]),
+    n_layer=st.sampled_from([1, 2]),  # with one, each of the shapes is that of one matrix
 )
-def test_steps_agree(seed, steps, momentum, decay):
+def test_steps_agree(seed, steps, momentum, decay, n_layer):
     """On a whole model: blocks' matrices by Muon, the rest by AdamW, with rates that change."""
-    model_config = ModelConfig(vocab_size=7, context_length=5, n_layer=2, n_head=1, d_model=6, d_ff=11)
+    model_config = ModelConfig(vocab_size=7, context_length=5, n_layer=n_layer, n_head=1, d_model=6, d_ff=11)
     config = TrainConfig(optimizer="muon", muon_momentum=momentum, weight_decay=decay, learning_rate=1e-2)
     random = np.random.default_rng(seed)
     params = {name: value.astype(np.float64) for name, value in init_params(model_config, 0).items()}

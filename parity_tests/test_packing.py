@@ -165,6 +165,8 @@ def test_evaluation_is_the_mean_over_the_tokens_that_count(config, seed, batch_s
     first, _ = cross_entropy_forward(logits[:2], packed.targets[:2])
     part = fast.evaluate_packed(model, fast_packed, batch_size, max_tokens=2 * config.context_length)
     assert part == pytest.approx(first, rel=1e-9)
+    one, _ = cross_entropy_forward(logits[:1], packed.targets[:1])
+    assert fast.evaluate_packed(model, fast_packed, max_tokens=1) == pytest.approx(one, rel=1e-9)  # at least
 
 
 @pytest.mark.parametrize("n", [0, 1, 13])

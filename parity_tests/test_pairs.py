@@ -151,6 +151,15 @@ def test_from_its_end_on_a_target_is_padding():
     assert written.tolist() == 2 * [[3, 0, 0, *4 * [padding]]]
 
 
+def test_a_target_is_exact_where_every_token_is_right():
+    model = Scripted(MODEL)
+    model.script = [3, 1, MODEL.end_token, *9 * [4]]
+    sources = [np.array([1])] * 4
+    targets = [np.array(target) for target in ([3, 1], [3, 2], [3], [2, 1])]
+    _, pairs = on_both_sides(MODEL, sources, targets)
+    assert fast.evaluate_pairs(model, pairs).exact_match == 1 / 4
+
+
 def test_an_evaluation_of_a_part_reads_the_first_pairs():
     sources, targets = some_ids(MODEL, 1)
     params = model_params(MODEL, 1)

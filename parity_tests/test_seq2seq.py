@@ -10,7 +10,8 @@ from torch import nn
 from parity_tests.strategies import dropout_keys, model_configs, model_params, seeds
 from ref_numpy.config import ModelConfig
 from ref_numpy.seq2seq import seq2seq_forward
-from torch_impl.seq2seq import Seq2Seq
+from torch_impl.seq2seq import Seq2Seq, make_model
+from torch_impl.transformer import Transformer
 
 
 @st.composite
@@ -114,3 +115,9 @@ def test_sequences_beyond_the_context_are_refused():
     for source, target, name in ((long, short, "source"), (short, long, "target")):
         with pytest.raises(ValueError, match=f"a {name} of 4 is longer than the context length of 3"):
             seq2seq_forward(params, source, np.ones(source.shape, bool), target, config)
+
+
+def test_a_model_is_made_of_the_kind_that_its_config_names():
+    kinds = {"decoder": Transformer, "encoder": Transformer, "encoder-decoder": Seq2Seq}
+    for architecture, kind in kinds.items():
+        assert type(make_model(ModelConfig(architecture, n_head=1, d_model=4))) is kind

@@ -258,6 +258,10 @@ def test_an_evaluation_of_a_part_spreads_over_the_text():
     tokens = torch.cat([torch.zeros(10 * T, dtype=torch.long), torch.ones(10 * T + 1, dtype=torch.long)])
     halves = [fast.evaluate(model, tokens[: 5 * T + 1]), fast.evaluate(model, tokens[-5 * T - 1 :])]
     assert fast.evaluate(model, tokens, max_tokens=4 * T) == pytest.approx(sum(halves) / 2)
+    text = tokens[5 * T : 15 * T - 3]  # of which the whole is asked for, and more
+    whole = fast.evaluate(model, text)
+    for more in (text.numel(), 100 * T):
+        assert fast.evaluate(model, text, max_tokens=more) == whole
 
 
 def test_a_text_with_nothing_to_predict_is_refused():
