@@ -1,5 +1,6 @@
 """The whole model: parity over the product of options, one initialiser, and no look into the future."""
 
+from contextlib import nullcontext
 from itertools import product
 
 import numpy as np
@@ -17,7 +18,7 @@ from ref_numpy.parameters import init_params, parameter_shapes
 from ref_numpy.rng import INIT, Key
 from ref_numpy.transformer import embed_forward, transformer_forward
 from torch_impl.rng import normal
-from torch_impl.seq2seq import Seq2Seq
+from torch_impl.seq2seq import Seq2Seq, make_model
 from torch_impl.transformer import Transformer, initialised
 
 
@@ -224,3 +225,25 @@ def test_weights_that_are_cast_once_give_the_logits_of_weights_that_are_cast_eac
     stored = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     cast = {name for name, dtype in stored.items() if dtype == torch.bfloat16}
     assert cast == {name for name in stored if "embedding" not in name} and cast
+
+
+def test_of_the_last_place_alone_the_logits_are_the_same():
+    """What generation asks for."""
+    model = initialised(ModelConfig(vocab_size=7, context_length=5, n_layer=1, n_head=1, d_model=4), 0)
+    ids = torch.arange(10).reshape(2, 5) % 7
+    with torch.no_grad():
+        whole, last = model(ids), model(ids, last_only=True)
+    assert last.shape == (2, 1, 7)
+    torch.testing.assert_close(last, whole[:, -1:])
+
+
+@pytest.mark.parametrize("architecture", ["decoder", "encoder", "encoder-decoder"])
+def test_a_sequence_may_be_as_long_as_the_context_and_no_longer(architecture):
+    model = make_model(
+        ModelConfig(architecture, vocab_size=7, context_length=5, n_layer=1, n_head=1, d_model=4)
+    )
+    for length in (5, 6):
+        ids = torch.ones(1, length, dtype=torch.long)
+        inputs = (ids, ids.bool(), ids[:, :3]) if architecture == "encoder-decoder" else (ids,)
+        with nullcontext() if length == 5 else pytest.raises(ValueError, match=r"of 6 is longer than .* 5"):
+            model(*inputs)
