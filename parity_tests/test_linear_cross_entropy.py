@@ -52,6 +52,16 @@ def test_it_is_the_two_components_in_a_row(arguments, dloss):
         close(got, wanted)
 
 
+@given(arguments=cases())
+def test_the_loss_is_the_same_where_no_gradient_is_wanted(arguments):
+    """As in an evaluation: of all chunks, and not of the first alone."""
+    x, weight, targets, *others = arguments.values()
+    want, _ = linear_cross_entropy_forward(*arguments.values())
+    with torch.no_grad():
+        loss = linear_cross_entropy(*map(torch.from_numpy, (x, weight, targets)), *others)
+    assert loss.item() == pytest.approx(want, rel=1e-12, abs=1e-12)
+
+
 def test_labels_are_not_smoothed_unless_that_is_asked_for():
     x, weight, targets = np.array([[1.0, 2.0]]), np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([1])
     loss, _ = linear_cross_entropy_forward(x, weight, targets)

@@ -270,9 +270,10 @@ def test_a_text_with_nothing_to_predict_is_refused():
         fast.evaluate(model, torch.tensor([3]))
 
 
-def test_float16_gradients_are_those_of_float32_and_an_overflow_costs_one_step():
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_float16_gradients_are_those_of_float32_and_an_overflow_costs_one_step(optimizer):
     """The scale is in no result. Where it makes a gradient infinite, no weight moves, and it is halved."""
-    config = replace(TRAINING, micro_batches=2, clip=0.1)
+    config = replace(TRAINING, micro_batches=2, clip=0.1, optimizer=optimizer)
     inputs, targets = sample_batch(np.arange(29).repeat(20), MODEL.context_length, 0, config)
     batch = tensors(inputs, targets), torch.tensor(0)
 
