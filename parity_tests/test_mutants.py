@@ -114,5 +114,5 @@ def test_the_page_counts_and_tells():
 
 def test_a_slip_in_the_command_is_named(capsys):
     assert main(["--only", "atention"]) == 2
-    said = "--only atention is no file of ref_numpy; the nearest is attention"
+    said = "--only atention is no component of ref_numpy; the nearest is attention"
     assert capsys.readouterr().err == f"mutants: error: {said}\n"

@@ -1,4 +1,8 @@
-"""python -m parity_tests.mutants: every mutant of the reference has to be killed, or explained."""
+"""python -m parity_tests.mutants: every mutant of the reference has to be killed, or explained.
+
+--half torch_impl changes the fast half instead, of which nothing is explained: much that survives there is a
+matter of speed, or of devices that are not here. The rest are holes.
+"""
 
 import os
 import random
@@ -11,6 +15,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 from tqdm import tqdm
 
@@ -37,7 +42,9 @@ class Options:
     """The command line of this module."""
 
     only: tuple[str, ...] = ()
-    """Files of ref_numpy, such as attention, or patterns such as "b*"; all by default."""
+    """Files, such as attention, or patterns such as "b*"; all by default."""
+    half: Literal["ref_numpy", "torch_impl"] = "ref_numpy"
+    """What is changed: the reference, or the components of the fast half."""
     jobs: int = os.cpu_count() or 1
     """Processes at a time."""
     out: Path | None = None
@@ -48,15 +55,16 @@ class Options:
     """Run so many mutants of a file, drawn at random and always the same; 0 means no limit."""
 
 
-def components(only: Sequence[str]) -> list[str]:
+def components(only: Sequence[str], half: str) -> list[str]:
     """The files that are meant. Raises InputError for a name that fits none."""
     from torch_impl.training.files import InputError
 
-    there = sorted(path.stem for path in (HOUSE / "ref_numpy").glob("[!_]*.py"))
+    files = (path.stem for path in (HOUSE / half).glob("[!_]*.py"))
+    there = sorted(name for name in files if (HOUSE / "parity_tests" / f"test_{name}.py").exists())
     for pattern in only:
         if not any(fnmatch(name, pattern) for name in there):
             near = get_close_matches(pattern, there, 1, cutoff=0)
-            raise InputError(f"--only {pattern} is no file of ref_numpy; the nearest is {near[0]}")
+            raise InputError(f"--only {pattern} is no component of {half}; the nearest is {near[0]}")
     return [name for name in there if not only or any(fnmatch(name, pattern) for pattern in only)]
 
 
@@ -83,7 +91,8 @@ def judged(pool: Pool, file: str, some: Sequence[Mutant], state: State) -> Itera
             raise InputError(f"{', '.join(tests)} does not pass without any mutant: {failure}")
         state.add(healthy, tested, verdict)
     limit = GRACE + PATIENCE * state.verdict(healthy).seconds
-    tasks = [Task(tests, f"ref_numpy.{Path(file).stem}", mutant.source) for mutant in some]
+    module = ".".join(Path(file).with_suffix("").parts)
+    tasks = [Task(tests, module, mutant.source) for mutant in some]
     for index, verdict in pool.verdicts(tasks, limit):
         state.add(some[index], tested, verdict)
         yield
@@ -119,14 +128,14 @@ def main(arguments: list[str]) -> int:
 
     try:
         options = parse_flags(
-            Options(), arguments, "python -m parity_tests.mutants", "Changes the reference."
+            Options(), arguments, "python -m parity_tests.mutants", "Changes one of the halves."
         )
         if options.jobs < 1:
             raise InputError(f"--jobs is {options.jobs}, but must be at least 1")
         for name, value in {"minutes": options.minutes, "sample": options.sample}.items():
             if value < 0:
                 raise InputError(f"--{name} is {value}, but must be 0 (no limit) or more")
-        files = [f"ref_numpy/{name}.py" for name in components(options.only)]
+        files = [f"{options.half}/{name}.py" for name in components(options.only, options.half)]
         try:
             library = f"cosmic-ray {version('cosmic-ray')}"
             by_file = {

@@ -12,10 +12,10 @@ from parity_tests.mutants.worker import Verdict
 
 _NAMED = 4  # tests of a file that are named
 _HEAD = """\
-# Mutants of the reference
+# Mutants of {half}
 
 {counted}; {date}, Python {python}, {library}, {minutes:.0f} minutes of tests.
-`python -m parity_tests.mutants --out FOLDER` makes this page.
+`python -m parity_tests.mutants --half {half} --out FOLDER` makes this page.
 
 [cosmic-ray](https://cosmic-ray.readthedocs.io) changes one operator, number, comparison, condition or loop of
 a file at a time, and each change has to be killed by the component's own test. An operator is replaced by its
@@ -72,6 +72,7 @@ def page(by_file: Mapping[str, Sequence[Found]], library: str) -> str:
     minutes = sum(each.verdict.seconds for each in everything if each.verdict is not None) / 60
     lines = [
         *_HEAD.format(
+            half=Path(next(iter(by_file))).parts[0],
             counted=counted(everything).capitalize(),
             date=date.today().isoformat(),
             python=platform.python_version(),
