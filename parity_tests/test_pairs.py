@@ -155,7 +155,7 @@ def test_a_target_is_exact_where_every_token_is_right():
     model = Scripted(MODEL)
     model.script = [3, 1, MODEL.end_token, *9 * [4]]
     sources = [np.array([1])] * 4
-    targets = [np.array(target) for target in ([3, 1], [3, 2], [3], [2, 1])]
+    targets = [np.array(target) for target in ([3, 1], [3, 2], [3], [3, 1, 2])]
     _, pairs = on_both_sides(MODEL, sources, targets)
     assert fast.evaluate_pairs(model, pairs).exact_match == 1 / 4
 
@@ -165,6 +165,7 @@ def test_an_evaluation_of_a_part_reads_the_first_pairs():
     params = model_params(MODEL, 1)
     model = state_of(params, MODEL, TRAINING).model
     _, pairs = on_both_sides(MODEL, sources, targets)
-    first = fast.Pairs(*(side[:3] for side in pairs))
     width = pairs.source.shape[1] + pairs.target.shape[1]
-    assert fast.evaluate_pairs(model, pairs, max_tokens=3 * width) == fast.evaluate_pairs(model, first)
+    for tokens, n in ((1, 1), (width, 1), (2 * width - 1, 1), (3 * width, 3), (5 * width, 5)):
+        first = fast.Pairs(*(side[:n] for side in pairs))
+        assert fast.evaluate_pairs(model, pairs, max_tokens=tokens) == fast.evaluate_pairs(model, first)

@@ -7,10 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parity_tests.strategies import arrays, seeds, sizes
-from ref_numpy.config import ModelConfig
 from ref_numpy.positions import learned_positions_forward, sinusoidal_positions
 from torch_impl import positions as fast
-from torch_impl.rope import RotaryPositions
 
 
 @given(shape=sizes(2), data=st.data(), seed=seeds)
@@ -77,4 +75,3 @@ def test_a_place_beyond_the_table_is_refused():
 def test_a_table_that_can_be_computed_is_not_saved():
     """In the fast half, of which a checkpoint has all that is called a state."""
     assert not fast.SinusoidalPositions(3, 4).state_dict()
-    assert not RotaryPositions(ModelConfig(n_head=1, d_model=4, positions="rope")).state_dict()

@@ -79,3 +79,8 @@ def test_a_model_in_float64_has_angles_in_float64():
     config = ModelConfig(n_head=1, d_model=6, positions="rope")
     rotation = fast.RotaryPositions(config).double()(torch.tensor([7]))
     np.testing.assert_allclose(rotation.sin[0], np.sin(rope_angles(np.array([7]), config))[0], rtol=1e-13)
+
+
+def test_angles_that_can_be_computed_are_not_saved():
+    """In the fast half, of which a checkpoint has all that is called a state."""
+    assert not fast.RotaryPositions(ModelConfig(n_head=1, d_model=4, positions="rope")).state_dict()
