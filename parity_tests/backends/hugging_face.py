@@ -49,7 +49,9 @@ def linear(x, weight, bias):
 def rope(x, places, config):
     """Theirs turns; the angles are made here, since theirs come in float32 alone."""
     pairs = torch.arange(config.head_width // 2, device=x.device).double()
-    angles = places[..., None] / config.rope_scale / config.rope_base ** (2 * pairs / config.head_width)
+    angles = (
+        places[..., None].double() / config.rope_scale / config.rope_base ** (2 * pairs / config.head_width)
+    )
     angles = angles.expand(x.shape[0], *angles.shape[-2:])  # (B, T, D / 2)
     cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
     if config.rope_layout == "interleaved":  # its heads stand behind the places
