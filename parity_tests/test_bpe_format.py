@@ -29,13 +29,8 @@ def vocabulary():
     return bpe.train([CORPUS], 2000, CHAT)
 
 
-@pytest.fixture(scope="module")
-def tokenizer(vocabulary):
-    return bpe.BPETokenizer(vocabulary)
-
-
-def test_files_hold_the_whole_vocabulary(vocabulary, tokenizer, tmp_path):
-    tokenizer.save(tmp_path / "a.json")
+def test_files_hold_the_whole_vocabulary(vocabulary, tmp_path):
+    bpe.BPETokenizer(vocabulary).save(tmp_path / "a.json")
     ref.save(vocabulary, tmp_path / "b.json")
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
     assert ref.load(tmp_path / "a.json") == vocabulary

@@ -21,10 +21,9 @@ from run_tests.conftest import metrics as metrics_of
 from torch_impl.ffn import FFN
 from torch_impl.training import memory, objectives
 from torch_impl.training import run as run_module
-from torch_impl.training.config import RunSettings, read_config
+from torch_impl.training.config import read_config
 from torch_impl.training.costs import parameter_count
-from torch_impl.training.device import Place, choose_place
-from torch_impl.training.files import InputError
+from torch_impl.training.device import Place
 from torch_impl.training.memory import largest_that_fits, needed_bytes, step_bytes
 from torch_impl.training.presets import PRESETS
 from torch_impl.training.ranks import ALONE, Ranks
@@ -82,32 +81,6 @@ def test_a_run_folder_that_cannot_be_made(small_run, text):
 )
 def test_a_device_that_is_not_here(small_run, device, message):
     assert message in small_run("--device", device, "--out", "run").error
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--precision", "tf32"], "--precision tf32: cpu has none; use --precision float32"),
-        (["--precision", "float8", "--detect-anomaly"], "use --precision bfloat16 with it"),
-    ],
-)
-def test_products_that_are_not_here(small_run, flags, message):
-    outcome = small_run("--out", "run", *flags)
-    assert outcome.code == 2 and message in outcome.error and not Path("run").exists()
-
-
-def test_a_gpu_that_is_too_old_for_float8(monkeypatch):
-    for name, value in {
-        "device_count": 1,
-        "get_device_capability": (8, 0),  # the least that tf32 needs
-        "get_device_name": "A100",
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    found = choose_place(RunSettings(device="cuda", precision="tf32", compile="off"))
-    assert (found.dtype, found.products) == (torch.float32, "tf32")
-    message = "--precision float8 needs a GPU of compute capability 8.9, and A100 has 8.0; use --precision bf"
-    with pytest.raises(InputError, match=re.escape(message)):
-        choose_place(RunSettings(device="cuda", precision="float8"))
 
 
 def test_training_that_blows_up_stops_and_keeps_the_last_good_checkpoint(small_run):

@@ -45,13 +45,6 @@ def test_the_first_lines_say_where_and_how(run):
     assert fourth.startswith("step 0: ") and fourth.endswith("ln V = 5.545")
 
 
-def test_products_in_float8_are_told(small_run):
-    out = small_run("--out", "run", "--steps", "1", "--warmup-steps", "0", "--precision", "float8").out
-    first, _, products, *_ = out.splitlines()
-    assert first.startswith("preset cpu on cpu, bfloat16, products in float8: ")
-    assert products == "matrix products: PyTorch's choice, in float8"
-
-
 @pytest.mark.parametrize(
     ("flags", "line"),
     [

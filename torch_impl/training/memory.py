@@ -39,7 +39,7 @@ def needed_bytes(config: RunConfig, device: torch.device, ranks: Ranks = ALONE) 
     training = replace(training, batch_size=training.batch_size // ranks.size)
     if model.architecture == "encoder-decoder":  # sources and targets may be shorter by any length
         model = replace(model, context_length=2)
-    size = {"bfloat16": 2, "float16": 2, "float8": 1}.get(config.run.precision, 4)
+    size = {"bfloat16": 2, "float16": 2, "float8": 1}.get(config.run.precision, 4)  # of float8, some have 2
     kernels = Kernels(size, recomputed=config.run.checkpoint_activations)
     return training_bytes(model, training, kernels).peak * ranks.local_size
 
@@ -88,8 +88,8 @@ def largest_that_fits(config: RunConfig, place: Place, room: int | float, ranks:
 def step_bytes(config: RunConfig, place: Place, micro_batches: int, ranks: Ranks) -> TrainingBytes:
     """What a step needs in one process, by parts; a sharded one holds its part of all but the activations."""
     training = replace(config.training, micro_batches=micro_batches)
-    size = 1 if place.products == "float8" else place.dtype.itemsize  # at least
-    kernels = Kernels(size, place.device.type == "cpu", config.run.checkpoint_activations)
+    on_cpu = place.device.type == "cpu"  # float8 keeps somewhat less than is counted here
+    kernels = Kernels(place.dtype.itemsize, on_cpu, config.run.checkpoint_activations)
     return process_bytes(config.model, training, kernels, ranks.size, config.run.shard)
 
 

@@ -1,0 +1,44 @@
+"""Runs whose matrix products have a format of their own: where it is there, and what is said elsewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from torch_impl.training.config import RunSettings
+from torch_impl.training.device import choose_place
+from torch_impl.training.files import InputError
+
+
+def test_products_in_float8_are_told(small_run):
+    out = small_run("--out", "run", "--steps", "1", "--warmup-steps", "0", "--precision", "float8").out
+    first, _, products, *_ = out.splitlines()
+    assert first.startswith("preset cpu on cpu, bfloat16, products in float8: ")
+    assert products == "matrix products: PyTorch's choice, in float8"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--precision", "tf32"], "--precision tf32: cpu has none; use --precision float32"),
+        (["--precision", "float8", "--detect-anomaly"], "use --precision bfloat16 with it"),
+    ],
+)
+def test_products_that_are_not_here(small_run, flags, message):
+    outcome = small_run("--out", "run", *flags)
+    assert outcome.code == 2 and message in outcome.error and not Path("run").exists()
+
+
+def test_a_gpu_that_is_too_old_for_float8(monkeypatch):
+    for name, value in {
+        "device_count": 1,
+        "get_device_capability": (8, 0),  # the least that tf32 needs
+        "get_device_name": "A100",
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    found = choose_place(RunSettings(device="cuda", precision="tf32", compile="off"))
+    assert (found.dtype, found.products) == (torch.float32, "tf32")
+    message = "--precision float8 needs a GPU of compute capability 8.9, and A100 has 8.0; use --precision bf"
+    with pytest.raises(InputError, match=re.escape(message)):
+        choose_place(RunSettings(device="cuda", precision="float8"))
