@@ -19,10 +19,11 @@ import torch_impl.training.engines  # noqa: F401  (the same)
 import train_gpu
 from ref_numpy.config import ModelConfig, TrainConfig
 from torch_impl.data import sample_batch
-from torch_impl.masking import sample_masked_batch
-from torch_impl.pairs import make_pairs, sample_pairs
+from torch_impl.masking import evaluate_masked, sample_masked_batch
+from torch_impl.packing import evaluate_packed, pack
+from torch_impl.pairs import evaluate_pairs, make_pairs, sample_pairs
 from torch_impl.seq2seq import make_model
-from torch_impl.train import start, train_steps
+from torch_impl.train import evaluate, start, train_steps
 from torch_impl.training import run as run_module
 from torch_impl.training.ranks import joined, whole
 
@@ -52,7 +53,8 @@ def serve(requests: Connection, rank: int) -> None:
 
 
 def trajectory(rank: int, shard: bool, **changes: Any) -> list[float]:
-    """Losses and norms of the gradient of some steps in float64, and the sum of the weights' magnitudes."""
+    """Losses and norms of the gradient of some steps in float64, an evaluation, and the sum of the weights'
+    magnitudes."""
     of_training = {name: changes.pop(name) for name in ("micro_batches", "optimizer") if name in changes}
     training = replace(TRAINING, **of_training)
     config = replace(MODEL, **changes)
@@ -71,6 +73,14 @@ def trajectory(rank: int, shard: bool, **changes: Any) -> list[float]:
         model.initialise(0)
         state = start(model.double(), training, False, ranks, torch.device("cpu") if shard else None)
         told = [value.item() for step in train_steps(state, sample, training) for value in step[:2]]
+        # Five batches to evaluate, and three of whole sequences: they go round among no number of processes.
+        if config.architecture == "encoder-decoder":
+            told += evaluate_pairs(model, make_pairs(rows, backwards, config), 9, ranks=ranks)
+        elif config.architecture == "encoder":
+            told += evaluate_masked(model, tokens, 12, ranks=ranks)
+        else:
+            packed = pack([(row, row >= 0) for row in rows if len(row) > 1], 8)
+            told += [evaluate(model, tokens, 12, ranks=ranks), evaluate_packed(model, packed, 8, ranks=ranks)]
         return [*told, sum(whole(p.detach()).abs().sum().item() for p in model.parameters())]
 
 

@@ -13,6 +13,7 @@ from torch_impl.data import sample_batch
 from torch_impl.loss import cross_entropy
 from torch_impl.rng import uniform
 from torch_impl.train import held_out_windows
+from torch_impl.training.ranks import ALONE, Ranks
 from torch_impl.transformer import Transformer
 
 CHOSEN, MASKED, REPLACED = 0.15, 0.8, 0.1
@@ -56,18 +57,25 @@ def sample_masked_batch(
 
 @torch.no_grad()
 def evaluate_masked(
-    model: Transformer, tokens: Integer[Tensor, "N"], batch_size: int = 64, max_tokens: int | None = None
+    model: Transformer,
+    tokens: Integer[Tensor, "N"],
+    batch_size: int = 64,
+    max_tokens: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> MaskedLoss:
     """Loss and accuracy on a text, under masks that are the same whenever it is evaluated.
 
-    The windows are those of train.evaluate. Raises ValueError for a text of fewer than two tokens.
+    The windows, and the processes that divide them, are those of train.evaluate. Raises ValueError for a
+    text of fewer than two tokens.
     """
     total, right, count = 0.0, 0, 0
     windows = held_out_windows(tokens, model.config.context_length, batch_size, max_tokens)
-    for number, window in enumerate(windows):
+    for (number, window), counts in ranks.dealt(enumerate(windows)):
         inputs, targets = mask_tokens(window[:, :-1], model.config, Key(0, MASK, number, _EVALUATION))
         logits = model(inputs)
-        total += cross_entropy(logits, targets, count=1).item()
-        right += int((logits.argmax(-1) == targets).sum())
-        count += int((targets != IGNORE).sum())
+        if counts:
+            total += cross_entropy(logits, targets, count=1).item()
+            right += int((logits.argmax(-1) == targets).sum())
+            count += int((targets != IGNORE).sum())
+    total, right, count = ranks.sums(total, right, count)
     return MaskedLoss(total / max(count, 1), right / max(count, 1))

@@ -13,6 +13,7 @@ from ref_numpy.loss import IGNORE
 from ref_numpy.masks import PADDING
 from ref_numpy.rng import DATA, Key
 from torch_impl.rng import uniform
+from torch_impl.training.ranks import ALONE, Ranks
 from torch_impl.transformer import Transformer
 
 
@@ -81,17 +82,27 @@ def sample_packed(packed: Packed, step: int | Integer[Tensor, ""], config: Train
 
 @torch.no_grad()
 def evaluate_packed(
-    model: Transformer, packed: Packed, batch_size: int = 64, max_tokens: int | None = None
+    model: Transformer,
+    packed: Packed,
+    batch_size: int = 64,
+    max_tokens: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> float:
     """Mean loss over the tokens that count, in nats, without dropout.
 
-    With max_tokens, of the first sequences that have about so many, padding included.
+    With max_tokens, of the first sequences that have about so many, padding included. Several processes
+    divide the batches among them.
     """
     n, T = packed.ids.shape
     if max_tokens is not None:
         n = min(n, max(max_tokens // T, 1))
     total, count = 0.0, 0
-    for ids, documents, targets in zip(*(part[:n].long().split(batch_size) for part in packed), strict=True):
-        total += model.loss((ids, documents, targets), count=1).item()
-        count += int((targets != IGNORE).sum())
+    batches = zip(*(part[:n].split(batch_size) for part in packed), strict=True)
+    for batch, counts in ranks.dealt(batches):
+        ids, documents, targets = (part.long() for part in batch)
+        loss = model.loss((ids, documents, targets), count=1)
+        if counts:
+            total += loss.item()
+            count += int((targets != IGNORE).sum())
+    total, count = ranks.sums(total, count)
     return total / count

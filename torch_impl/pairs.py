@@ -12,6 +12,7 @@ from ref_numpy.loss import IGNORE
 from ref_numpy.rng import DATA, Key
 from torch_impl.rng import uniform
 from torch_impl.seq2seq import Seq2Seq
+from torch_impl.training.ranks import ALONE, Ranks
 
 
 class Pairs(NamedTuple):
@@ -108,22 +109,31 @@ def greedy_targets(
 
 @torch.no_grad()
 def evaluate_pairs(
-    model: Seq2Seq, pairs: Pairs, batch_size: int = 256, max_tokens: int | None = None
+    model: Seq2Seq,
+    pairs: Pairs,
+    batch_size: int = 256,
+    max_tokens: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> PairLoss:
     """Loss under teacher forcing, and the part of targets that greedy decoding gets wholly right.
 
-    With max_tokens, on the first pairs that have about so many, padding included.
+    With max_tokens, on the first pairs that have about so many, padding included. Several processes divide
+    the batches among them.
     """
     n, config = len(pairs.source), model.config
     if max_tokens is not None:
         n = min(n, max(max_tokens // (pairs.source.shape[1] + pairs.target.shape[1]), 1))
     total, count, right = 0.0, 0, 0
-    for source, target in zip(*(side[:n].split(batch_size) for side in pairs), strict=True):
+    batches = zip(*(side[:n].split(batch_size) for side in pairs), strict=True)
+    for (source, target), counts in ranks.dealt(batches):
         source, present, target_in, target_out = teacher_forced(source.long(), target.long(), config)
-        total += model.loss((source, present, target_in, target_out), count=1).item()
-        count += int((target_out != IGNORE).sum())
+        loss = model.loss((source, present, target_in, target_out), count=1)
         written = greedy_targets(model, source, present, target_out.shape[1])
         text = target_out.masked_fill(target_out == IGNORE, config.padding_token)
         text = text.masked_fill(text == config.end_token, config.padding_token)
-        right += int((written == text).all(dim=1).sum())
+        if counts:
+            total += loss.item()
+            count += int((target_out != IGNORE).sum())
+            right += int((written == text).all(dim=1).sum())
+    total, count, right = ranks.sums(total, count, right)
     return PairLoss(total / count, right / n)

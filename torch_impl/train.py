@@ -160,16 +160,25 @@ def held_out_windows(
 
 @torch.no_grad()
 def evaluate(
-    model: Transformer, tokens: Integer[Tensor, "N"], batch_size: int = 64, max_tokens: int | None = None
+    model: Transformer,
+    tokens: Integer[Tensor, "N"],
+    batch_size: int = 64,
+    max_tokens: int | None = None,
+    ranks: Ranks = ALONE,
 ) -> float:
     """Mean loss over a text in nats per token, without dropout.
 
     Every token but the first is predicted once, from at most a window's worth of text before it; with
-    max_tokens, about that many. Raises ValueError for a text of fewer than two tokens.
+    max_tokens, about that many. Several processes divide the batches among them, and all get the mean.
+    Raises ValueError for a text of fewer than two tokens.
     """
     total, count = 0.0, 0
-    for window in held_out_windows(tokens, model.config.context_length, batch_size, max_tokens):
+    windows = held_out_windows(tokens, model.config.context_length, batch_size, max_tokens)
+    for window, counts in ranks.dealt(windows):
         inputs, targets = window[:, :-1], window[:, 1:]
-        total += model.loss((inputs, targets), count=1).item()
-        count += targets.numel()
+        loss = model.loss((inputs, targets), count=1)
+        if counts:
+            total += loss.item()
+            count += targets.numel()
+    total, count = ranks.sums(total, count)
     return total / count

@@ -15,6 +15,7 @@ from torch_impl.training.config import RunConfig
 from torch_impl.training.conversation_file import Conversations, encode_conversations
 from torch_impl.training.dialogue import Dialogue
 from torch_impl.training.files import InputError
+from torch_impl.training.ranks import Ranks
 from torch_impl.training.telemetry import Row, faces_of_loss
 from torch_impl.training.terminal import visible
 from torch_impl.training.writing import ANSWERING
@@ -49,8 +50,9 @@ class Answering:
             f"{self.training.steps:,} steps see each about {passes / sequences:.1f} times"
         )
 
-    def evaluate(self, model: Embedded, max_tokens: int | None) -> Row:
-        return faces_of_loss(evaluate_packed(model, self.valid, max_tokens=max_tokens), None)
+    def evaluate(self, model: Embedded, max_tokens: int | None, ranks: Ranks) -> Row:
+        loss = evaluate_packed(model, self.valid, max_tokens=max_tokens, ranks=ranks)
+        return faces_of_loss(loss, None)
 
     def example(self, model: Embedded, length: int) -> str:
         """The first held-out questions, what the model answers, and what the file does."""

@@ -25,6 +25,7 @@ from torch_impl.training.conversation_file import Conversations, load_conversati
 from torch_impl.training.corpus import Corpus, encode_corpus, load_corpus
 from torch_impl.training.device import tokens_on
 from torch_impl.training.pair_file import encode_pairs, load_pairs
+from torch_impl.training.ranks import Ranks
 from torch_impl.training.telemetry import Row, faces_of_loss
 from torch_impl.training.tokenizer import Tokenizer, WordLevel, WordTokenizer
 from torch_impl.transformer import Embedded
@@ -45,8 +46,9 @@ class Objective(Protocol):
         """How much there is to train on and what is held out."""
         ...
 
-    def evaluate(self, model: Embedded, max_tokens: int | None) -> Row:
-        """val_loss in nats per token that counts, and what else there is to say of the held-out part."""
+    def evaluate(self, model: Embedded, max_tokens: int | None, ranks: Ranks) -> Row:
+        """val_loss in nats per token that counts, and what else there is to say of the held-out part, which
+        processes divide among them."""
         ...
 
     def example(self, model: Embedded, length: int) -> str:
@@ -127,8 +129,8 @@ class Continuation(_OnText):
         spaces = ", which keeps no spaces" if isinstance(self.tokenizer, WordTokenizer) else ""
         return f"{super().describe()}\n{lost}{spaces}: so there are no bits per byte"
 
-    def evaluate(self, model: Embedded, max_tokens: int | None) -> Row:
-        loss = evaluate(model, self.valid_tokens, max_tokens=max_tokens)
+    def evaluate(self, model: Embedded, max_tokens: int | None, ranks: Ranks) -> Row:
+        loss = evaluate(model, self.valid_tokens, max_tokens=max_tokens, ranks=ranks)
         return faces_of_loss(loss, self.tokens_per_byte)
 
     def example(self, model: Embedded, length: int) -> str:
@@ -145,8 +147,8 @@ class GapFilling(_OnText):
     def __post_init__(self) -> None:
         self.sample = partial(sample_masked_batch, self.train_tokens, self.config)
 
-    def evaluate(self, model: Embedded, max_tokens: int | None) -> Row:
-        found = evaluate_masked(model, self.valid_tokens, max_tokens=max_tokens)
+    def evaluate(self, model: Embedded, max_tokens: int | None, ranks: Ranks) -> Row:
+        found = evaluate_masked(model, self.valid_tokens, max_tokens=max_tokens, ranks=ranks)
         return faces_of_loss(found.loss, None) | {"accuracy": found.accuracy}
 
     def example(self, model: Embedded, length: int) -> str:
@@ -202,8 +204,8 @@ class Translation:
             f"{target - 2}"
         )
 
-    def evaluate(self, model: Embedded, max_tokens: int | None) -> Row:
-        found = evaluate_pairs(model, self.valid, max_tokens=max_tokens)
+    def evaluate(self, model: Embedded, max_tokens: int | None, ranks: Ranks) -> Row:
+        found = evaluate_pairs(model, self.valid, max_tokens=max_tokens, ranks=ranks)
         return faces_of_loss(found.loss, None) | {"exact_match": found.exact_match}
 
     def example(self, model: Embedded, length: int) -> str:

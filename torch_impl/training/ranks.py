@@ -7,7 +7,7 @@ processes compute what one does, but for the order of their sums.
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import (
     AbstractContextManager,
     ExitStack,
@@ -19,7 +19,7 @@ from contextlib import (
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ PATIENCE = timedelta(minutes=10)  # with a process that does not answer
 
 
 Loss = Callable[..., Tensor]
+Part = TypeVar("Part")
 
 
 class AnotherFailed(Exception):
@@ -56,6 +57,23 @@ class Ranks:
         """This process's part of n rows, which divide."""
         own = n // self.size
         return slice(self.rank * own, (self.rank + 1) * own)
+
+    def dealt(self, parts: Iterable[Part]) -> Iterator[tuple[Part, bool]]:
+        """This process's among the parts of a work, one in turn for each, and whether they count.
+
+        All processes get as many, since a model that is held in parts computes with all of them or not at
+        all: those that the last round does not reach do the last part as well, for nothing.
+        """
+        n = 0
+        for n, part in enumerate(parts, 1):
+            if (n - 1) % self.size == self.rank:
+                yield part, True
+        if 0 < n % self.size <= self.rank:
+            yield part, False
+
+    def sums(self, *shares: int | float) -> list[float]:
+        """The sums of what the processes have, of each number."""
+        return self.total(torch.tensor(shares, dtype=torch.float64)).tolist()
 
     def total(self, share: Tensor) -> Tensor:
         """The sum of what the processes have, in place."""

@@ -201,7 +201,7 @@ def _diverged(run: Run, step: int, what: str) -> Diverged:
 def _evaluate(run: Run, metrics: StepMetrics | None, tokens_per_second: float | None) -> None:
     """Measure the held-out text, write it down, and keep the model in best/ if none was better."""
     progress, config = run.progress, run.config
-    faces = run.objective.evaluate(run.state.model, config.run.eval_tokens or None)
+    faces = run.objective.evaluate(run.state.model, config.run.eval_tokens or None, run.state.ranks)
     loss = faces["val_loss"]
     if not math.isfinite(loss):
         raise _diverged(run, progress.step, f"the loss on the held-out text is {loss}")
