@@ -23,7 +23,41 @@ def test_the_same_matrix_is_made_orthogonal(shape, seed, size):
     matrices = size * array(np.random.default_rng(seed), (3, *shape))
     want = np.stack([plain.orthogonalise(matrix) for matrix in matrices])
     np.testing.assert_allclose(fast.orthogonalise(torch.from_numpy(matrices)), want, rtol=0, atol=1e-10)
-    np.testing.assert_allclose(fast.orthogonalise(torch.from_numpy(matrices[0])), want[0], rtol=0, atol=1e-10)
+    np.testing.assert_allclose(
+        fast.orthogonalise(torch.from_numpy(matrices[:1])), want[:1], rtol=0, atol=1e-10
+    )
+
+
+@given(shape=shapes, seed=seeds)
+def test_products_in_tf32_follow_the_reference_step_by_step(shape, seed):
+    matrices = array(np.random.default_rng(seed), (2, *shape))
+    want = np.stack([plain.orthogonalise(matrix) for matrix in matrices])
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        found = fast.orthogonalise(torch.from_numpy(matrices))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    np.testing.assert_allclose(found, want, rtol=0, atol=1e-10)
+
+
+@given(
+    shape=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    seed=seeds,
+    decades=st.floats(0, 4),
+    size=st.sampled_from([1e-5, 1.0, 1e5]),
+    products=st.sampled_from([torch.bfloat16, torch.float16]),
+)
+def test_products_in_half_precision_let_no_direction_grow(shape, seed, decades, size, products):
+    """On the Gram matrix, as it is done in float32, the weak ones would: to 2, and to a thousand."""
+    random = np.random.default_rng(seed)
+    u, _, vt = np.linalg.svd(random.standard_normal(shape), full_matrices=False)
+    matrix = size * (u * 10.0 ** -np.linspace(0, decades, len(vt))) @ vt
+    found = fast.orthogonalise(torch.from_numpy(matrix[None]).float(), products)[0].double().numpy()
+    assert np.linalg.norm(found, 2) < 1.25
+    if decades < 1:
+        off = np.linalg.norm(found - plain.orthogonalise(matrix)) / np.linalg.norm(found)
+        assert off < 16 * torch.finfo(products).eps
 
 
 @given(shape=shapes, seed=seeds)

@@ -13,15 +13,40 @@ _A, _B, _C = 3.4445, -4.7750, 2.0315
 _ITERATIONS = 5
 
 
-def orthogonalise(matrices: Float[Tensor, "*K M N"]) -> Float[Tensor, "*K M N"]:
+def orthogonalise(
+    matrices: Float[Tensor, "K M N"], products: torch.dtype = torch.float32
+) -> Float[Tensor, "K M N"]:
     """U S' V^T for each matrix U S V^T, with the singular values of S' between about 0.7 and 1.2.
 
-    The reference's iteration is X <- P X with P = a + b G + c G^2, G = X X^T, after which G is P G P. So all
-    of it is done on G, the smaller the flatter X is, and X is multiplied once, by the product of the P.
+    Products in half precision do as well (Jordan et al. 2024), and on a GPU are many times faster.
     """
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if is_tall else matrices
     x = x / (x.square().sum((-2, -1), keepdim=True).sqrt() + 1e-7)
+    if products.itemsize == 2:
+        x = _iterated(x.to(products))
+    elif torch.get_float32_matmul_precision() != "highest":  # TF32
+        x = _iterated(x)
+    else:
+        x = _iterated_on_gram(x)
+    return x.mT if is_tall else x
+
+
+def _iterated(x: Float[Tensor, "K M N"]) -> Float[Tensor, "K M N"]:
+    """The reference's iteration, X <- a X + (b G + c G^2) X with G = X X^T."""
+    for _ in range(_ITERATIONS):
+        gram = x @ x.mT
+        step = torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)
+        x = torch.baddbmm(x, step, x, beta=_A)
+    return x
+
+
+def _iterated_on_gram(x: Float[Tensor, "K M N"]) -> Float[Tensor, "K M N"]:
+    """The same on G alone, which X <- P X makes P G P, and in the end X times the product of all P.
+
+    G is the smaller the flatter X is. But its eigenvalues are squares, and what rounding does to the small
+    ones grows twelvefold in each iteration: in bfloat16 some singular values would come out above 2.
+    """
     gram, product = x @ x.mT, None
     for _ in range(_ITERATIONS):
         if product is not None:
@@ -29,8 +54,7 @@ def orthogonalise(matrices: Float[Tensor, "*K M N"]) -> Float[Tensor, "*K M N"]:
         step = _B * gram + _C * (gram @ gram)
         step.diagonal(dim1=-2, dim2=-1).add_(_A)
         product = step if product is None else step @ product
-    x = product @ x
-    return x.mT if is_tall else x
+    return product @ x
 
 
 class Muon(torch.optim.AdamW):
@@ -73,7 +97,7 @@ class Muon(torch.optim.AdamW):
             torch._foreach_lerp_(averages, gradients, 1 - momentum)
             ahead = torch._foreach_lerp(averages, gradients, 1 - momentum)
             matrices = torch.stack([whole(matrix) for matrix in ahead])
-            updates = orthogonalise(matrices) * (rate * max(1.0, rows / columns) ** 0.5)
+            updates = orthogonalise(matrices, group["products"]) * (rate * max(1.0, rows / columns) ** 0.5)
             updates = updates.to(same[0].dtype).unbind()
             torch._foreach_mul_(same, 1 - rate * decay)
             torch._foreach_sub_(same, list(map(part_of, updates, same)))

@@ -48,6 +48,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
         "params": [param for param in params if param in muons],
         "weight_decay": config.weight_decay,
         "momentum": config.muon_momentum,
+        "products": model.compute_dtype,
         "lr": shared["lr"].clone(),
         "times_rate": config.muon_learning_rate / config.learning_rate,
     }
