@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from torch_impl.training import prepare
 from torch_impl.training.config import RunSettings
 from torch_impl.training.device import choose_place
 from torch_impl.training.files import InputError
@@ -16,6 +17,14 @@ def test_products_in_float8_are_told(small_run):
     first, _, products, *_ = out.splitlines()
     assert first.startswith("preset cpu on cpu, bfloat16, products in float8: ")
     assert products == "matrix products: PyTorch's choice, in float8"
+
+
+@pytest.mark.parametrize(("times", "told"), [(1.2, False), (11.4, True)])
+def test_a_processor_without_instructions_for_half_precision_is_told_of(small_run, monkeypatch, times, told):
+    monkeypatch.setattr(prepare, "products_beside_float32", lambda dtype: times)
+    out = small_run("--out", "run", "--steps", "1", "--warmup-steps", "0", "--precision", "bfloat16").out
+    warning = "in bfloat16 they take this processor 11.4 times as long as in float32; --precision float32 is"
+    assert (warning in out) == told
 
 
 @pytest.mark.parametrize(

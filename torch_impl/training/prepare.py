@@ -26,7 +26,7 @@ from torch_impl.training.checkpoint import (
 from torch_impl.training.command_line import Request
 from torch_impl.training.config import RunConfig, read_config
 from torch_impl.training.corpus import Corpus, make_tokenizer
-from torch_impl.training.device import Place, choose_place
+from torch_impl.training.device import Place, choose_place, products_beside_float32
 from torch_impl.training.events import TensorBoardEvents
 from torch_impl.training.files import InputError, settle_folder
 from torch_impl.training.growth import with_chat_tokens, with_new_rows
@@ -42,6 +42,7 @@ from torch_impl.training.word_vectors import coverage, place_word_vectors, read_
 from torch_impl.transformer import Embedded
 
 _COUNTED_AT_ONCE = 1 << 24  # ids
+_SLOW = 1.5  # times as long as in float32
 
 
 @dataclass
@@ -262,6 +263,13 @@ def _tell(run: Run, place: Place, resumed: bool) -> None:
     kernel = product_kernel(place.device, place.dtype, with_gradient=True)
     told = "PyTorch, compiled" if place.compile else kernel
     print(f"matrix products: {told}{f', in {place.products}' if place.products else ''}")
+    if place.device.type == "cpu" and place.dtype.itemsize == 2:
+        times = products_beside_float32(place.dtype)
+        if times > _SLOW:
+            print(
+                f"in {run.config.run.precision} they take this processor {times:.1f} times as long as in "
+                "float32; --precision float32 is faster"
+            )
     print(run.objective.describe())
     if resumed and run.progress.step == run.config.training.steps:
         print(f"finished already, at step {run.progress.step}; a larger --steps trains on")
