@@ -12,7 +12,9 @@ import torch
 from run_tests import rank_worker
 from run_tests.conftest import SMALL, content, metrics
 from run_tests.test_ranks import forking
+from torch_impl.train import start
 from torch_impl.training import run as run_module
+from torch_impl.training.checkpoint import load_model, load_progress, put_back
 
 
 @pytest.fixture
@@ -79,6 +81,21 @@ def test_an_overflow_of_float16_is_left_out_and_the_scale_recovers(small_run, mo
     assert 1 <= kept["scale"] < 2.0**40
     losses = [row["val_loss"] for row in metrics(Path("run"))]
     assert losses[-1] < losses[0] - 0.1
+
+
+def test_a_resumed_run_does_not_live_in_the_files_of_its_checkpoint(small_run):
+    """Safetensors maps a file into memory: the moments used to stay there, in a file that Windows then lets
+    nobody replace, and in which whoever writes to it changes them."""
+    small_run("--out", "run")
+    folder = Path("run/last")
+    loaded = load_model(folder, torch.float32, torch.device("cpu"))
+    state = start(loaded.model, loaded.config.training)
+    put_back(folder, state, load_progress(folder))
+    kept = [*state.model.parameters(), *(m for each in state.optimizer.state.values() for m in each.values())]
+    for name in ("model", "optimizer"):
+        with (folder / f"{name}.safetensors").open("r+b") as file:
+            file.write(bytes(Path(file.name).stat().st_size))
+    assert len(kept) > 10 and all(tensor.any() for tensor in kept)
 
 
 def test_sigterm_stops_as_ctrl_c_does(small_run, stop_at):

@@ -205,7 +205,8 @@ def load_moments(folder: Path, state: TrainState) -> None:
         {
             "state": {
                 i: {
-                    moment: tensor if moment == "step" else part_of(tensor, parameters[name])
+                    # A copy: what safetensors reads stays in the file, which is to be replaced.
+                    moment: (tensor if moment == "step" else part_of(tensor, parameters[name])).clone()
                     for moment in kept[name]
                     for tensor in [tensors[f"{name}.{moment}"]]
                 }
