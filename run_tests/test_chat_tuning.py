@@ -18,7 +18,7 @@ from run_tests.conftest import SMALL, content, metrics
 from torch_impl import chat
 from torch_impl.bpe import BPETokenizer
 from torch_impl.interop import from_hf, to_hf
-from torch_impl.training import quantise_command
+from torch_impl.training import quantise_command, report
 from torch_impl.training import run as run_module
 from torch_impl.training.checkpoint import load_model
 from torch_impl.training.conversation_file import read_conversations
@@ -142,6 +142,18 @@ def test_without_a_base_a_model_begins_at_random_and_learns_its_tokens_from_what
     assert outcome.code == 0, outcome.err
     tokens = load("run/last")[1].vocabulary.tokens
     assert b" three" not in tokens and b"er" in tokens and not any(b"content" in token for token in tokens)
+
+
+def test_held_out_conversations_that_do_not_fill_a_context_are_looked_at(tune, monkeypatch):
+    """Attention maps took the numbers of packed conversations for tokens too, and that of padding is -1."""
+    seen, draw = [], report.draw_attention
+    monkeypatch.setattr(report, "draw_attention", lambda maps: seen.extend(maps) or draw(maps))
+    lines = [json.dumps({"instruction": word, "output": word}) for word in WORDS]
+    Path("few.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    outcome = tune("--train-file", "few.jsonl", "--vocab-size", 260, "--looks", 1, "--out", "run")
+    assert outcome.code == 0, outcome.error
+    assert "".join(seen[0].queries) == "<user>five<end_of_tur…<assistant>five"
+    assert seen[0].weights.shape[1:] == (11, 11)
 
 
 def test_an_array_of_records_is_read_as_lines_are(conversations):

@@ -9,6 +9,7 @@ from torch import Tensor
 from ref_numpy.config import ModelConfig, TrainConfig
 from ref_numpy.conversation import Conversation
 from ref_numpy.loss import IGNORE
+from ref_numpy.masks import PADDING
 from torch_impl.bpe import BPETokenizer
 from torch_impl.packing import Packed, evaluate_packed, pack, sample_packed
 from torch_impl.training.config import RunConfig
@@ -72,8 +73,9 @@ class Answering:
         return visible("\n\n".join(shown))
 
     def passage(self, length: int) -> tuple[Tensor, ...]:
-        """Of the first sequence, as conversations are packed into it."""
-        return self.valid.ids[:1, :length].long(), self.valid.documents[:1, :length].long()
+        """Of the first sequence, as conversations are packed into it, without padding."""
+        packed = self.valid.documents[0] != PADDING
+        return tuple(side[:1, packed][:, :length].long() for side in (self.valid.ids, self.valid.documents))
 
 
 def _counted(packed: Packed) -> int:

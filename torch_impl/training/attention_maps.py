@@ -51,7 +51,8 @@ def attention_maps(model: Embedded, tokenizer: Tokenizer, passage: tuple[Tensor,
         model(*passage)
     paired = model.config.architecture == "encoder-decoder"
     own = {model.config.begin_token: "<begin>", model.config.end_token: "<end>"} if paired else {}
-    labels = [_labels(ids[0].tolist(), tokenizer, own) for ids in (passage[0], passage[-1])]
+    sides = (passage[0], passage[-1]) if paired else (passage[0],)
+    labels = [_labels(ids[0].tolist(), tokenizer, own) for ids in sides]
     maps = []
     for name, weights in found:
         stack, _, rest = name.rpartition("blocks.")
