@@ -18,6 +18,7 @@ from ref_numpy.pairs import make_pairs, sample_pairs, teacher_forced
 from ref_numpy.seq2seq import seq2seq_forward
 from torch_impl import pairs as fast
 from torch_impl.seq2seq import Seq2Seq
+from torch_impl.training.ranks import Ranks
 
 MODEL = ModelConfig(
     "encoder-decoder", vocab_size=15, context_length=9, n_layer=1, n_head=3, d_model=12, dropout=0.1
@@ -158,6 +159,20 @@ def test_a_target_is_exact_where_every_token_is_right():
     targets = [np.array(target) for target in ([3, 1], [3, 2], [3], [3, 1, 2])]
     _, pairs = on_both_sides(MODEL, sources, targets)
     assert fast.evaluate_pairs(model, pairs).exact_match == 1 / 4
+
+
+def test_what_processes_find_adds_up_to_what_one_finds(monkeypatch):
+    """Four pairs among three: two of the processes do the last one as well, which is exact, for nothing."""
+    model, shares = Scripted(MODEL), []
+    model.script = [3, 1, MODEL.end_token, *9 * [4]]
+    targets = [np.array(target) for target in ([3, 2], [3], [3, 1, 2], [3, 1])]
+    _, pairs = on_both_sides(MODEL, [np.array([1])] * 4, targets)
+    monkeypatch.setattr(Ranks, "total", lambda self, share: shares.append(share) or share)
+    for ranks in (Ranks(), *(Ranks(rank, 3) for rank in range(3))):
+        fast.evaluate_pairs(model, pairs, batch_size=1, ranks=ranks)
+    alone, *each = shares
+    assert alone[-1] == 1
+    assert sum(each)[1:].tolist() == alone[1:].tolist()  # what counts, and what is right
 
 
 def test_an_evaluation_of_a_part_reads_the_first_pairs():

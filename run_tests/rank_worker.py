@@ -73,7 +73,7 @@ def trajectory(rank: int, shard: bool, **changes: Any) -> list[float]:
         model.initialise(0)
         state = start(model.double(), training, False, ranks, torch.device("cpu") if shard else None)
         told = [value.item() for step in train_steps(state, sample, training) for value in step[:2]]
-        # Five batches to evaluate, and three of whole sequences: they go round among no number of processes.
+        # Five batches to evaluate, three of whole sequences: neither divides among two or four processes.
         if config.architecture == "encoder-decoder":
             told += evaluate_pairs(model, make_pairs(rows, backwards, config), 9, ranks=ranks)
         elif config.architecture == "encoder":

@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,12 @@ import torch
 
 from ref_numpy.config import SamplingConfig
 from run_tests.conftest import SMALL, content, metrics
+from run_tests.test_chat_tuning import CHAT
 from torch_impl.generate import answer
 from torch_impl.training import generate_command, quantise_command
 from torch_impl.training import run as run_module
 from torch_impl.training.checkpoint import load_model
+from torch_impl.training.ranks import Ranks
 
 WORDS = ("one", "two", "three", "four", "five", "six", "seven")
 
@@ -201,6 +204,25 @@ def test_what_an_encoder_and_a_source_cannot_do(run, write, capsys):
     for name in ("encoder", "pairs"):
         assert quantise_command.main([name, "--out", "small"]) == 2
         assert "only decoders are quantised" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder", "encoder-decoder", "conversations"])
+def test_an_evaluation_is_divided_among_the_processes_of_the_run(run, small_run, cli, monkeypatch, kind):
+    of_the_run, dividing = Ranks(0, 1), []
+    monkeypatch.setattr(run_module, "joined", lambda on_cuda: nullcontext(of_the_run))
+    monkeypatch.setattr(
+        Ranks, "dealt", lambda self, parts: dividing.append(self) or ((p, True) for p in parts)
+    )
+    if kind == "decoder":
+        assert small_run("--out", "run").code == 0
+    elif kind == "conversations":
+        lines = [json.dumps({"instruction": word, "output": word}) for word in WORDS]
+        Path("said.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        flags = ("--train-file", "said.jsonl", "--vocab-size", 260, "--out", "run")
+        assert cli(*CHAT.split(), *flags).code == 0
+    else:
+        assert run(kind, "--out", "run").code == 0
+    assert len(dividing) > 1 and all(each is of_the_run for each in dividing)
 
 
 @pytest.mark.parametrize("preset", ["dates", "masked"])

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from run_tests import rank_worker
 from run_tests.conftest import SMALL, metrics
+from torch_impl.training.ranks import Ranks
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.xdist_group("ranks")  # one process of the suite starts them, once
@@ -115,6 +118,13 @@ def test_one_two_and_four_processes_have_the_same_losses(family, shard, changes)
     for told in others:
         for each in told:
             assert each == pytest.approx(alone[0], rel=1e-9)
+
+
+@given(parts=st.integers(0, 9), size=st.integers(1, 5))
+def test_a_piece_of_work_is_dealt_evenly_and_each_part_counts_once(parts, size):
+    hands = [list(Ranks(rank, size).dealt(range(parts))) for rank in range(size)]
+    assert {len(hand) for hand in hands} == {-(-parts // size)}
+    assert sorted(part for hand in hands for part, counts in hand if counts) == list(range(parts))
 
 
 def test_sharded_each_process_holds_its_part(family):

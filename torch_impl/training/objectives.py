@@ -48,7 +48,7 @@ class Objective(Protocol):
 
     def evaluate(self, model: Embedded, max_tokens: int | None, ranks: Ranks) -> Row:
         """val_loss in nats per token that counts, and what else there is to say of the held-out part, which
-        processes divide among them."""
+        the processes divide among them."""
         ...
 
     def example(self, model: Embedded, length: int) -> str:

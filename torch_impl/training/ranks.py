@@ -59,10 +59,10 @@ class Ranks:
         return slice(self.rank * own, (self.rank + 1) * own)
 
     def dealt(self, parts: Iterable[Part]) -> Iterator[tuple[Part, bool]]:
-        """This process's among the parts of a work, one in turn for each, and whether they count.
+        """Of the parts of a piece of work those of this process, dealt out in turn, and whether each counts.
 
-        All processes get as many, since a model that is held in parts computes with all of them or not at
-        all: those that the last round does not reach do the last part as well, for nothing.
+        All processes get equally many, since a model that is held in parts computes with all of them or not
+        at all: those whom the last round does not reach repeat the last part, and it does not count.
         """
         n = 0
         for n, part in enumerate(parts, 1):
@@ -72,7 +72,7 @@ class Ranks:
             yield part, False
 
     def sums(self, *shares: int | float) -> list[float]:
-        """The sums of what the processes have, of each number."""
+        """Each number's sum over the processes."""
         return self.total(torch.tensor(shares, dtype=torch.float64)).tolist()
 
     def total(self, share: Tensor) -> Tensor:
