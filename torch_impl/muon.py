@@ -18,14 +18,15 @@ def orthogonalise(
 ) -> Float[Tensor, "K M N"]:
     """U S' V^T for each matrix U S V^T, with the singular values of S' between about 0.7 and 1.2.
 
-    Products in half precision do as well (Jordan et al. 2024), and on a GPU are many times faster.
+    Its products are in half precision where `products` is, which does as well (Jordan et al. 2024) and on a
+    GPU is many times faster, and else in the format of the matrices.
     """
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if is_tall else matrices
     x = x / (x.square().sum((-2, -1), keepdim=True).sqrt() + 1e-7)
     if products.itemsize == 2:
         x = _iterated(x.to(products))
-    elif torch.get_float32_matmul_precision() != "highest":  # TF32
+    elif torch.get_float32_matmul_precision() != "highest":  # TF32, too coarse for the other
         x = _iterated(x)
     else:
         x = _iterated_on_gram(x)
@@ -44,8 +45,8 @@ def _iterated(x: Float[Tensor, "K M N"]) -> Float[Tensor, "K M N"]:
 def _iterated_on_gram(x: Float[Tensor, "K M N"]) -> Float[Tensor, "K M N"]:
     """The same on G alone, which X <- P X makes P G P, and in the end X times the product of all P.
 
-    G is the smaller the flatter X is. But its eigenvalues are squares, and what rounding does to the small
-    ones grows twelvefold in each iteration: in bfloat16 some singular values would come out above 2.
+    G is the smaller the flatter X is. But its eigenvalues are the squares of X's singular values, and the
+    error of the small ones grows twelvefold in each iteration: in bfloat16 some would come out above 2.
     """
     gram, product = x @ x.mT, None
     for _ in range(_ITERATIONS):
@@ -58,7 +59,8 @@ def _iterated_on_gram(x: Float[Tensor, "K M N"]) -> Float[Tensor, "K M N"]:
 
 
 class Muon(torch.optim.AdamW):
-    """A group whose "momentum" is not None is Muon's, the others are AdamW's.
+    """A group whose "momentum" is not None is Muon's, the others are AdamW's. "products" is the format of
+    Muon's products (see orthogonalise).
 
     Its state has AdamW's names: exp_avg is the momentum, step counts, and there is no exp_avg_sq. Of a matrix
     that processes hold parts of, each makes the whole orthogonal and takes its part; one after the other, for
@@ -97,7 +99,7 @@ class Muon(torch.optim.AdamW):
             torch._foreach_lerp_(averages, gradients, 1 - momentum)
             ahead = torch._foreach_lerp(averages, gradients, 1 - momentum)
             matrices = torch.stack([whole(matrix) for matrix in ahead])
-            updates = orthogonalise(matrices, group["products"]) * (rate * max(1.0, rows / columns) ** 0.5)
-            updates = updates.to(same[0].dtype).unbind()
+            directions = orthogonalise(matrices, group["products"]).to(same[0].dtype)
+            updates = (directions * (rate * max(1.0, rows / columns) ** 0.5)).unbind()
             torch._foreach_mul_(same, 1 - rate * decay)
             torch._foreach_sub_(same, list(map(part_of, updates, same)))

@@ -18,8 +18,8 @@ from torch_impl.training.ranks import whole
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """The config's optimizer over the parameters that require a gradient; decay on matrices and embeddings.
 
-    With Muon, it has the matrices of the blocks. Learning rates are tensors, to be set before each step
-    (set_learning_rate).
+    With Muon, it has the matrices of the blocks, and its products are in the model's compute_dtype. Learning
+    rates are tensors, to be set before each step (set_learning_rate).
     """
     named = {name: param for name, param in model.named_parameters() if param.requires_grad}
     params = list(named.values())
