@@ -263,7 +263,7 @@ def _tell(run: Run, place: Place, resumed: bool) -> None:
     kernel = product_kernel(place.device, place.dtype, with_gradient=True)
     told = "PyTorch, compiled" if place.compile else kernel
     print(f"matrix products: {told}{f', in {place.products}' if place.products else ''}")
-    if place.device.type == "cpu" and place.dtype.itemsize == 2:
+    if ranks.first and place.device.type == "cpu" and place.dtype.itemsize == 2 and not place.products:
         times = products_beside_float32(place.dtype)
         if times > _SLOW:
             print(
