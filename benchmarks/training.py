@@ -181,7 +181,13 @@ def nanogpts_loop(
             with precision():
                 return model(ids, targets.contiguous())[1] * (targets.numel() / count)
 
-    return Side(steps(), lambda: evaluate(WithLoss(), torch.from_numpy(valid).to(device)))
+    def held_out_loss() -> float:
+        model.eval()  # without dropout
+        loss = evaluate(WithLoss(), torch.from_numpy(valid).to(device))
+        model.train()
+        return loss
+
+    return Side(steps(), held_out_loss)
 
 
 def load_peer(folder: str) -> ModuleType:

@@ -85,7 +85,7 @@ def test_a_short_run_has_a_short_warm_up():
     [
         (
             ["gtp2"],
-            r"unknown preset 'gtp2'; the presets are cpu, gpu, mps, nanogpt-cpu, char-fast, gpt2-124m",
+            r"unknown preset 'gtp2'; the presets are cpu, gpu, mps, nanogpt-cpu, char-fast, nanogpt-gpu",
         ),
         (["--learning-rat", "3"], r"unknown flag --learning-rat; did you mean --learning-rate\?"),
         (
