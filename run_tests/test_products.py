@@ -10,6 +10,7 @@ from torch_impl.training import device, prepare
 from torch_impl.training.config import RunSettings
 from torch_impl.training.device import choose_place
 from torch_impl.training.files import InputError
+from torch_impl.training.ranks import ALONE, Ranks
 
 
 def test_products_in_float8_are_told(small_run):
@@ -44,6 +45,20 @@ def test_products_are_timed_beside_those_in_float32(monkeypatch):
     clock = iter([t for took in (5, 3, 2, 9, 4, 6, 7, 9, 8, 7) for t in (100, 100 + took)])
     monkeypatch.setattr(device.time, "perf_counter", lambda: next(clock))
     assert device.products_beside_float32(torch.bfloat16) == 3
+
+
+def test_a_gpu_with_a_number_becomes_the_current_one(monkeypatch):
+    """Streams, CUDA graphs and FSDP2 take the current one, where tensors were on another."""
+    current = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for name, ranks in (
+        ("cuda:1", ALONE),
+        ("cuda", ALONE),
+        ("cuda", Ranks(5, 8, local_rank=3, local_size=4)),
+    ):
+        device.choose_device(name, ranks)
+    assert current == [torch.device("cuda:1"), torch.device("cuda:3")]
 
 
 def test_a_gpu_that_is_too_old_for_float8(monkeypatch):

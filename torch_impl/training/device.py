@@ -51,10 +51,16 @@ def best_device() -> str:
 def choose_device(name: str, ranks: Ranks = ALONE) -> torch.device:
     """The device of that name, "auto" for the best; each of several processes has a GPU of its own.
 
+    A GPU with a number becomes the current one, which streams, graphs and FSDP2 take, wherever tensors lie.
     Raises InputError where there is none.
     """
-    if ranks.size > 1:
-        return _own_device(name, ranks)
+    device = _own_device(name, ranks) if ranks.size > 1 else _device_called(name)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return device
+
+
+def _device_called(name: str) -> torch.device:
     try:
         device = torch.device(best_device() if name == "auto" else name)
     except RuntimeError as error:
