@@ -1,6 +1,7 @@
 """A linear layer and its cross entropy, some places at a time: parity, and nothing but the two in a row."""
 
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -82,9 +83,25 @@ def test_no_more_logits_are_made_than_were_asked_for(monkeypatch):
     assert max(made) == 64 * 300
 
 
-def test_gradients_of_chunks_add_up_in_the_precision_of_the_weight():
+@given(arguments=cases(), multiple=st.sampled_from([2, 8, 64]))
+def test_a_vocabulary_that_is_filled_up_is_none_the_larger(arguments, multiple):
+    """As on a GPU: the rows that are put in count for nothing."""
+    x, weight, targets, *others = arguments.values()
+
+    def found():
+        leaves = [torch.from_numpy(part).requires_grad_() for part in (x, weight)]
+        loss = linear_cross_entropy(*leaves, torch.from_numpy(targets), *others)
+        return loss, *torch.autograd.grad(loss, leaves)
+
+    wanted = found()
+    with mock.patch.dict("torch_impl.linear_cross_entropy._MULTIPLES", cpu=multiple):
+        torch.testing.assert_close(found(), wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_chunks_add_up_in_float32(dtype):
     """Each of 1,024 chunks adds a half: a sum in bfloat16, as the places are, would stay at 128."""
-    x, weight = torch.ones(1024, 1, dtype=torch.bfloat16), torch.zeros(2, 1, requires_grad=True)
+    x, weight = torch.ones(1024, 1, dtype=torch.bfloat16), torch.zeros(2, 1, dtype=dtype, requires_grad=True)
     linear_cross_entropy(x, weight, torch.zeros(1024, dtype=torch.long), at_once=1).backward()
     assert weight.grad.tolist() == [[-0.5], [0.5]]
 

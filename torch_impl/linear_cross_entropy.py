@@ -6,6 +6,7 @@ cache. PyTorch 2.13 has such a function as well, which torch.compile does not se
 """
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Integer
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
@@ -15,6 +16,9 @@ from torch_impl.linear import linear
 
 _LOGITS_AT_ONCE = 2**22  # 16 MiB in float32, what a processor's cache may hold
 _LOGITS_OF_A_GPU = 2**27  # half a GiB
+_MULTIPLES = {"cuda": 64}
+"""Of what a vocabulary is filled up to, by kind of device: tensor cores are fed by rows that are aligned. No
+vocabulary of 50,257 is."""
 
 
 def linear_cross_entropy(
@@ -54,25 +58,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
         at_once: int,
         with_gradient: bool,
     ) -> Tensor:
-        matrix, V = weight.to(x.dtype), weight.shape[0]
+        V = weight.shape[0]
+        filling = -V % _MULTIPLES.get(x.device.type, 1)
+        matrix = F.pad(weight.to(x.dtype), (0, 0, 0, filling)) if filling else weight.to(x.dtype)
         wants_dx, wants_dweight = (with_gradient and needed for needed in ctx.needs_input_grad[:2])
         dx = torch.empty_like(x) if wants_dx else None
-        dweight = torch.zeros_like(weight) if wants_dweight else None
+        precise = torch.promote_types(weight.dtype, torch.float32)  # for long sums
+        dweight = torch.zeros_like(matrix, dtype=precise) if wants_dweight else None
         total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         for start in range(0, len(x), at_once):
             rows, t = x[start : start + at_once], targets[start : start + at_once, None]
             counted = t != IGNORE
             t = torch.where(counted, t, 0)
-            log_p = torch.log_softmax(linear(rows, matrix, None), dim=-1, dtype=total.dtype)
+            logits = linear(rows, matrix, None)
+            logits[:, V:] = -torch.inf
+            log_p = torch.log_softmax(logits, dim=-1, dtype=total.dtype)
             each = -(1 - label_smoothing) * log_p.gather(1, t)
             if label_smoothing:
-                each = each - label_smoothing * log_p.mean(-1, keepdim=True)
+                each = each - label_smoothing * log_p[:, :V].mean(-1, keepdim=True)
             total += torch.where(counted, each, 0).sum()
             if not (wants_dx or wants_dweight):
                 continue
             dlogits = log_p.exp_()  # p, less the smoothed targets
             if label_smoothing:
-                dlogits -= label_smoothing / V
+                dlogits[:, :V] -= label_smoothing / V
             dlogits.scatter_add_(1, t, torch.full_like(each, label_smoothing - 1))
             dlogits = dlogits.mul_(counted).to(x.dtype)
             if wants_dx:
@@ -81,11 +90,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.addmm(dweight, dlogits.t(), rows, out=dweight)
             elif wants_dweight:
                 dweight += dlogits.t() @ rows
-        ctx.save_for_backward(dx, dweight)
+        ctx.save_for_backward(dx, None if dweight is None else dweight[:V])
+        ctx.dtype = weight.dtype
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, dtotal: Tensor) -> tuple[Tensor | None, ...]:
         dx, dweight = (None if part is None else part * dtotal for part in ctx.saved_tensors)
-        return dx, dweight, None, None, None, None
+        return dx, None if dweight is None else dweight.to(ctx.dtype), None, None, None, None
