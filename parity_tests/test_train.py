@@ -250,6 +250,13 @@ def test_evaluation_predicts_every_token_but_the_first_once(length, seed, batch_
     assert fast.evaluate(model, torch.from_numpy(tokens), batch_size) == pytest.approx(total / (length - 1))
 
 
+def test_an_evaluation_takes_fewer_sequences_at_a_time_the_longer_they_are():
+    """64 of 8,192 tokens took fifty times the memory of a training step on one."""
+    assert [fast.sequences_at_once(length) for length in (1, 1024, 1025, 8192, 10**6)] == [64, 64, 63, 8, 1]
+    assert fast.sequences_at_once(512, logits=50_257) == 10 and fast.sequences_at_once(64, logits=512) == 64
+    assert fast.sequences_at_once(64, logits=512, most=256) == 256
+
+
 def test_an_evaluation_of_a_part_spreads_over_the_text():
     """Four windows' worth of a text whose second half is another language: two come from each half."""
     config = replace(MODEL, n_layer=1)

@@ -12,7 +12,7 @@ from ref_numpy.rng import MASK, Key
 from torch_impl.data import sample_batch
 from torch_impl.loss import cross_entropy
 from torch_impl.rng import uniform
-from torch_impl.train import held_out_windows
+from torch_impl.train import held_out_windows, sequences_at_once
 from torch_impl.training.ranks import ALONE, Ranks
 from torch_impl.transformer import Transformer
 
@@ -59,7 +59,7 @@ def sample_masked_batch(
 def evaluate_masked(
     model: Transformer,
     tokens: Integer[Tensor, "N"],
-    batch_size: int = 64,
+    batch_size: int | None = None,
     max_tokens: int | None = None,
     ranks: Ranks = ALONE,
 ) -> MaskedLoss:
@@ -69,7 +69,8 @@ def evaluate_masked(
     text of fewer than two tokens.
     """
     total, right, count = 0.0, 0, 0
-    windows = held_out_windows(tokens, model.config.context_length, batch_size, max_tokens)
+    T, V = model.config.context_length, model.config.vocab_size
+    windows = held_out_windows(tokens, T, batch_size or sequences_at_once(T, V), max_tokens)
     for (number, window), counts in ranks.dealt(enumerate(windows)):
         inputs, targets = mask_tokens(window[:, :-1], model.config, Key(0, MASK, number, _EVALUATION))
         logits = model(inputs)

@@ -13,6 +13,7 @@ from ref_numpy.loss import IGNORE
 from ref_numpy.masks import PADDING
 from ref_numpy.rng import DATA, Key
 from torch_impl.rng import uniform
+from torch_impl.train import sequences_at_once
 from torch_impl.training.ranks import ALONE, Ranks
 from torch_impl.transformer import Transformer
 
@@ -84,7 +85,7 @@ def sample_packed(packed: Packed, step: int | Integer[Tensor, ""], config: Train
 def evaluate_packed(
     model: Transformer,
     packed: Packed,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     max_tokens: int | None = None,
     ranks: Ranks = ALONE,
 ) -> float:
@@ -97,6 +98,7 @@ def evaluate_packed(
     if max_tokens is not None:
         n = min(n, max(max_tokens // T, 1))
     total, count = 0.0, 0
+    batch_size = batch_size or sequences_at_once(T)
     batches = zip(*(part[:n].split(batch_size) for part in packed), strict=True)
     for batch, counts in ranks.dealt(batches):
         ids, documents, targets = (part.long() for part in batch)

@@ -12,6 +12,7 @@ from ref_numpy.loss import IGNORE
 from ref_numpy.rng import DATA, Key
 from torch_impl.rng import uniform
 from torch_impl.seq2seq import Seq2Seq
+from torch_impl.train import sequences_at_once
 from torch_impl.training.ranks import ALONE, Ranks
 
 
@@ -111,7 +112,7 @@ def greedy_targets(
 def evaluate_pairs(
     model: Seq2Seq,
     pairs: Pairs,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     max_tokens: int | None = None,
     ranks: Ranks = ALONE,
 ) -> PairLoss:
@@ -121,8 +122,10 @@ def evaluate_pairs(
     the batches among them.
     """
     n, config = len(pairs.source), model.config
+    length = pairs.source.shape[1] + pairs.target.shape[1]
     if max_tokens is not None:
-        n = min(n, max(max_tokens // (pairs.source.shape[1] + pairs.target.shape[1]), 1))
+        n = min(n, max(max_tokens // length, 1))
+    batch_size = batch_size or sequences_at_once(length, config.vocab_size, most=256)
     total, count, right = 0.0, 0, 0
     batches = zip(*(side[:n].split(batch_size) for side in pairs), strict=True)
     for (source, target), counts in ranks.dealt(batches):

@@ -133,7 +133,7 @@ def train_steps(state: TrainState, sample: Sample, config: TrainConfig) -> Itera
 
 
 def held_out_windows(
-    tokens: Integer[Tensor, "N"], context_length: int, batch_size: int = 64, max_tokens: int | None = None
+    tokens: Integer[Tensor, "N"], context_length: int, batch_size: int, max_tokens: int | None = None
 ) -> Iterator[Integer[Tensor, "_ _"]]:
     """A text in windows of the context length and one token more, which is the first of the next window.
 
@@ -158,11 +158,17 @@ def held_out_windows(
         yield tokens[-rest - 1 :][None].long()
 
 
+def sequences_at_once(length: int, logits: int = 1, most: int = 64) -> int:
+    """How many sequences an evaluation takes at a time: of at most 65,536 tokens in all, and where logits, so
+    many for each token, stand in memory whole, 2^28 of them."""
+    return max(1, min(most, 2**16 // length, 2**28 // (length * logits)))
+
+
 @torch.no_grad()
 def evaluate(
     model: Transformer,
     tokens: Integer[Tensor, "N"],
-    batch_size: int = 64,
+    batch_size: int | None = None,
     max_tokens: int | None = None,
     ranks: Ranks = ALONE,
 ) -> float:
@@ -172,8 +178,8 @@ def evaluate(
     max_tokens, about that many. Several processes divide the batches among them, and all get the mean.
     Raises ValueError for a text of fewer than two tokens.
     """
-    total, count = 0.0, 0
-    windows = held_out_windows(tokens, model.config.context_length, batch_size, max_tokens)
+    total, count, T = 0.0, 0, model.config.context_length
+    windows = held_out_windows(tokens, T, batch_size or sequences_at_once(T), max_tokens)
     for window, counts in ranks.dealt(windows):
         inputs, targets = window[:, :-1], window[:, 1:]
         loss = model.loss((inputs, targets), count=1)
