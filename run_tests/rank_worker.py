@@ -4,7 +4,7 @@ import io
 import os
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import partial
@@ -94,6 +94,39 @@ def held(rank: int, shard: bool) -> tuple[int, int]:
         next(train_steps(state, partial(sample_batch, tokens, 8), TRAINING))
         moments = [m for values in state.optimizer.state.values() for m in values.values() if m.ndim]
         return _local(model.parameters()), _local(moments)
+
+
+def compiled(rank: int, n_layer: int) -> list[int]:
+    """How often blocks run compiled, counted by a backend of its own, in an evaluation and in two steps."""
+    runs, compile_in_place = 0, torch.nn.Module.compile
+
+    def backend(graph: torch.fx.GraphModule, _: list) -> Callable:
+        def run(*inputs: torch.Tensor) -> tuple:
+            nonlocal runs
+            runs += 1
+            return graph(*inputs)
+
+        return run
+
+    def counted(act: Callable[[], object]) -> int:
+        before = runs
+        act()
+        return runs - before
+
+    tokens, told = torch.arange(100) % 31, []
+    with joined(on_cuda=False) as ranks:
+        model = make_model(replace(MODEL, n_layer=n_layer))
+        model.initialise(0)
+        torch.nn.Module.compile = lambda module: compile_in_place(module, backend=backend)
+        try:
+            state = start(model, TRAINING, True, ranks, torch.device("cpu"))
+            steps = train_steps(state, partial(sample_batch, tokens, 8), TRAINING)
+            for act in (lambda: evaluate(model, tokens[:20]), lambda: next(steps), lambda: next(steps)):
+                told.append(counted(act))
+        finally:
+            torch.nn.Module.compile = compile_in_place
+            torch.compiler.set_stance("default")
+    return told
 
 
 def _local(tensors: Iterable[torch.Tensor]) -> int:

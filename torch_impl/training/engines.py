@@ -6,6 +6,7 @@ Only a run of several processes imports this file: PyTorch's engines take a seco
 """
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 from warnings import catch_warnings
 
@@ -52,11 +53,18 @@ class _ModelLoss(nn.Module):
 
 
 def _sharded(model: Embedded, ranks: Ranks, device: torch.device, compiled: bool) -> Engine:
-    """FSDP2, block by block. Weights travel in the precision of the computation, gradients in their own."""
+    """FSDP2, block by block. Weights travel in the precision of the computation, gradients in their own.
+
+    Blocks are compiled in place, but run so in a step alone: an evaluation or a generation has shapes of its
+    own, which would use up the versions of one code that torch.compile makes before it gives up.
+    """
     mesh = init_device_mesh(device.type, (ranks.size,))
     precise = model.token_embedding.weight.dtype
     policy = MixedPrecisionPolicy(model.compute_dtype, precise, cast_forward_inputs=False)
-    for block in [module for module in model.modules() if isinstance(module, Block | CrossBlock)]:
+    blocks = [module for module in model.modules() if isinstance(module, Block | CrossBlock)]
+    if compiled:
+        torch.compiler.set_stance("force_eager")
+    for block in blocks:
         if compiled:
             block.compile()
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
@@ -68,4 +76,5 @@ def _sharded(model: Embedded, ranks: Ranks, device: torch.device, compiled: bool
             module.set_force_sum_reduction_for_comms(True)  # and divided afterwards: gloo knows no means
 
     # Every micro-batch hands its gradients on: to add them up here first would take the room of all of them.
-    return Engine(model.loss, lambda last: nullcontext())
+    in_a_step = partial(torch.compiler.set_stance, "default") if compiled else nullcontext
+    return Engine(model.loss, lambda last: in_a_step())

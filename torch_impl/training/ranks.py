@@ -27,7 +27,8 @@ from torch import Tensor
 
 from torch_impl.training.files import InputError
 
-PATIENCE = timedelta(minutes=10)  # with a process that does not answer
+PATIENCE = timedelta(hours=1)
+"""With a process that does not answer: it may be reading a long text. If it died, that is noticed at once."""
 
 
 Loss = Callable[..., Tensor]
