@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -96,6 +97,27 @@ def test_a_resumed_run_does_not_live_in_the_files_of_its_checkpoint(small_run):
         with (folder / f"{name}.safetensors").open("r+b") as file:
             file.write(bytes(Path(file.name).stat().st_size))
     assert len(kept) > 10 and all(tensor.any() for tensor in kept)
+
+
+def test_a_run_takes_kernels_whose_sums_have_one_order_where_that_is_asked_for(small_run, monkeypatch):
+    """On the CPU they have it anyway."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    asked, train_steps = [], run_module.train_steps
+
+    def watched(*arguments):
+        asked.append(
+            (torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
+        )
+        return train_steps(*arguments)
+
+    monkeypatch.setattr(run_module, "train_steps", watched)
+    assert small_run("--out", "ordered", "--deterministic").code == 0
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    assert small_run("--out", "run").code == 0
+    assert asked == [(True, ":4096:8"), (False, None)]
+    for name in ("model", "optimizer"):
+        first, second = (Path(run, f"last/{name}.safetensors").read_bytes() for run in ("ordered", "run"))
+        assert first == second
 
 
 def test_sigterm_stops_as_ctrl_c_does(small_run, stop_at):

@@ -41,6 +41,9 @@ class RunSettings:
     cuda_graph: bool = False
     """Record a training step as a CUDA graph and replay it: on one GPU, where the host is what takes time.
     Not in float16."""
+    deterministic: bool = False
+    """On CUDA, the same bytes in each repetition, by slower kernels where the fast ones sum in any order. On
+    the CPU it is always so."""
     shard: bool = False
     """Under torchrun, each process holds a part of the weights, gradients and moments (FSDP2), for a model
     that does not fit; else each holds all of them (DDP)."""

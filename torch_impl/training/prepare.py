@@ -1,5 +1,6 @@
 """Everything before the first step of a run: text, tokenizer, model and folder, new or from a checkpoint."""
 
+import os
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -83,6 +84,7 @@ def prepare(request: Request, ranks: Ranks) -> Run:
     A new run's folder is made when nothing can be wrong with the request any more. Of several processes the
     first one writes, before the others read.
     """
+    _settle_order_of_sums(request.config.run.deterministic)
     config, place = request.config, choose_place(request.config.run, ranks)
     refuse_uneven(config.training.batch_size, 1 if request.fit else config.training.micro_batches, ranks.size)
     if config.run.cuda_graph and (
@@ -117,12 +119,12 @@ def prepare(request: Request, ranks: Ranks) -> Run:
     else:
         _check_goes_on(request, saved.progress, corpus)
         tokenizer = saved.tokenizer
-    if request.fit:
+    with ranks.machine_by_machine():
+        objective = make_objective(corpus, tokenizer, config, request.cache, place.device)
+    if request.fit:  # into what the tokens leave
         config = fitted(config, place, ranks)
         rows = config.training.batch_size // config.training.micro_batches
         print(f"batches of {config.training.batch_size} sequences, {rows} at a time")
-    with ranks.machine_by_machine():
-        objective = make_objective(corpus, tokenizer, config, request.cache, place.device)
 
     if saved is None:
         model = _first_model(request.init_from, config, place.dtype, home)
@@ -156,6 +158,17 @@ def prepare(request: Request, ranks: Ranks) -> Run:
         print(f"weights from {request.init_from}")
     _tell(run, place, resumed=saved is not None)
     return run
+
+
+def _settle_order_of_sums(deterministic: bool) -> None:
+    """Has PyTorch take kernels whose sums have one order, or whichever is fastest.
+
+    cuBLAS has to be told by the environment, before it is first used (PyTorch's notes on reproducibility).
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
 
 
 def _start(model: Embedded, config: RunConfig, place: Place, ranks: Ranks) -> TrainState:
