@@ -95,7 +95,7 @@ def test_a_vocabulary_that_is_filled_up_is_none_the_larger(arguments, multiple):
 
     wanted = found()
     with mock.patch.dict("torch_impl.linear_cross_entropy._MULTIPLES", cpu=multiple):
-        torch.testing.assert_close(found(), wanted, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found(), wanted, rtol=1e-9, atol=1e-9)  # other products round otherwise
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -180,8 +180,8 @@ BUGS = [
         (
             "smoothing_not_divided",
             "Every token gets all of the smoothing in the gradient.",
-            "dlogits -= label_smoothing / V",
-            "dlogits -= label_smoothing",
+            "dlogits[:, :V] -= label_smoothing / V",
+            "dlogits[:, :V] -= label_smoothing",
         ),
     ),
     *bugs(
