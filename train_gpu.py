@@ -12,14 +12,18 @@ from ref_numpy.config import ConfigError
 from torch_impl.training.command_line import Request, parse
 from torch_impl.training.files import InputError
 from torch_impl.training.stopping import Diverged
+from torch_impl.training.terminal import lasting_output
 
 
 def main(arguments: list[str]) -> int:
     """Carry out a command line. The exit code is 0, 1 for a run that failed, 2 for a request that cannot be
     met, and 128 + the signal for a run that was stopped; a failure is one line on stderr."""
     sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character still shows the rest
-    if arguments[:1] == ["sweep"]:
-        return _sweep(arguments[1:])
+    with lasting_output():
+        return _sweep(arguments[1:]) if arguments[:1] == ["sweep"] else _train(arguments)
+
+
+def _train(arguments: list[str]) -> int:
     try:
         request = parse(arguments)
     except (InputError, ConfigError) as error:

@@ -182,3 +182,22 @@ def dying(arguments: list[str], folder: str, fatal: int) -> None:
 
     sys.addaudithook(hook)
     alone(arguments, folder)
+
+
+def unheard(arguments: list[str], folder: str, stop: int) -> None:
+    """The same, but its reader dies of the Ctrl-C that stops it at a step."""
+    train_steps_undisturbed = run_module.train_steps
+    reader, writer = os.pipe()
+
+    def disturbed(state, sample, config):
+        for metrics in train_steps_undisturbed(state, sample, config):
+            if state.step == stop:
+                os.close(reader)
+                signal.raise_signal(signal.SIGINT)
+            yield metrics
+
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    sys.stdout, sys.stderr = (os.fdopen(os.dup(writer), "w", encoding="utf-8") for _ in range(2))
+    run_module.train_steps = disturbed
+    sys.exit(train_gpu.main(arguments))

@@ -22,7 +22,7 @@ from torch_impl.training.sweep_plan import Plan, Trial, make_plan
 from torch_impl.training.sweep_results import FINAL, ending, tell
 from torch_impl.training.terminal import interrupt_only_noted
 
-_STOPPED = {130, 143, -signal.SIGINT, -signal.SIGTERM}  # exit codes of a run that somebody stopped
+_STOPPED = {129, 130, 143, -signal.SIGINT, -signal.SIGTERM}  # exit codes of a run that somebody stopped
 _OWN_FILES = {"lock", "lock.json", "results.json", "table.md", "curves.png"}
 
 

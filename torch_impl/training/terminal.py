@@ -1,10 +1,13 @@
-"""A conversation's side of the terminal: lines that are typed, text that cannot harm, Ctrl-C."""
+"""A program's side of the terminal: typed lines, text that cannot harm, Ctrl-C, readers that leave."""
 
+import os
 import re
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from io import TextIOBase
+from typing import Any
 
 from torch_impl.training.files import InputError
 
@@ -71,3 +74,44 @@ def interrupt_only_noted() -> Iterator[Interrupt]:
         yield interrupt
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+class _Lasting:
+    """A text stream that falls silent when it cannot be written to any more."""
+
+    def __init__(self, stream: TextIOBase) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._or_silence():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._or_silence():
+            self._stream.flush()
+
+    @contextmanager
+    def _or_silence(self) -> Iterator[None]:
+        """Its descriptor leads nowhere from then on, so that nothing that is buffered fails once more."""
+        try:
+            yield
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def lasting_output() -> Iterator[None]:
+    """Within the block, a reader of stdout or stderr that leaves is no error for who writes: the tee of
+    `| tee log` dies of the same Ctrl-C, and a terminal may be closed."""
+    with redirect_stdout(_Lasting(sys.stdout)) as out, redirect_stderr(_Lasting(sys.stderr)) as err:
+        try:
+            yield
+        finally:
+            out.flush()
+            err.flush()
