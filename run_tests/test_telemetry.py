@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from torch_impl.training import plot
+from torch_impl.training.files import InputError
 from torch_impl.training.telemetry import MetricsLog, faces_of_loss
 
 
@@ -124,6 +126,41 @@ def test_faces_of_a_loss(loss, tokens_per_byte):
 
 def test_a_loss_beyond_all_bounds_still_has_a_perplexity():
     assert math.isfinite(faces_of_loss(1e4, 1.0)["perplexity"])
+
+
+def test_a_disk_that_fills_up_within_a_line_leaves_no_half_of_it(tmp_path):
+    """The file was cut, and then closed, which wrote what a buffer still held: a damaged line."""
+    resource = pytest.importorskip("resource")  # a limit to the size of files, which Windows has not
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    row = {"step": 1, "train_loss": 1.0, "val_loss": 2.0}
+    log.append(row)
+    whole = log.path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) * 5 // 3, hard))
+    try:
+        with pytest.raises(OSError):
+            log.append({**row, "step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert log.path.read_bytes() == whole
+
+
+def test_a_number_that_is_not_finite_is_null(tmp_path):
+    """JSON knows no Infinity, which older runs have written."""
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    row = {"step": 1, "tokens": 32, "train_loss": 1.0, "val_loss": 2.0}
+    log.append({**row, "grad_norm": math.inf})
+    assert b'"grad_norm": null' in log.path.read_bytes()
+    log.path.write_bytes(log.path.read_bytes().replace(b"null", b"Infinity"))
+    assert log.rows() == [{**row, "grad_norm": None}]
+    log.append({**row, "step": 2, "grad_norm": 3.0})
+    log.forget_after(2)
+    assert b"Infinity" not in log.path.read_bytes() and len(log.rows()) == 2
+    for y in ("grad_norm", "loss"):
+        assert plot.main([str(tmp_path), "--y", y, "--out", str(tmp_path / "curves.png")]) == 0
+    log.append({**row, "val_loss": math.nan})
+    with pytest.raises(InputError, match="line 3 is damaged"):
+        log.rows()
 
 
 def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):

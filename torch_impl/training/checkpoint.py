@@ -83,7 +83,8 @@ def save_checkpoint(
     with replaced_folder(folder) as new:
         _write_model(new, config, tokenizer, weights)
         write_tensors(new / "optimizer.safetensors", moments)
-        (new / "training.json").write_bytes(json.dumps(training, indent=2).encode("utf-8"))
+        content = json.dumps(training, indent=2, allow_nan=False)
+        (new / "training.json").write_bytes(content.encode("utf-8"))
 
 
 def _gathered(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:

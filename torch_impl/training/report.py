@@ -38,7 +38,7 @@ def write_report(run: Run, ended: str, told: str, sample: str | None = None) -> 
     if rows:
         draw_losses(run.folder / "losses.png", rows, run.config.model.vocab_size, str(run.folder))
     found = figures(run, ended, told)
-    write_file(run.folder / "report.json", json.dumps(found, indent=2).encode("ascii"))
+    write_file(run.folder / "report.json", json.dumps(found, indent=2, allow_nan=False).encode("ascii"))
     write_file(run.folder / "report.html", page(run, found, sample).encode("utf-8"))
     return found
 

@@ -132,7 +132,8 @@ def tell(plan: Plan, failed: dict[str, str]) -> str:
             for group in found
         ],
     }
-    write_file(plan.folder / "results.json", json.dumps(results, indent=2).encode("ascii"))
+    content = json.dumps(results, indent=2, allow_nan=False)
+    write_file(plan.folder / "results.json", content.encode("ascii"))
     write_file(plan.folder / "table.md", _markdown(plan, lines, bool(curves)).encode("utf-8"))
     done = sum(len(group.runs) for group in found)
     return f"\n{done} of {len(plan.trials)} runs\n{in_columns(lines)}\n{textwrap.fill(_LEGEND, 80)}"

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from torch_impl.training.files import InputError, write_file
 
-Row = dict[str, float | int | None]  # an evaluation; at step 0, what comes from training is None
+Row = dict[str, float | int | None]  # an evaluation; None: at step 0, or no finite number
 
 
 def faces_of_loss(loss: float, tokens_per_byte: float | None) -> Row:
@@ -50,7 +50,7 @@ class MetricsLog:
         *lines, _unfinished = self.path.read_bytes().split(b"\n") if self.path.exists() else [b""]
         for number, line in enumerate(lines, 1):
             try:
-                row = json.loads(line)
+                row = json.loads(line, parse_constant=lambda name: None)  # Infinity of older runs
                 row["step"] + row["val_loss"] + (row["train_loss"] or 0.0)  # numbers, all of them
             except (ValueError, TypeError, KeyError, RecursionError) as error:
                 raise InputError(f"{self.path}, line {number} is damaged: {error}") from error
@@ -58,21 +58,31 @@ class MetricsLog:
         return rows
 
     def append(self, row: Row) -> None:
-        """Add a line, whole or not at all. Raises OSError where the disk is full."""
-        with self.path.open("ab") as file:
+        """Add a line, whole or not at all. Raises OSError where the disk is full.
+
+        Not through a buffer, which would write the rest of the line after the file was cut.
+        """
+        line = _line(row)
+        with self.path.open("ab", buffering=0) as file:
             size = file.tell()
             try:
-                file.write(json.dumps(row).encode("ascii") + b"\n")
-                file.flush()
+                while line:
+                    line = line[file.write(line) :]
                 os.fsync(file.fileno())
             except OSError:
-                os.truncate(self.path, size)
+                file.truncate(size)
                 raise
 
     def forget_after(self, step: int) -> None:
         """Drop the evaluations that come after a step: the run goes on from there and makes them again."""
-        kept = [json.dumps(row) + "\n" for row in self.rows() if row["step"] <= step]
-        write_file(self.path, "".join(kept).encode("ascii"))
+        kept = [_line(row) for row in self.rows() if row["step"] <= step]
+        write_file(self.path, b"".join(kept))
+
+
+def _line(row: Row) -> bytes:
+    """JSON has no infinity: null stands for a number that is not finite, such as the norm of an overflow."""
+    finite = {name: value if value is None or math.isfinite(value) else None for name, value in row.items()}
+    return json.dumps(finite, allow_nan=False).encode("ascii") + b"\n"
 
 
 def draw_losses(path: Path, rows: list[Row], vocab_size: int, title: str) -> None:
