@@ -1,13 +1,19 @@
 """Checkpoints beside the best and the last one, and losses that leap."""
 
+import errno
 import json
 import math
 from pathlib import Path
 from random import Random
 
 import pytest
+import torch
 
+from ref_numpy.config import ModelConfig, TrainConfig
 from run_tests.conftest import content
+from torch_impl.optim import clip_by_global_norm
+from torch_impl.seq2seq import make_model
+from torch_impl.train import start
 from torch_impl.training import keeping
 from torch_impl.training import run as run_module
 from torch_impl.training.keeping import keep, kept_checkpoints
@@ -57,18 +63,75 @@ def test_a_run_that_gets_no_better_ends_early_and_keeps_its_best(small_run, cli)
     assert json.loads(Path("patient/last/training.json").read_bytes())["step"] == 40
 
 
-def test_a_leap_of_the_loss_is_told_once_and_what_was_before_is_kept(small_run, monkeypatch):
+@pytest.fixture
+def leaping(monkeypatch):
+    """Losses leap at steps 60, 70 and 77, and stay high for a while; from step 60 on, so does a gradient."""
     train_steps = run_module.train_steps
 
     def leaping(state, sample, config):
         for metrics in train_steps(state, sample, config):
-            yield metrics._replace(loss=metrics.loss * 4) if 70 <= state.step < 74 else metrics
+            if state.step == 59:
+                state.model.blocks[0].ffn.up.weight.register_hook(lambda gradient: 100 * gradient)
+            high = any(first <= state.step < first + 4 for first in (60, 70, 77))
+            yield metrics._replace(loss=metrics.loss * 4) if high else metrics
 
     monkeypatch.setattr(run_module, "train_steps", leaping)
-    outcome = small_run("--out", "run", "--steps", 80, "--eval-every", 80, "--checkpoint-every", 30)
-    assert outcome.code == 0 and outcome.out.count("the loss leaps to") == 1
-    assert "step 70: the loss leaps to " in outcome.out and str(Path("run/before-step-70")) in outcome.out
-    assert json.loads(Path("run/before-step-70/training.json").read_bytes())["step"] == 60
+    return "--steps", 80, "--eval-every", 80, "--checkpoint-every", 30
+
+
+def test_a_leap_of_the_loss_is_told_once_and_what_was_before_the_last_two_is_kept(small_run, leaping):
+    outcome = small_run("--out", "run", *leaping)
+    assert outcome.code == 0 and outcome.out.count("the loss leaps to") == 3
+    [told] = [line for line in outcome.out.splitlines() if line.startswith("step 70: the loss leaps to ")]
+    assert told.endswith(f"is kept as {Path('run/before-step-70')}")
+    kept = kept_checkpoints(Path("run"), "before-step")
+    assert [path.name for path in kept] == ["before-step-70", "before-step-77"]
+    assert json.loads((kept[0] / "training.json").read_bytes())["step"] == 60
+    [told] = [line for line in outcome.out.splitlines() if line.startswith("step 60: the loss leaps to ")]
+    assert "; going on. The gradients that grew most: blocks.0.ffn.up.weight " in told
+
+
+def test_a_full_disk_at_a_leap_of_the_loss_does_not_end_the_run(small_run, leaping, on_file_operation):
+    def full(event, path):
+        if path.name.startswith("before-step"):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    on_file_operation(full)
+    outcome = small_run("--out", "run", *leaping)
+    assert outcome.code == 0 and outcome.out.count("could not be kept: No space left on device") == 3
+    assert not list(Path("run").glob("before-step*"))
+
+
+def test_what_a_killed_run_was_keeping_is_removed_by_the_next(small_run, cli):
+    small_run("--out", "run")
+    for name in ("step-5.0a1b2c3d.new", "step-5.old", "before-step-70.0a1b2c3d.new", "before-step-60.old"):
+        Path("run", name).mkdir()
+        Path("run", name, "model.safetensors").touch()
+    assert cli("--resume", "run", "--steps", 13).code == 0
+    assert not [path for path in Path("run").iterdir() if path.suffix in (".new", ".old")]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_gradient_that_leaps_is_told_from_those_that_are_large(optimizer):
+    """Although clipping leaves it no larger than the others were, together."""
+    config = ModelConfig(vocab_size=5, context_length=4, n_layer=1, n_head=1, d_model=8)
+    state, watch = start(make_model(config), TrainConfig(optimizer=optimizer)), SpikeWatch()
+    random = torch.Generator().manual_seed(0)
+
+    def step(**factors: float) -> None:
+        for name, parameter in state.model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=random) + 5 * (name == "token_embedding.weight")
+            parameter.grad = factors.get(name.replace(".", "_"), 1.0) * noise
+        clip_by_global_norm(state.model, 1.0)
+        state.optimizer.step()
+
+    for _ in range(SpikeWatch.AFTER):
+        assert not watch.leaps(2.0) and not watch.grown(state)
+        step()
+        watch.remember_gradients(state)
+    step(norm_weight=1000)
+    (first, times), (_, next_times), *_ = watch.grown(state)
+    assert first == "norm.weight" and times > 2 and next_times < 1
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -1,4 +1,5 @@
-"""Checkpoints that are kept beside last/ and best/: the newest of before, as step-N/.
+"""Checkpoints that are kept beside last/ and best/: the newest of before, as step-N/, and those from before
+the newest leaps of the loss, as before-step-N/.
 
 A kept checkpoint is made of links to the files of last/, which are never written to again, and so takes a
 moment; where the disk has no links, of copies.
@@ -10,26 +11,31 @@ from pathlib import Path
 
 from torch_impl.training.files import new_folder
 
-
-def kept_checkpoints(run: Path) -> list[Path]:
-    """The step-N folders of a run, oldest first."""
-    names = [path for path in run.glob("step-*") if path.is_dir() and path.name[5:].isdecimal()]
-    return sorted(names, key=lambda path: int(path.name[5:]))
+_KINDS = ("step", "before-step")
 
 
-def keep_newest(run: Path, step: int, number: int) -> None:
-    """Keep last/, which is of this step, as step-N, and of all such folders no more than `number`.
+def kept_checkpoints(run: Path, kind: str = "step") -> list[Path]:
+    """The folders of a run that are called kind-N, oldest first."""
+    steps = {path: path.name.removeprefix(f"{kind}-") for path in run.glob(f"{kind}-*") if path.is_dir()}
+    return sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: int(steps[path]))
+
+
+def keep_newest(run: Path, step: int, number: int, kind: str = "step") -> None:
+    """Keep last/ as kind-N, N being the step, and of all such folders no more than `number`; none is made or
+    removed where that is 0.
 
     Does nothing that is done already: what a killed run left undone is done when it goes on. Raises OSError
     where the disk is full or not writable.
     """
-    for stale in [*run.glob("step-*.new"), *run.glob("step-*.old")]:
-        shutil.rmtree(stale)
-    if number and not (run / f"step-{step}").exists():
-        keep(run / "last", run / f"step-{step}")
-    for surplus in kept_checkpoints(run)[: -number or None]:
-        if number:
-            remove(surplus)
+    for name in _KINDS:
+        for stale in [*run.glob(f"{name}-*.new"), *run.glob(f"{name}-*.old")]:
+            shutil.rmtree(stale)
+    if not number:
+        return
+    if not (run / f"{kind}-{step}").exists():
+        keep(run / "last", run / f"{kind}-{step}")
+    for surplus in kept_checkpoints(run, kind)[:-number]:
+        remove(surplus)
 
 
 def keep(checkpoint: Path, name: Path) -> None:
