@@ -124,6 +124,39 @@ def test_what_is_to_blame_for_a_loss_that_is_none_is_named(small_run, monkeypatc
     assert json.loads(Path("run/last/training.json").read_bytes())["step"] == 5
 
 
+@pytest.mark.parametrize("flags", [(), ("--detect-anomaly",)])
+def test_a_gradient_that_is_none_though_the_forward_pass_is_finite(small_run, monkeypatch, flags):
+    """--detect-anomaly compared forward passes alone, and told that each component does what the reference
+    does."""
+    forward = FFN.forward
+
+    def broken(self, x):
+        y = forward(self, x)
+        if y.requires_grad:
+            y.register_hook(lambda gradient: gradient / 0.0)
+        return y
+
+    monkeypatch.setattr(FFN, "forward", broken)
+    error = small_run("--out", "run", *flags).error
+    assert re.search(r"step 1: the norm of the gradient is nan: the forward pass is finite; gradients", error)
+    not_compared = "(not compared: the output projection, the loss, any backward pass)"
+    assert (not_compared in error) == bool(flags) and "departs" not in error
+
+
+def test_a_failure_that_only_the_compiled_step_has_is_told_as_such(small_run, monkeypatch):
+    train_steps = run_module.train_steps
+
+    def poisoned(state, tokens, config):
+        for metrics in train_steps(state, tokens, config):
+            yield metrics._replace(loss=metrics.loss * float("nan"))
+
+    monkeypatch.setattr(run_module, "train_steps", poisoned)
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    told = "done again without torch.compile, the step is finite: the compiled one differs from it"
+    assert told in small_run("--out", "compiled", "--compile", "on").error
+    assert "done again, the step is finite; stopped" in small_run("--out", "eager").error
+
+
 def test_the_step_that_blew_up_is_named_though_the_loss_is_read_seldom(small_run, monkeypatch):
     train_steps = run_module.train_steps
 

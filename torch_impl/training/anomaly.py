@@ -7,7 +7,6 @@ component was the first to make a number that is not finite, and whose gradients
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,8 @@ from ref_numpy.loss import IGNORE
 from torch_impl.train import Sample, TrainState, train_steps
 from torch_impl.training.checkpoint import load_state
 from torch_impl.training.config import RunConfig
+from torch_impl.training.prepare import Run
+from torch_impl.training.stopping import StopRequest
 
 _SHOWN = 4  # names of each kind
 
@@ -31,15 +32,18 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(local.detach().isfinite().all())
 
 
-def offenders(state: TrainState, checkpoint: Path, sample: Sample, config: RunConfig, step: int) -> str:
+def offenders(run: Run, step: int, stop: StopRequest) -> str:
     """What is not finite in a step, counted from 1, as a sentence; the state is that of the step afterwards.
 
-    All processes of a run look, each at its own rows.
+    All processes of a run look, each at its own rows, and no further where they are asked to stop.
     """
-    load_state(checkpoint, state)
+    state, config, sample = run.state, run.config, run.objective.sample
+    load_state(run.folder / "last", state)
     training, device = config.training, state.rates.device
     for _ in islice(train_steps(state, sample, training), step - 1 - state.step):
-        pass
+        stop.agree(state.ranks.largest)
+        if stop.signal is not None:
+            return "the search for the cause was stopped"
     weights = not_finite(dict(state.model.named_parameters()))
     if weights:
         return f"the weights of {_listed(weights)} are not finite before the step"
@@ -48,12 +52,14 @@ def offenders(state: TrainState, checkpoint: Path, sample: Sample, config: RunCo
     gradients = not_finite({name: p.grad for name, p in state.model.named_parameters()})
     components, gradients = max(state.ranks.gathered((components, gradients)), key=any)
     if not components and not gradients:
+        if run.place.compile:
+            return "done again without torch.compile, the step is finite: the compiled one differs from it"
         return "done again, the step is finite"
+    made = f"the first to make one is {components[0]}" if components else "the forward pass is finite"
+    told = f"{made}; gradients that are not finite: {_listed(gradients) or 'none'}"
     if config.run.detect_anomaly:
-        bad = _listed(components + gradients)
-        return f"{_by_reference(state, sample, clock, config)}; not finite: {bad}"
-    made = f"the first to make one is {components[0]}" if components else "all components make finite ones"
-    return f"{made}; gradients that are not finite: {_listed(gradients) or 'none'}"
+        told += f"; {_by_reference(state, sample, clock, config)}"
+    return told
 
 
 def _by_reference(state: TrainState, sample: Sample, clock: Tensor, config: RunConfig) -> str:
@@ -66,7 +72,8 @@ def _by_reference(state: TrainState, sample: Sample, clock: Tensor, config: RunC
     departures = max(state.ranks.gathered(departures), key=bool)
     if not departures:
         return (
-            "each component does with its inputs what the NumPy reference does, so the numbers are too large"
+            "in the forward pass, all components that were compared do with their inputs what the NumPy "
+            "reference does (not compared: the output projection, the loss, any backward pass)"
         )
     return f"the first component that departs from the NumPy reference is {departures[0]}"
 

@@ -19,7 +19,7 @@ from torch_impl.training.checkpoint import save_checkpoint
 from torch_impl.training.command_line import Request
 from torch_impl.training.events import TensorBoardEvents
 from torch_impl.training.files import refuse_links, write_file
-from torch_impl.training.keeping import keep, keep_newest
+from torch_impl.training.keeping import keep_newest
 from torch_impl.training.lock import locked
 from torch_impl.training.looks import look, look_is_due
 from torch_impl.training.memory import OutOfMemory, accounted
@@ -30,6 +30,9 @@ from torch_impl.training.repeating import as_typed
 from torch_impl.training.report import in_short, write_report
 from torch_impl.training.stopping import Diverged, StopRequest, stop_requests
 from torch_impl.training.telemetry import in_words
+
+_KEPT_FROM_BEFORE = 2  # leaps of the loss
+_TOLD = 4  # gradients at each
 
 
 def train(request: Request) -> int:
@@ -116,7 +119,7 @@ def _train(run: Run, stop: StopRequest, profile: bool) -> bool:
             if not (evaluating or saving or step % settings.log_every == 0):
                 continue
 
-            loss = _read_pending(run)
+            loss = _read_pending(run, stop)
             training_seconds += time.perf_counter() - mark
             speed = (step - steps_before) * tokens_per_step / training_seconds
             bar.show(step, loss, speed)
@@ -146,7 +149,7 @@ def _profiled(run: Run, steps: Iterator[StepMetrics]) -> Iterator[StepMetrics]:
     return profiled(steps, watched.start - 1 - done, len(watched), run.folder, run.place.device)
 
 
-def _read_pending(run: Run) -> float:
+def _read_pending(run: Run, stop: StopRequest) -> float:
     """Read the metrics of the steps since the last reading, and return the last loss.
 
     Raises Diverged at the first step whose loss is no finite number, or whose gradient is none where no loss
@@ -157,14 +160,15 @@ def _read_pending(run: Run) -> float:
     norms = torch.stack([metrics.grad_norm for metrics in pending]).tolist()
     for step, (loss, norm) in enumerate(zip(losses, norms, strict=True), progress.step + 1):
         if not math.isfinite(loss):
-            raise _diverged(run, step, f"the loss is {loss}: {_cause(run, step)}")
+            raise _diverged(run, step, f"the loss is {loss}: {_cause(run, step, stop)}")
         if not math.isfinite(norm) and not scaler.is_enabled():
-            raise _diverged(run, step, f"the norm of the gradient is {norm}: {_cause(run, step)}")
+            raise _diverged(run, step, f"the norm of the gradient is {norm}: {_cause(run, step, stop)}")
     if scaler.is_enabled() and scaler.get_scale() == 0:
         raise _diverged(run, run.state.step, "the gradient overflows float16 at any loss scale")
     for step, loss in enumerate(losses, progress.step + 1):
         if run.spikes.leaps(loss):
             _tell_spike(run, step, loss)
+    run.spikes.remember_gradients(run.state)
     progress.loss_sum += sum(losses)
     progress.loss_count += len(losses)
     progress.step = run.state.step
@@ -173,20 +177,24 @@ def _read_pending(run: Run) -> float:
 
 
 def _tell_spike(run: Run, step: int, loss: float) -> None:
-    """Say that the loss leaps, and keep the checkpoint from before."""
-    kept = run.folder / f"before-step-{step}"
-    if run.state.ranks.first and not kept.exists():
-        keep(run.folder / "last", kept)
+    """Say that the loss leaps and which gradients do, and keep the checkpoint from before."""
+    grown = ", ".join(f"{name} {times:.1f} times" for name, times in run.spikes.grown(run.state)[:_TOLD])
+    kept = f"is kept as {run.folder / f'before-step-{step}'}"
+    if run.state.ranks.first:
+        try:
+            keep_newest(run.folder, step, _KEPT_FROM_BEFORE, "before-step")
+        except OSError as error:  # a full disk does not end a run that has nothing to save now
+            kept = f"could not be kept: {error.strerror}"
     tqdm.write(
         f"step {step}: the loss leaps to {loss:.3f} from about {run.spikes.mean:.3f}; going on. The "
-        f"checkpoint from before is kept as {kept}"
+        f"gradients that grew most: {grown or 'not known yet'}. The checkpoint from before {kept}"
     )
 
 
-def _cause(run: Run, step: int) -> str:
+def _cause(run: Run, step: int, stop: StopRequest) -> str:
     """Which component and which tensors are to blame, found by repeating the step."""
     tqdm.write(f"step {step} failed; repeating it from the last checkpoint to see where (Ctrl-C leaves)")
-    return offenders(run.state, run.folder / "last", run.objective.sample, run.config, step)
+    return offenders(run, step, stop)
 
 
 def _diverged(run: Run, step: int, what: str) -> Diverged:
