@@ -48,15 +48,19 @@ def offenders(run: Run, step: int, stop: StopRequest) -> str:
     if weights:
         return f"the weights of {_listed(weights)} are not finite before the step"
     clock = torch.tensor(state.step, device=device)
-    components = first_not_finite(state, sample(clock, training), clock, config)
+    components, returning = first_not_finite(state, sample(clock, training), clock, config)
     gradients = not_finite({name: p.grad for name, p in state.model.named_parameters()})
-    components, gradients = max(state.ranks.gathered((components, gradients)), key=any)
+    components, returning, gradients = max(state.ranks.gathered((components, returning, gradients)), key=any)
     if not components and not gradients:
         if run.place.compile:
             return "done again without torch.compile, the step is finite: the compiled one differs from it"
         return "done again, the step is finite"
-    made = f"the first to make one is {components[0]}" if components else "the forward pass is finite"
-    told = f"{made}; gradients that are not finite: {_listed(gradients) or 'none'}"
+    if components:
+        told = f"the first to make one is {components[0]}"
+    else:
+        told = "the forward pass is finite"
+        told += f", the gradient that comes back to {returning[0]} is not" if returning else ""
+    told += f"; gradients that are not finite: {_listed(gradients) or 'none'}"
     if config.run.detect_anomaly:
         told += f"; {_by_reference(state, sample, clock, config)}"
     return told
@@ -80,8 +84,9 @@ def _by_reference(state: TrainState, sample: Sample, clock: Tensor, config: RunC
 
 def first_not_finite(
     state: TrainState, batch: tuple[Tensor, ...], clock: Tensor, config: RunConfig
-) -> list[str]:
-    """Components whose outputs are not finite in forward passes on a batch, in the order in which they end.
+) -> tuple[list[str], list[str]]:
+    """Components whose outputs are not finite in forward passes on a batch, in the order in which they end;
+    and those whose outputs' gradients are not, in the order in which these come back.
 
     The gradients are in the parameters afterwards.
     """
@@ -89,7 +94,8 @@ def first_not_finite(
     micro_batches, rows, _ = targets.shape
     own = state.ranks.rows(rows)
     found: list[str] = []
-    with _watched(state.model, found):
+    returning: list[str] = []
+    with _watched(state.model, found, returning):
         for m in range(micro_batches):
             key = None
             if state.model.config.dropout > 0:
@@ -101,15 +107,23 @@ def first_not_finite(
             if not _is_finite(loss):
                 found.append("the loss")
             state.scaler.scale(loss).backward()
-    return found
+    return found, returning
 
 
 @contextmanager
-def _watched(model: nn.Module, found: list[str]) -> Iterator[None]:
+def _watched(model: nn.Module, found: list[str], returning: list[str]) -> Iterator[None]:
     def watch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
+        def look_back(gradient: Tensor) -> None:
+            if not _is_finite(gradient):
+                returning.append(name)
+
         def look(module: nn.Module, inputs: tuple, output: object) -> None:
-            if isinstance(output, Tensor) and not _is_finite(output):
+            if not isinstance(output, Tensor):
+                return
+            if not _is_finite(output):
                 found.append(name)
+            if output.requires_grad:
+                output.register_hook(look_back)
 
         return module.register_forward_hook(look)
 
