@@ -6,7 +6,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from io import TextIOBase
 from typing import Any
 
 from torch_impl.training.files import InputError
@@ -79,7 +78,7 @@ def interrupt_only_noted() -> Iterator[Interrupt]:
 class _Lasting:
     """A text stream that falls silent when it cannot be written to any more."""
 
-    def __init__(self, stream: TextIOBase) -> None:
+    def __init__(self, stream: Any) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
