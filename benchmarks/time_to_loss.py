@@ -1,4 +1,4 @@
-"""The time until a model is good: python -m benchmarks.time_to_loss --peer FOLDER --text FILE [--out FILE].
+"""Time until a model is good: python -m benchmarks.time_to_loss --nanogpt FOLDER --text FILE [--out FILE].
 
 A preset made for it, a preset with nanoGPT's settings, and nanoGPT itself (FOLDER is a checkout) train on the
 bytes of one text, of which the last tenth is held out: the sizes of nanoGPT's line for CPUs, or with --device
@@ -7,10 +7,9 @@ on their clock, not the evaluations between. The first five steps, in which kern
 graph is recorded, count there as the next ones do; the time that they took is told beside it.
 """
 
-import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -20,21 +19,21 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.train_gpu import peer_side
-from benchmarks.training import Side, ask, load_peer, nanogpt, ours, row, served, tokens_of
-from torch_impl.training.files import InputError, write_file
+from benchmarks.peers import load_nanogpt, peer_side
+from benchmarks.rows import row, table, write_rows
+from benchmarks.sides import Side, torch_side
+from benchmarks.turns import FIRST_STEPS, ask, leaving_out, served
+from torch_impl.training.files import InputError
 from torch_impl.training.flags import parse_flags
 from torch_impl.training.presets import PRESETS
 
 LOSSES = {"cpu": 1.898, "cuda": 1.4697}
 """What nanoGPT reaches: its line for CPUs, as it came out here, and its character model, by its README."""
 
-FIRST_STEPS = 5
-
 
 @dataclass(frozen=True)
 class Flags:
-    peer: str = ""
+    nanogpt: str = ""
     """Folder of nanoGPT, with its model.py."""
     text: str = ""
     """Text to train on, such as Tiny Shakespeare."""
@@ -59,11 +58,25 @@ class Runner(NamedTuple):
     make: Callable[..., Side]
 
 
-class Curve(NamedTuple):
+@dataclass
+class Curve:
     """What became of a side."""
 
-    first_steps: float  # seconds
-    points: list[tuple[float, float]]  # seconds of training without compilation, held-out loss
+    steps: int = 0  # that it has done
+    first_steps: float = 0.0  # seconds that FIRST_STEPS took
+    points: list[tuple[float, float]] = field(default_factory=list)  # seconds of training, held-out loss
+
+    def look(self, steps: int, seconds: float, loss: float) -> None:
+        """Write down a look after so many more steps. On the clock the first of them take as long as the
+        next ones, so that the first look stands at 0 until the second comes."""
+        if not self.points:
+            self.first_steps = seconds
+            self.points.append((0.0, loss))
+        else:
+            if len(self.points) == 1:
+                self.points[0] = (seconds / steps * self.steps, self.points[0][1])
+            self.points.append((self.points[-1][0] + seconds, loss))
+        self.steps += steps
 
 
 def runners(device: str) -> dict[str, Runner]:
@@ -75,68 +88,49 @@ def runners(device: str) -> dict[str, Runner]:
 
     if device == "cpu":
         return {
-            "char-fast": runner("char-fast", ours),
-            "nanogpt-cpu": runner("nanogpt-cpu", ours),
-            "nanoGPT": runner("nanogpt-cpu", nanogpt),
+            "char-fast": runner("char-fast", torch_side),
+            "nanogpt-cpu": runner("nanogpt-cpu", torch_side),
+            "nanoGPT": runner("nanogpt-cpu", peer_side),
         }
     recorded = {"dtype": torch.bfloat16, "device": device, "cuda_graph": True}
     return {
-        "char-fast-gpu": runner("char-fast-gpu", ours, compiled=True, **recorded),
-        "char-fast-gpu, not compiled": runner("char-fast-gpu", ours, **recorded),
-        "nanogpt-gpu": runner("nanogpt-gpu", ours, compiled=True, **recorded),
-        "nanoGPT": runner("nanogpt-gpu", peer_side, name="nanoGPT", device=device),
+        "char-fast-gpu": runner("char-fast-gpu", torch_side, compiled=True, **recorded),
+        "char-fast-gpu, not compiled": runner("char-fast-gpu", torch_side, **recorded),
+        "nanogpt-gpu": runner("nanogpt-gpu", torch_side, compiled=True, **recorded),
+        "nanoGPT": runner("nanogpt-gpu", peer_side, device=device, tuned=True, half=True),
     }
 
 
-def curves(sides: dict[str, Runner], text: bytes, flags: Flags) -> dict[str, Curve]:
-    """Of each side, to the end of its steps. One that fails is named, and ends there."""
-    makers = [runner.make for runner in sides.values()]
-    found: dict[str, Curve] = {}
+def train(sides: dict[str, Runner], text: bytes, flags: Flags, curves: dict[str, Curve]) -> None:
+    """Each side to the end of its steps; its curve grows meanwhile. One that fails is named and ends there."""
+    makers = {name: runner.make for name, runner in sides.items()}
     with (
-        served(makers, tokens_of(text), flags.peer, flags.threads) as pipes,
+        served(makers, np.frombuffer(text, np.uint8).astype(np.int64), flags.nanogpt, flags.threads) as pipes,
         tqdm(total=flags.looks + 1, unit="look", dynamic_ncols=True) as bar,
     ):
-        going = dict(zip(sides, pipes, strict=True))
-        done = dict.fromkeys(sides, 0)
         for look in range(flags.looks + 1):
-            for name, pipe in list(going.items()):
-                until = max(sides[name].steps * look // flags.looks, FIRST_STEPS)
-                try:
-                    if until > done[name]:
-                        seconds, loss = ask(pipe, until - done[name]), ask(pipe, 0)
-                        _note(found, name, seconds, loss, done[name], until)
-                        done[name] = until
-                except (EOFError, ConnectionError):
-                    bar.write(f"{name}: it has failed after step {done[name]}", file=sys.stderr)
-                    del going[name]
+            for name in list(pipes):
+                curve = curves.setdefault(name, Curve())
+                steps = max(sides[name].steps * look // flags.looks, FIRST_STEPS) - curve.steps
+                if steps > 0:
+                    with leaving_out(pipes, name):
+                        curve.look(steps, ask(pipes[name], steps), ask(pipes[name], "loss"))
             bar.update()
-    return found
-
-
-def _note(found: dict[str, Curve], name: str, seconds: float, loss: float, done: int, until: int) -> None:
-    """Write down a look. The first one stands at 0 until the second tells how long its steps take."""
-    if name not in found:
-        found[name] = Curve(seconds, [(0.0, loss)])
-        return
-    points = found[name].points
-    if len(points) == 1:
-        points[0] = (seconds / (until - done) * done, points[0][1])
-    points.append((points[-1][0] + seconds, loss))
 
 
 def seconds_to(loss: float, points: list[tuple[float, float]]) -> float | None:
     """When a curve first falls to a loss, on a straight line between two looks; None where it never does."""
-    for (begin, high), (end, low) in pairwise(points):
+    for (begin, high), (end, low) in pairwise([*points[:1], *points]):
         if low <= loss:
-            return begin + (end - begin) * (high - loss) / (high - low)
+            return end if high <= loss else begin + (end - begin) * (high - loss) / (high - low)
     return None
 
 
-def draw(found: dict[str, Curve], loss: float, path: Path) -> None:
+def draw(curves: dict[str, Curve], loss: float, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for name, curve in found.items():
+    for name, curve in curves.items():
         seconds, losses = np.array(curve.points).T
         axes.plot(seconds, losses, marker=".", label=name)
         if (reached := seconds_to(loss, curve.points)) is not None:
@@ -149,42 +143,58 @@ def draw(found: dict[str, Curve], loss: float, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def tell(curves: dict[str, Curve], loss: float) -> list[dict]:
+    """Prints what came out, and returns the rows."""
+    times = {name: seconds_to(loss, curve.points) for name, curve in curves.items()}
+    for name, curve in curves.items():
+        reached = "never" if times[name] is None else f"after {times[name]:.1f} s"
+        seconds, last = curve.points[-1]
+        print(
+            f"{name:27} {loss} {reached}; {last:.4f} after {curve.steps} steps, at {seconds:.1f} s; "
+            f"its first {FIRST_STEPS} steps took {curve.first_steps:.1f} s"
+        )
+    if (peer := times.pop("nanoGPT", None)) is None:
+        print(f"nanoGPT did not come to {loss}, so there is nothing to compare with; try a larger --loss")
+        return []
+    return [
+        row(f"{name}, time to {loss}, beside nanoGPT", time, peer, "s")
+        for name, time in times.items()
+        if time is not None
+    ]
+
+
 def main(arguments: list[str]) -> int:
     try:
         flags = parse_flags(Flags(), arguments, "python -m benchmarks.time_to_loss", __doc__)
-        load_peer(flags.peer)
+        load_nanogpt(flags.nanogpt)
         if flags.device not in LOSSES or (flags.device == "cuda" and not torch.cuda.is_available()):
             raise InputError(f"--device {flags.device} is not here; it is cpu, or cuda where there is one")
+        if flags.looks < 1:
+            raise InputError(f"--looks {flags.looks}: there must be one at least")
+        if flags.out and Path(flags.out).suffix not in (".png", ".svg"):
+            raise InputError(f"--out {flags.out} must end in .png or .svg")
         if not flags.text:
             raise InputError("--text is missing; name a text, such as Tiny Shakespeare")
         text = Path(flags.text).read_bytes()
         if len(text) < 10_000:
             raise InputError(f"--text {flags.text} has {len(text)} bytes; it needs 10,000 at least")
         loss = flags.loss or LOSSES[flags.device]
-        found = curves(runners(flags.device), text, flags)
-        if flags.out:
-            draw(found, loss, Path(flags.out))
-        times = {name: seconds_to(loss, curve.points) for name, curve in found.items()}
-        for name, curve in found.items():
-            reached = "never" if times[name] is None else f"after {times[name]:.1f} s"
-            seconds, last = curve.points[-1]
-            print(
-                f"{name:27} {loss} {reached}; {last:.4f} after its last step, at {seconds:.1f} s; "
-                f"its first {FIRST_STEPS} steps took {curve.first_steps:.1f} s"
-            )
-        peer, rows = times.get("nanoGPT"), []
-        if peer is None:
-            print(f"nanoGPT did not come to {loss}, so there is nothing to compare with; try a larger --loss")
-        for name, time in times.items():
-            if peer is not None and time is not None and name != "nanoGPT":
-                rows.append(row(f"{name}, time to {loss}", time, peer, peer / time, "s"))
-        for each in rows:
-            print(f"{each['name']:62} {each['ours']:8.1f} {each['peer']:8.1f} s {each['ratio']:6.2f}x")
-        if flags.json:
-            write_file(Path(flags.json), json.dumps(rows, indent=1).encode("utf-8"))
+        curves: dict[str, Curve] = {}
+        try:
+            train(runners(flags.device), text, flags, curves)
+        finally:  # what is measured by then is told, whatever came
+            curves = {name: curve for name, curve in curves.items() if curve.points}
+            rows = tell(curves, loss)
+            print(table(rows))
+            write_rows(flags.json, rows)
+            if flags.out:
+                draw(curves, loss, Path(flags.out))
     except (InputError, OSError) as error:
         print(f"benchmarks.time_to_loss: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("benchmarks.time_to_loss: interrupted; the curves end there", file=sys.stderr)
+        return 130
     return 0
 
 

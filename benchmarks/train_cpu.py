@@ -1,4 +1,4 @@
-"""Training on the CPU beside its peers: python -m benchmarks.train_cpu --peer FOLDER --text FILE.
+"""Training on the CPU beside its peers: python -m benchmarks.train_cpu --nanogpt FOLDER --text FILE.
 
 FOLDER is a checkout of https://github.com/karpathy/nanoGPT. Three shapes, from a toy to a large vocabulary,
 are trained on characters or byte pairs of one text: by torch_impl as it is, in float32 and in bfloat16; by
@@ -7,45 +7,32 @@ compiler is found, torch.compile; and the first shape by NumPy alone. Each side 
 they take turns. Beside the speeds stands what the processor allows: the speed of its matrix products.
 """
 
-import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from shutil import which
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
 
-from benchmarks.training import (
-    Side,
-    ask,
-    load_peer,
-    nanogpts_loop,
-    nanogpts_model,
-    ours,
-    served,
-    speed_rows,
-    take_turns,
-)
-from ref_numpy.config import ModelConfig
+from benchmarks.peers import has_compiler, load_nanogpt, peer_side
+from benchmarks.rows import OURS, Measured, paired, row, write_rows
+from benchmarks.sides import Side, torch_side
+from benchmarks.turns import served, take_turns
 from ref_numpy.data import sample_batch as numpy_batch
 from ref_numpy.parameters import init_params
 from ref_numpy.train import train as numpy_train
 from torch_impl.bpe import BPETokenizer
 from torch_impl.bpe import train as train_bpe
 from torch_impl.linear import linear, product_kernel
-from torch_impl.train import evaluate, keep_freed_memory
+from torch_impl.train import evaluate
 from torch_impl.training.config import RunConfig
 from torch_impl.training.costs import forward_flops
-from torch_impl.training.files import InputError, write_file
+from torch_impl.training.files import InputError
 from torch_impl.training.flags import parse_flags
 from torch_impl.training.presets import PRESETS
 from torch_impl.transformer import Transformer
@@ -72,56 +59,18 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Flags:
-    peer: str = ""
+    nanogpt: str = ""
     """Folder of nanoGPT, with its model.py."""
     text: str = ""
     """Text to train on, whose last tenth is held out."""
     turns: int = 6
-    """Turns of each side at each shape, after three steps that are not timed."""
+    """Turns of each side at each shape."""
     seconds: float = 4.0
     """Of a turn, about, in nanoGPT's steps."""
     tuned: bool = True
     """Also the peers at their best, which takes minutes of compilation."""
     json: str = ""
     """File that the rows are written to."""
-
-
-class Gpt2(nn.Module):
-    """transformers' GPT-2, as nanoGPT's loop calls a model."""
-
-    def __init__(self, model: ModelConfig) -> None:
-        super().__init__()
-        from transformers import GPT2Config, GPT2LMHeadModel
-
-        sizes = {"n_layer": model.n_layer, "n_head": model.n_head, "n_embd": model.d_model}
-        dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), model.dropout)
-        self.model = GPT2LMHeadModel(
-            GPT2Config(vocab_size=model.vocab_size, n_positions=model.context_length, **sizes, **dropouts)
-        )
-
-    def forward(self, ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.model(ids, use_cache=False).logits
-        return logits, nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-
-    def configure_optimizers(self, decay: float, rate: float, betas: tuple, device: str) -> torch.optim.AdamW:
-        fused = device == "cuda"  # as nanoGPT's
-        return torch.optim.AdamW(self.parameters(), lr=rate, betas=betas, weight_decay=decay, fused=fused)
-
-
-def peer_side(
-    train: np.ndarray,
-    valid: np.ndarray,
-    folder: str,
-    config: RunConfig,
-    name: str,
-    tuned: bool = False,
-    half: bool = False,
-) -> Side:
-    """A peer's model in nanoGPT's loop, as it is or at its best."""
-    model = nanogpts_model(folder, config) if name == "nanoGPT" else Gpt2(config.model)
-    if tuned:
-        keep_freed_memory()
-    return nanogpts_loop(model, train, valid, config, compiled=tuned and has_compiler(), half=half)
 
 
 def numpy_side(train: np.ndarray, valid: np.ndarray, _: str, config: RunConfig) -> Side:
@@ -143,69 +92,42 @@ def numpy_side(train: np.ndarray, valid: np.ndarray, _: str, config: RunConfig) 
     return Side(steps(), held_out_loss)
 
 
-def has_compiler() -> bool:
-    """Whether torch.compile finds what it needs for the CPU."""
-    return any(which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++"))
-
-
 def sides(config: RunConfig, tuned: bool, with_numpy: bool) -> dict[str, Callable[..., Side]]:
-    """Who trains a shape. The first two are nanoGPT as it is and torch_impl."""
+    """Who trains a shape."""
+    mine, peer = partial(torch_side, config=config), partial(peer_side, config=config)
     found: dict[str, Callable[..., Side]] = {
-        "nanoGPT": partial(peer_side, config=config, name="nanoGPT"),
-        "torch_impl": partial(ours, config=config),
-        "torch_impl, bfloat16": partial(ours, config=config, dtype=torch.bfloat16),
-        "transformers": partial(peer_side, config=config, name="transformers"),
+        "nanoGPT": peer,
+        "torch_impl": mine,
+        "torch_impl, bfloat16": partial(mine, dtype=torch.bfloat16),
+        "transformers": partial(peer, name="transformers"),
     }
     if with_numpy:
         found["ref_numpy"] = partial(numpy_side, config=config)
     if tuned:
-        found["torch_impl, compiled, bfloat16"] = partial(
-            ours, config=config, dtype=torch.bfloat16, compiled=has_compiler()
-        )
+        found["torch_impl, compiled, bfloat16"] = partial(mine, dtype=torch.bfloat16, compiled=has_compiler())
         for name in ("nanoGPT", "transformers"):
-            found[f"{name}, tuned"] = partial(peer_side, config=config, name=name, tuned=True)
-            found[f"{name}, tuned, bfloat16"] = partial(
-                peer_side, config=config, name=name, tuned=True, half=True
-            )
+            found[f"{name}, tuned"] = partial(peer, name=name, tuned=True)
+            found[f"{name}, tuned, bfloat16"] = partial(peer, name=name, tuned=True, half=True)
     return found
 
 
-class Speed(NamedTuple):
-    """What came out for one side at one shape."""
-
-    shape: str
-    side: str
-    tokens: float  # per second, as the median of the turns
-    peer: float  # nanoGPT's
-    ratio: float  # the median of the turns' ratios
-    flops: float  # per second, forward and backward
-    loss: float  # on the held-out text, after as many steps as the others
-
-
-def measure(name: str, config: RunConfig, tokens: np.ndarray, flags: Flags) -> list[Speed]:
-    """All sides at one shape."""
-    makers = sides(config, flags.tuned, with_numpy=name == next(iter(SHAPES)))
-    tokens_per_step = config.training.batch_size * config.model.context_length
-    with served(list(makers.values()), tokens[:TOKENS], flags.peer, 0) as pipes:
-        for pipe in tqdm(pipes, desc=f"{name}: first steps", unit="side", dynamic_ncols=True):
-            ask(pipe, 2)
-        again = ask(pipes[0], 1)
-        steps = max(round(flags.seconds / again), 1)
-        for pipe in pipes[1:]:
-            ask(pipe, 1)
-        turns = take_turns(pipes, steps, flags.turns, name)
-        losses = [ask(pipe, 0) for pipe in pipes]
-    found = []
-    for number, side in enumerate(makers):
-        speed, peer = (tokens_per_step / statistics.median(turn[n] for turn in turns) for n in (number, 0))
-        ratio = statistics.median(turn[0] / turn[number] for turn in turns)
-        flops = 3 * forward_flops(config.model) * speed
-        found.append(Speed(name, side, speed, peer, ratio, flops, losses[number]))
-    return found
+def measure(shape: str, config: RunConfig, tokens: np.ndarray, flags: Flags) -> dict[str, Measured]:
+    """All sides at one shape, with their losses on the held-out text, after as many steps."""
+    makers = sides(config, flags.tuned, with_numpy=shape == next(iter(SHAPES)))
+    with served(makers, tokens[:TOKENS], flags.nanogpt) as pipes:
+        timings = take_turns(pipes, shape, flags.turns, flags.seconds, config.training.steps, last="loss")
+    per_step, flops = (
+        config.training.batch_size * config.model.context_length,
+        3 * forward_flops(config.model),
+    )
+    return {
+        side: Measured(per_step, timing.seconds, flops, {"held-out loss": (timing.last, "nats/token")})
+        for side, timing in timings.items()
+    }
 
 
 def ceilings() -> dict[str, float]:
-    """FLOP/s of a product of 2,048 by 2,048 matrices: the best of five."""
+    """FLOP/s of a product of 2,048 by 2,048 matrices, in float32 by who makes it, or in bfloat16."""
 
     def best(multiply: Callable[[], Any]) -> float:
         times = []
@@ -219,10 +141,10 @@ def ceilings() -> dict[str, float]:
     half, half_weight, plain, plain_weight = x.bfloat16(), weight.bfloat16(), x.numpy(), weight.numpy()
     with torch.no_grad():
         return {
-            "float32, torch_impl": best(lambda: linear(x, weight, None)),
-            "float32, PyTorch": best(lambda: x @ weight),
+            "torch_impl": best(lambda: linear(x, weight, None)),
+            "PyTorch": best(lambda: x @ weight),
             "bfloat16": best(lambda: half @ half_weight),
-            "float32, NumPy": best(lambda: plain @ plain_weight),
+            "ref_numpy": best(lambda: plain @ plain_weight),
         }
 
 
@@ -252,24 +174,39 @@ def tokens_for(config: RunConfig, text: bytes) -> tuple[RunConfig, np.ndarray]:
     return config, BPETokenizer(vocabulary).encode(words).astype(np.int64)
 
 
-def table(speeds: list[Speed], limits: dict[str, float]) -> str:
+def ceiling_rows(results: dict[str, dict[str, Measured]], limits: dict[str, float]) -> list[dict]:
+    """Our sides beside the products of their precision, and our products in float32 beside PyTorch's."""
+    rows = [
+        row("products of 2,048 x 2,048: torch_impl beside PyTorch", limits["torch_impl"] / 1e9,
+            limits["PyTorch"] / 1e9, "GFLOP/s")
+    ]  # fmt: skip
+    for shape, sides in results.items():
+        for side, measured in sides.items():
+            if side.startswith(OURS):
+                limit = limits["bfloat16" if "bfloat16" in side else side]
+                name = f"{shape}: {side} beside products of 2,048 x 2,048"
+                rows.append(row(name, measured.flop_speed / 1e9, limit / 1e9, "GFLOP/s"))
+    return rows
+
+
+def table(results: dict[str, dict[str, Measured]], limits: dict[str, float]) -> str:
     lines = []
-    for shape in SHAPES:
-        lines += [f"\n{shape}", f"{'':28} {'tokens/s':>9} {'nanoGPT = 1':>12} {'GFLOP/s':>8} {'loss':>7}"]
-        lines += [
-            f"{each.side:28} {each.tokens:9,.0f} {each.ratio:11.2f}x {each.flops / 1e9:8.0f} {each.loss:7.3f}"
-            for each in speeds
-            if each.shape == shape
-        ]
+    for shape, sides in results.items():
+        lines += [f"\n{shape}", f"{'':30} {'tokens/s':>9} {'nanoGPT = 1':>12} {'GFLOP/s':>8} {'loss':>7}"]
+        for side, measured in sides.items():
+            ratio = f"{measured.ratio(sides['nanoGPT']):.2f}x" if "nanoGPT" in sides else "-"
+            loss, _ = measured.figures["held-out loss"]
+            speeds = f"{measured.speed:9,.0f} {ratio:>12} {measured.flop_speed / 1e9:8.0f}"
+            lines.append(f"{side:30} {speeds} {loss:7.3f}")
     lines.append("\nproducts of 2,048 x 2,048, GFLOP/s: ")
-    lines[-1] += ", ".join(f"{name} {flops / 1e9:.0f}" for name, flops in limits.items())
+    lines[-1] += ", ".join(f"{name} {limit / 1e9:.0f}" for name, limit in limits.items())
     return "\n".join(lines)
 
 
 def main(arguments: list[str]) -> int:
     try:
         flags = parse_flags(Flags(), arguments, "python -m benchmarks.train_cpu", __doc__)
-        load_peer(flags.peer)
+        load_nanogpt(flags.nanogpt)
         if not flags.text:
             raise InputError("--text is missing; name a text, such as Tiny Shakespeare")
         if flags.turns < 1:
@@ -277,15 +214,19 @@ def main(arguments: list[str]) -> int:
         text = Path(flags.text).read_bytes()
         print(surroundings())
         limits = ceilings()
-        speeds = []
-        for name, config in SHAPES.items():
-            speeds += measure(name, *tokens_for(config, text), flags)
-        if flags.json:
-            write_file(Path(flags.json), json.dumps(speed_rows(speeds), indent=1).encode("utf-8"))
+        results: dict[str, dict[str, Measured]] = {}
+        try:
+            for shape, config in SHAPES.items():
+                results[shape] = measure(shape, *tokens_for(config, text), flags)
+        finally:  # what is measured by then is told, whatever came
+            print(table(results, limits))
+            write_rows(flags.json, [*paired(results), *ceiling_rows(results, limits)])
     except (InputError, OSError) as error:
         print(f"benchmarks.train_cpu: error: {error}", file=sys.stderr)
         return 2
-    print(table(speeds, limits))
+    except KeyboardInterrupt:
+        print("benchmarks.train_cpu: interrupted; other shapes are not measured", file=sys.stderr)
+        return 130
     return 0
 
 

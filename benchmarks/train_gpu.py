@@ -1,43 +1,31 @@
-"""Training on a GPU beside its peers: python -m benchmarks.train_gpu --peer FOLDER --text FILE.
+"""Training on a GPU beside its peers: python -m benchmarks.train_gpu --nanogpt FOLDER --text FILE.
 
 FOLDER is a checkout of https://github.com/karpathy/nanoGPT. The preset gpu, a character model of ten million
 parameters and GPT-2's smallest shape are trained by torch_impl, nanoGPT and transformers, all compiled, in
-bfloat16; by torch_impl with --cuda-graph and in float8 as well. Each side has a process to itself, and they
-take turns. Beside the speeds stands what the GPU allows, in products of matrices and in copies. MFU is
-(6 N + 12 L H D T) tokens/s (PaLM, appendix B) as a part of the measured products, or of --peak-tflops, such
-as the data sheet's.
+bfloat16; by torch_impl with --cuda-graph and in float8 as well. Each side has a process to itself; they take
+turns, and between them keep no memory but their weights and moments, and what a CUDA graph owns. Beside the
+speeds stands what the GPU allows, in products of matrices and in copies. MFU is (6 N + 12 L H D T) tokens/s
+(PaLM, appendix B) as a part of the measured products, or of --peak-tflops, such as the data sheet's.
 """
 
-import json
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from benchmarks.train_cpu import Gpt2
-from benchmarks.training import (
-    Side,
-    ask,
-    load_peer,
-    nanogpts_loop,
-    nanogpts_model,
-    ours,
-    served,
-    speed_rows,
-    take_turns,
-    tokens_of,
-)
+from benchmarks.peers import has_compiler, load_nanogpt, peer_side
+from benchmarks.rows import OURS, Measured, paired, row, write_rows
+from benchmarks.sides import Side, torch_side
+from benchmarks.turns import served, take_turns
 from torch_impl.training.config import RunConfig
-from torch_impl.training.costs import in_bytes, palm_flops
-from torch_impl.training.files import InputError, write_file
+from torch_impl.training.costs import Kernels, activation_bytes, palm_flops, parameter_count
+from torch_impl.training.files import InputError
 from torch_impl.training.flags import parse_flags
 from torch_impl.training.presets import PRESETS
 
@@ -59,12 +47,14 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Flags:
-    peer: str = ""
+    nanogpt: str = ""
     """Folder of nanoGPT, with its model.py."""
     text: str = ""
     """Text to train on, bytes as tokens, whose last tenth is held out."""
     shapes: tuple[str, ...] = ("gpu", "char-10m", "gpt2-124m")
     """Shapes to train; there is also toy, for a look on the CPU."""
+    batch_size: int = 0
+    """Sequences of a step, such as fewer for a smaller GPU; 0 for each shape's own."""
     turns: int = 5
     """Turns of each side at each shape."""
     seconds: float = 2.0
@@ -77,72 +67,48 @@ class Flags:
     """File that the rows are written to."""
 
 
-@dataclass(frozen=True)
-class Speed:
-    """What came out for one side at one shape."""
-
-    shape: str
-    side: str
-    tokens: float  # per second
-    peer: float  # nanoGPT's
-    ratio: float  # the median of the turns' ratios
-    first_step: float  # seconds, compilation included
-    memory: float  # bytes on the GPU, at most
-
-
-def peer_side(
-    train: np.ndarray, valid: np.ndarray, folder: str, config: RunConfig, name: str, device: str
-) -> Side:
-    """A peer at its best: compiled, bfloat16 by autocast, TF32 where float32 is left."""
-    torch.set_float32_matmul_precision("high")
-    model = nanogpts_model(folder, config) if name == "nanoGPT" else Gpt2(config.model)
-    return nanogpts_loop(model, train, valid, config, compiled=True, half=True, device=device)
-
-
-def measure(shape: str, tokens: np.ndarray, flags: Flags) -> list[Speed]:
-    """All sides at one shape. nanoGPT is the first."""
-    config, on_cuda = SHAPES[shape], flags.device == "cuda"
-    mine = partial(ours, config=config, dtype=torch.bfloat16, device=flags.device, compiled=on_cuda)
-    makers: dict[str, Callable[..., Side]] = {
-        "nanoGPT": partial(peer_side, config=config, name="nanoGPT", device=flags.device),
+def sides(config: RunConfig, device: str) -> dict[str, Callable[..., Side]]:
+    """Who trains a shape."""
+    mine = partial(torch_side, config=config, dtype=torch.bfloat16, device=device, compiled=has_compiler())
+    peer = partial(peer_side, config=config, device=device, tuned=True, half=True)
+    found: dict[str, Callable[..., Side]] = {
+        "nanoGPT": peer,
         "torch_impl": mine,
-        "transformers": partial(peer_side, config=config, name="transformers", device=flags.device),
+        "transformers": partial(peer, name="transformers"),
     }
-    if on_cuda:
-        makers["torch_impl, CUDA graph"] = partial(mine, cuda_graph=True)
-    if not on_cuda or torch.cuda.get_device_capability() >= (8, 9):
-        makers["torch_impl, float8"] = partial(mine, float8=True)
-    with served(list(makers.values()), tokens, flags.peer, 0) as pipes:
-        alive, first = {}, []
-        bar = tqdm(makers, desc=f"{shape}: first steps", unit="side", dynamic_ncols=True)
-        for side, pipe in zip(bar, pipes, strict=True):
-            try:
-                seconds, _ = ask(pipe, 1), ask(pipe, 5)  # by then a graph is recorded
-            except (EOFError, ConnectionError):
-                bar.write(f"{shape}, {side}: it has failed, and is left out", file=sys.stderr)
-                continue
-            alive[side] = pipe
-            first.append(seconds)
-        if "nanoGPT" not in alive:
-            raise InputError(f"{shape}: nanoGPT has failed, so there is nothing to compare with")
-        pipes = list(alive.values())
-        steps = max(round(flags.seconds / (ask(pipes[0], 5) / 5)), 1)
-        turns = take_turns(pipes, steps, flags.turns, shape)
-        memory = [ask(pipe, -1) for pipe in pipes]
-    tokens_per_step = config.training.batch_size * config.model.context_length
-    peer = tokens_per_step / median(turn[0] for turn in turns)
-    return [
-        Speed(
-            shape,
-            side,
-            tokens_per_step / median(turn[number] for turn in turns),
-            peer,
-            median(turn[0] / turn[number] for turn in turns),
-            first[number],
-            memory[number],
-        )
-        for number, side in enumerate(alive)
-    ]
+    if device == "cuda":
+        found["torch_impl, CUDA graph"] = partial(mine, cuda_graph=True)
+    if device == "cpu" or torch.cuda.get_device_capability() >= (8, 9):
+        found["torch_impl, float8"] = partial(mine, float8=True)
+    return found
+
+
+def measure(
+    shape: str, config: RunConfig, tokens: np.ndarray, flags: Flags, peak: float
+) -> dict[str, Measured]:
+    """All sides at one shape, with their part of a peak in FLOP/s, their memory, and their first step."""
+    with served(sides(config, flags.device), tokens, flags.nanogpt) as pipes:
+        timings = take_turns(pipes, shape, flags.turns, flags.seconds, config.training.steps, last="rest")
+    results = {}
+    for side, timing in timings.items():
+        measured = Measured(tokens_of_a_step(config), timing.seconds, palm_flops(config.model))
+        measured.figures["MFU"] = 100 * measured.flop_speed / peak, "%"
+        measured.figures["first step"] = timing.first_step, "s"
+        if flags.device == "cuda":
+            measured.figures["memory"] = timing.last / 2**30, "GiB"
+        results[side] = measured
+    return results
+
+
+def tokens_of_a_step(config: RunConfig) -> int:
+    return config.training.batch_size * config.model.context_length
+
+
+def moved_bytes(config: RunConfig) -> int:
+    """What a step has to read and write at least: AdamW reads weights, gradients and two moments, and writes
+    all but gradients, 28 bytes a parameter; activations in bfloat16 are written once and read once."""
+    kept = activation_bytes(config.model, config.training.batch_size, Kernels(size=2, of_cpu=False))
+    return 28 * parameter_count(config.model) + 2 * kept
 
 
 def ceilings(device: str) -> tuple[float, float]:
@@ -164,46 +130,91 @@ def ceilings(device: str) -> tuple[float, float]:
     return 2 * size**3 / best(lambda: a @ b), 2 * a.numel() * a.element_size() / best(lambda: to.copy_(a))
 
 
-def table(speeds: list[Speed], products: float, copies: float, peak: float) -> str:
+def ceiling_rows(
+    results: dict[str, dict[str, Measured]], shapes: dict[str, RunConfig], products: float, copies: float
+) -> list[dict]:
+    """The fastest of ours at each shape beside the ceilings: by palm_flops and by moved_bytes."""
+    rows = []
+    for shape, found in results.items():
+        if mine := {side: measured for side, measured in found.items() if side.startswith(OURS)}:
+            side = max(mine, key=lambda side: mine[side].speed)
+            fastest, config = mine[side], shapes[shape]
+            moved = moved_bytes(config) * fastest.speed / tokens_of_a_step(config)
+            name = f"{shape}: {side} beside the measured"
+            rows.append(row(f"{name} products", fastest.flop_speed / 1e12, products / 1e12, "TFLOP/s"))
+            rows.append(row(f"{name} copies", moved / 1e9, copies / 1e9, "GB/s"))
+    return rows
+
+
+def table(results: dict[str, dict[str, Measured]], shapes: dict[str, RunConfig]) -> str:
     lines = [
-        f"{'':34} {'tokens/s':>11} {'nanoGPT = 1':>12} {'MFU':>6} {'memory':>10} {'first step':>11}",
+        f"{'':30} {'tokens/s':>11} {'nanoGPT = 1':>12} {'MFU':>7} {'memory':>10} {'first step':>11}",
     ]
-    for each in speeds:
-        mfu = palm_flops(SHAPES[each.shape].model) * each.tokens / peak
+    for shape, found in results.items():
+        model, batch_size = shapes[shape].model, shapes[shape].training.batch_size
         lines.append(
-            f"{each.shape + ', ' + each.side:34} {each.tokens:11,.0f} {each.ratio:11.2f}x {mfu:6.1%} "
-            f"{in_bytes(round(each.memory)):>10} {each.first_step:9.1f} s"
+            f"{shape}: {parameter_count(model) / 1e6:,.1f}M parameters, "
+            f"steps of {batch_size} x {model.context_length} tokens"
         )
+        for side, measured in found.items():
+            ratio = f"{measured.ratio(found['nanoGPT']):.2f}x" if "nanoGPT" in found else "-"
+            figures = {what: f"{number:,.1f} {unit}" for what, (number, unit) in measured.figures.items()}
+            lines.append(
+                f"  {side:28} {measured.speed:11,.0f} {ratio:>12} {figures['MFU']:>7} "
+                f"{figures.get('memory', '-'):>10} {figures['first step']:>11}"
+            )
     lines.append("MFU in float8 is a part of the speed in bfloat16, as all others are")
-    lines.append(
-        f"measured: products {products / 1e12:.1f} TFLOP/s in bfloat16, copies {copies / 1e9:.0f} GB/s"
-    )
     return "\n".join(lines)
+
+
+def shapes_of(flags: Flags) -> dict[str, RunConfig]:
+    """The shapes that flags ask for. Raises InputError for one that is none."""
+    if unknown := set(flags.shapes) - set(SHAPES):
+        raise InputError(f"--shapes {sorted(unknown)[0]} is none; there are {', '.join(SHAPES)}")
+    shapes = {shape: SHAPES[shape] for shape in flags.shapes}
+    if flags.batch_size:
+        sizes = {"batch_size": flags.batch_size, "micro_batches": 1}
+        shapes = {s: replace(each, training=replace(each.training, **sizes)) for s, each in shapes.items()}
+    return shapes
 
 
 def main(arguments: list[str]) -> int:
     try:
         flags = parse_flags(Flags(), arguments, "python -m benchmarks.train_gpu", __doc__)
-        load_peer(flags.peer)
-        if unknown := set(flags.shapes) - set(SHAPES):
-            raise InputError(f"--shapes {sorted(unknown)[0]} is none; there are {', '.join(SHAPES)}")
+        load_nanogpt(flags.nanogpt)
         if flags.device not in ("cuda", "cpu") or (flags.device == "cuda" and not torch.cuda.is_available()):
             raise InputError(f"--device {flags.device} is not here; --device cpu --shapes toy is for a look")
         if flags.turns < 1:
             raise InputError(f"--turns {flags.turns}: there must be one at least")
+        if flags.batch_size < 0:
+            raise InputError(f"--batch-size {flags.batch_size}: it is 0, or what a step takes")
         if not flags.text:
             raise InputError("--text is missing; name a text, such as Tiny Shakespeare")
-        tokens = tokens_of(Path(flags.text).read_bytes())
+        text, shapes = Path(flags.text).read_bytes(), shapes_of(flags)
+        if len(text) < 10_000:
+            raise InputError(f"--text {flags.text} has {len(text)} bytes; it needs 10,000 at least")
         products, copies = ceilings(flags.device)
-        speeds = [speed for shape in flags.shapes for speed in measure(shape, tokens, flags)]
-        if flags.json:
-            write_file(Path(flags.json), json.dumps(speed_rows(speeds), indent=1).encode("utf-8"))
+        peak = flags.peak_tflops * 1e12 or products
+        name = torch.cuda.get_device_name() if flags.device == "cuda" else "CPU"
+        print(f"{name}, PyTorch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
+        print(f"products {products / 1e12:.1f} TFLOP/s in bfloat16, copies {copies / 1e9:.0f} GB/s")
+        if not has_compiler():
+            print("no C++ compiler is found, so no side is compiled")
+        results: dict[str, dict[str, Measured]] = {}
+        try:
+            tokens = np.frombuffer(text, np.uint8).astype(np.int64)
+            for shape, config in shapes.items():
+                results[shape] = measure(shape, config, tokens, flags, peak)
+        finally:  # what is measured by then is told, whatever came
+            print(table(results, shapes))
+            rows = [*paired(results), *ceiling_rows(results, shapes, products, copies)]
+            write_rows(flags.json, rows)
     except (InputError, OSError) as error:
         print(f"benchmarks.train_gpu: error: {error}", file=sys.stderr)
         return 2
-    name = torch.cuda.get_device_name() if flags.device == "cuda" else "CPU"
-    print(f"{name}, PyTorch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
-    print(table(speeds, products, copies, flags.peak_tflops * 1e12 or products))
+    except KeyboardInterrupt:
+        print("benchmarks.train_gpu: interrupted; other shapes are not measured", file=sys.stderr)
+        return 130
     return 0
 
 
