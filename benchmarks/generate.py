@@ -81,10 +81,10 @@ def nanogpt_peer(folder: Path, prompt: np.ndarray) -> Callable[[], list[int]]:
     """nanoGPT's generate, which computes the whole context for each token; top_k = 1 takes the likeliest."""
     import torch
 
-    sys.path.insert(0, str(folder))
-    from model import GPT, GPTConfig
+    from benchmarks.peers import load_nanogpt
 
-    theirs = GPT(GPTConfig(dropout=0.0)).eval()
+    nanogpt = load_nanogpt(str(folder))
+    theirs = nanogpt.GPT(nanogpt.GPTConfig(dropout=0.0)).eval()
     ids = torch.from_numpy(prompt)[None]
 
     def run() -> list[int]:

@@ -102,7 +102,7 @@ def runners(device: str) -> dict[str, Runner]:
 
 
 def train(sides: dict[str, Runner], text: bytes, flags: Flags, curves: dict[str, Curve]) -> None:
-    """Each side to the end of its steps; its curve grows meanwhile. One that fails is named and ends there."""
+    """Each side to the end of its steps; its curve grows meanwhile, and ends where the side fails."""
     makers = {name: runner.make for name, runner in sides.items()}
     with (
         served(makers, np.frombuffer(text, np.uint8).astype(np.int64), flags.nanogpt, flags.threads) as pipes,
