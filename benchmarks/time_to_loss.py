@@ -187,7 +187,7 @@ def main(arguments: list[str]) -> int:
             rows = tell(curves, loss)
             print(table(rows))
             write_rows(flags.json, rows)
-            if flags.out:
+            if flags.out and curves:
                 draw(curves, loss, Path(flags.out))
     except (InputError, OSError) as error:
         print(f"benchmarks.time_to_loss: error: {error}", file=sys.stderr)

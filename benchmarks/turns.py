@@ -116,6 +116,9 @@ def take_turns(
     Every second turn goes through the sides backwards. A turn begins with a step that is not timed, for which
     memory has to be fetched again, and ends with a rest.
     """
+    for side in list(pipes):  # none starts while another is timed
+        with leaving_out(pipes, side):
+            ask(pipes[side], "rest")
     first, usual = {}, {}
     for side in tqdm(list(pipes), desc=f"{name}: first steps", unit="side", dynamic_ncols=True, leave=False):
         with leaving_out(pipes, side):

@@ -100,7 +100,7 @@ def test_turns_time_every_side_alike_and_leave_out_those_that_fail(capsys):
     timings = turns.take_turns(pipes, "toy", turns=3, seconds=4, most=1000, last="loss")
     assert list(timings) == list(pipes) == ["nanoGPT", "ours"]
     assert timings["nanoGPT"] == (100, [1, 1, 1], 80) and timings["ours"] == (100, [0.5, 0.5, 0.5], 80)
-    assert ours.questions == [1, 3, 1, "rest", *(1, 4, "rest") * 3, "loss"]
+    assert ours.questions == ["rest", 1, 3, 1, "rest", *(1, 4, "rest") * 3, "loss"]
     assert capsys.readouterr().err.count("it has failed") == 2
 
 
