@@ -116,10 +116,8 @@ def measure(shape: str, config: RunConfig, tokens: np.ndarray, flags: Flags) -> 
     makers = sides(config, flags.tuned, with_numpy=shape == next(iter(SHAPES)))
     with served(makers, tokens[:TOKENS], flags.nanogpt) as pipes:
         timings = take_turns(pipes, shape, flags.turns, flags.seconds, config.training.steps, last="loss")
-    per_step, flops = (
-        config.training.batch_size * config.model.context_length,
-        3 * forward_flops(config.model),
-    )
+    per_step = config.training.batch_size * config.model.context_length
+    flops = 3 * forward_flops(config.model)  # and backward
     return {
         side: Measured(per_step, timing.seconds, flops, {"held-out loss": (timing.last, "nats/token")})
         for side, timing in timings.items()
@@ -198,7 +196,7 @@ def table(results: dict[str, dict[str, Measured]], limits: dict[str, float]) -> 
             loss, _ = measured.figures["held-out loss"]
             speeds = f"{measured.speed:9,.0f} {ratio:>12} {measured.flop_speed / 1e9:8.0f}"
             lines.append(f"{side:30} {speeds} {loss:7.3f}")
-    lines.append("\nproducts of 2,048 x 2,048, GFLOP/s: ")
+    lines.append("\nproducts of 2,048 x 2,048, GFLOP/s in float32 or as said: ")
     lines[-1] += ", ".join(f"{name} {limit / 1e9:.0f}" for name, limit in limits.items())
     return "\n".join(lines)
 
