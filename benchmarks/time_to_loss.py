@@ -137,7 +137,7 @@ def draw(curves: dict[str, Curve], loss: float, path: Path) -> None:
             axes.plot(reached, loss, "o", color=axes.lines[-1].get_color(), markersize=8)
             axes.annotate(f"{reached:.0f} s", (reached, loss), (4, 6), textcoords="offset points")
     axes.axhline(loss, color="grey", linewidth=0.8, linestyle="--")
-    axes.set(xlabel="seconds of training", ylabel="held-out loss, nats per byte", ylim=(None, 3.0))
+    axes.set(xlabel="seconds of training", ylabel="held-out loss, nats per byte", ylim=(None, 1.6 * loss))
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
