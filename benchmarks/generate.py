@@ -140,16 +140,21 @@ def main() -> None:
 
     import torch
 
+    from torch_impl.training.files import InputError
     from torch_impl.transformer import initialised
 
-    model = initialised(GPT2, 0).requires_grad_(False)
     prompt = np.random.default_rng(0).integers(GPT2.vocab_size, size=PROMPT)
+    try:
+        nanogpt = nanogpt_peer(arguments.nanogpt, prompt) if arguments.nanogpt else None
+    except InputError as error:
+        parser.error(str(error))
+    model = initialised(GPT2, 0).requires_grad_(False)
     runs = {
         "torch_impl": ours(model, prompt),
         "ref_numpy": reference(model, prompt),
         "transformers": transformers_peer(model, prompt, "highest"),
         "transformers, matmul precision medium": transformers_peer(model, prompt, "medium"),
-        "nanoGPT": nanogpt_peer(arguments.nanogpt, prompt) if arguments.nanogpt else None,
+        "nanoGPT": nanogpt,
     }
     runs = {name: run for name, run in runs.items() if run is not None}
     core_type = os.environ.get("OPENBLAS_CORETYPE", "not set")
