@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from torch_impl.training import files
 from torch_impl.training.files import (
     InputError,
     refuse_links,
@@ -95,6 +96,29 @@ def test_a_disk_that_fails_at_any_operation_leaves_a_whole_folder(tmp_path, on_f
         if not failed and count < fatal:
             break
     assert fatal > 8
+
+
+@pytest.mark.parametrize(("held", "saved"), [(3, True), (4, False)])
+def test_on_windows_a_reader_holds_a_folder_for_a_moment(tmp_path, monkeypatch, held, saved):
+    """Its checkpoint could not be replaced, and that was the end of the run."""
+    folder, rename, refused, pauses = tmp_path / "last", Path.rename, [], []
+    save(folder, "old")
+
+    def renamed(path, target):
+        if path == folder and len(refused) < held:
+            refused.append(PermissionError(13, "in use"))
+            refused[-1].winerror = 32
+            raise refused[-1]
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", renamed)
+    monkeypatch.setattr(files.time, "sleep", pauses.append)
+    if saved:
+        save(folder, "new")
+    else:
+        with pytest.raises(PermissionError):
+            save(folder, "new")
+    assert len(pauses) == 3 and state(folder) == {"new" if saved else "old"}
 
 
 def test_a_failed_first_save_leaves_nothing(tmp_path):

@@ -3,9 +3,13 @@
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_HELD = (5, 32)
+"""What Windows says where somebody else has a file open: access denied, sharing violation."""
 
 
 class InputError(ValueError):
@@ -23,6 +27,19 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+def _patiently(rename: Callable[[Path], Path], target: Path) -> None:
+    """Rename, on Windows a few times within a second: there a reader, such as a virus scanner or TensorBoard,
+    holds a file or its folder for a moment."""
+    for pause in (0.05, 0.2, 0.7, None):
+        try:
+            rename(target)
+            return
+        except PermissionError as error:
+            if pause is None or getattr(error, "winerror", None) not in _HELD:
+                raise
+            time.sleep(pause)
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Put content at path, in one piece: a reader sees the old file or the new one, and never a half.
 
@@ -32,7 +49,7 @@ def write_file(path: Path, content: bytes) -> None:
     try:
         temporary.write_bytes(content)
         flush_to_disk(temporary)
-        temporary.replace(path)
+        _patiently(temporary.replace, path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
@@ -51,7 +68,7 @@ def write_new_file(path: Path, content: bytes) -> None:
         new.write_bytes(content)
         flush_to_disk(new)
         path.open("xb").close()  # the name is ours from here on; no system renames without overwriting
-        new.replace(path)
+        _patiently(new.replace, path)
     except FileExistsError:
         raise InputError(f"{path} exists, and is not overwritten; name another file") from None
     finally:
@@ -81,8 +98,8 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
             flush_to_disk(path)
         flush_to_disk(new)
         if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
+            _patiently(folder.rename, old)
+        _patiently(new.rename, folder)
     except BaseException:
         settle_folder(folder)
         raise
@@ -105,7 +122,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         for path in new.iterdir():
             flush_to_disk(path)
         flush_to_disk(new)
-        new.rename(folder)
+        _patiently(new.rename, folder)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
