@@ -100,11 +100,21 @@ def tokens_on(device: torch.device, ids: UInt[Array, "N"]) -> Integer[Tensor, "N
 
 
 def copied_to(device: torch.device, ids: UInt[Array, "N"]) -> Integer[Tensor, "N"]:
-    """A copy in a type that GPUs can index, of which uint8 is the only one without a sign."""
+    """A copy in a type that GPUs can index, of which uint8 is the only one without a sign.
+
+    Raises InputError where the device has no room for it.
+    """
     dtype = {1: torch.uint8, 2: torch.int16}.get(ids.itemsize, torch.int32)
     if ids.itemsize == 2 and ids.size and ids.max() >= 2**15:
         dtype = torch.int32
-    tokens = torch.empty(ids.size, dtype=dtype, device=device)
+    try:
+        tokens = torch.empty(ids.size, dtype=dtype, device=device)
+    except torch.OutOfMemoryError as error:
+        size = ids.size * dtype.itemsize
+        raise InputError(
+            f"the text is {ids.size:,} tokens, {size / 2**30:,.1f} GiB, for which {device} has no room; "
+            "train on a part of it"
+        ) from error
     for start in range(0, ids.size, _COPIED_AT_ONCE):
         part = ids[start : start + _COPIED_AT_ONCE].astype(np.int64)
         tokens[start : start + _COPIED_AT_ONCE] = torch.from_numpy(part).to(dtype).to(device)
