@@ -96,7 +96,7 @@ PRESETS: dict[str, RunConfig] = {
             ),
             RunSettings(eval_every=250, checkpoint_every=250, log_every=10, sample_tokens=500),
         ),
-        # A model of that size, to about its best loss in an eighth of the steps, by the means of char-fast.
+        # A model of that size, by the means of char-fast: 1.483 in 600 steps, where that one comes to 1.470.
         RunConfig(
             "char-fast-gpu",
             ModelConfig(
