@@ -18,7 +18,8 @@ from torch_impl.training.terminal import lasting_output
 def main(arguments: list[str]) -> int:
     """Carry out a command line. The exit code is 0, 1 for a run that failed, 2 for a request that cannot be
     met, and 128 + the signal for a run that was stopped; a failure is one line on stderr."""
-    sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character still shows the rest
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character still shows the rest
     with lasting_output():
         return _sweep(arguments[1:]) if arguments[:1] == ["sweep"] else _train(arguments)
 

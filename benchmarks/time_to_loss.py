@@ -154,12 +154,12 @@ def tell(curves: dict[str, Curve], loss: float) -> list[dict]:
             f"its first {FIRST_STEPS} steps took {curve.first_steps:.1f} s"
         )
     if (peer := times.pop("nanoGPT", None)) is None:
-        print(f"nanoGPT did not come to {loss}, so there is nothing to compare with; try a larger --loss")
+        print(f"nanoGPT failed or did not come to {loss}: nothing to compare with; try a larger --loss")
         return []
     return [
         row(f"{name}, time to {loss}, beside nanoGPT", time, peer, "s")
         for name, time in times.items()
-        if time is not None
+        if time
     ]
 
 

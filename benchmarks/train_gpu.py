@@ -2,10 +2,11 @@
 
 FOLDER is a checkout of https://github.com/karpathy/nanoGPT. The preset gpu, a character model of ten million
 parameters and GPT-2's smallest shape are trained by torch_impl, nanoGPT and transformers, all compiled, in
-bfloat16; by torch_impl with --cuda-graph and in float8 as well. Each side has a process to itself; they take
-turns, and between them keep no memory but their weights and moments, and what a CUDA graph owns. Beside the
-speeds stands what the GPU allows, in products of matrices and in copies. MFU is (6 N + 12 L H D T) tokens/s
-(PaLM, appendix B) as a part of the measured products, or of --peak-tflops, such as the data sheet's.
+bfloat16 (nanoGPT with the exact GELU); by torch_impl with --cuda-graph and in float8 as well. Each side has a
+process to itself; they take turns, and between them keep no memory but their weights and moments, and what a
+CUDA graph owns. Beside the speeds stands what the GPU allows, in products of matrices and in copies. MFU is
+(6 N + 12 L H D T) tokens/s (PaLM, appendix B) as a part of the measured products, or of --peak-tflops, such
+as the data sheet's.
 """
 
 import sys

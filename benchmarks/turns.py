@@ -76,8 +76,9 @@ def served(
         for name, make in sides.items():
             pipes[name], there = context.Pipe()
             arguments = (there, make, threads, train, valid, nanogpt)
-            processes.append(context.Process(target=serve, args=arguments, daemon=True))
-            processes[-1].start()
+            process = context.Process(target=serve, args=arguments, daemon=True)
+            process.start()
+            processes.append(process)
             there.close()  # a side that dies is then noticed
         yield dict(pipes)
     finally:

@@ -153,7 +153,7 @@ def test_a_failure_that_only_the_compiled_step_has_is_told_as_such(small_run, mo
 
     monkeypatch.setattr(run_module, "train_steps", poisoned)
     monkeypatch.setattr(torch, "compile", lambda function: function)
-    told = "done again without torch.compile, the step is finite: the compiled one differs from it"
+    told = "done again without torch.compile, the step is finite: the cause may be the compiled code"
     assert told in small_run("--out", "compiled", "--compile", "on").error
     assert "done again, the step is finite; stopped" in small_run("--out", "eager").error
 

@@ -98,16 +98,17 @@ def test_a_disk_that_fails_at_any_operation_leaves_a_whole_folder(tmp_path, on_f
     assert fatal > 8
 
 
+@pytest.mark.parametrize("name", ["last", "last.new"])
 @pytest.mark.parametrize(("held", "saved"), [(3, True), (4, False)])
-def test_on_windows_a_reader_holds_a_folder_for_a_moment(tmp_path, monkeypatch, held, saved):
+def test_on_windows_a_reader_holds_a_folder_for_a_moment(tmp_path, monkeypatch, name, held, saved):
     """Its checkpoint could not be replaced, and that was the end of the run."""
     folder, rename, refused, pauses = tmp_path / "last", Path.rename, [], []
     save(folder, "old")
 
     def renamed(path, target):
-        if path == folder and len(refused) < held:
+        if path.name == name and len(refused) < held:
             refused.append(PermissionError(13, "in use"))
-            refused[-1].winerror = 32
+            refused[-1].winerror = (5, 32)[len(refused) % 2]
             raise refused[-1]
         return rename(path, target)
 

@@ -16,7 +16,7 @@ from torch_impl.seq2seq import make_model
 from torch_impl.train import start
 from torch_impl.training import keeping
 from torch_impl.training import run as run_module
-from torch_impl.training.keeping import keep, kept_checkpoints
+from torch_impl.training.keeping import keep, keep_newest, kept_checkpoints
 from torch_impl.training.spikes import SpikeWatch
 
 
@@ -102,13 +102,23 @@ def test_a_full_disk_at_a_leap_of_the_loss_does_not_end_the_run(small_run, leapi
     assert not list(Path("run").glob("before-step*"))
 
 
+def test_the_checkpoint_that_was_just_kept_stays_where_later_ones_are_from_another_course(small_run):
+    small_run("--out", "run")
+    for step in (6, 500, 600):
+        keep_newest(Path("run"), step, 2)
+    keep_newest(Path("run"), 7, 2)
+    names = [path.name for path in kept_checkpoints(Path("run"))]
+    assert names == ["step-7", "step-500", "step-600"]
+
+
 def test_what_a_killed_run_was_keeping_is_removed_by_the_next(small_run, cli):
     small_run("--out", "run")
-    for name in ("step-5.0a1b2c3d.new", "step-5.old", "before-step-70.0a1b2c3d.new", "before-step-60.old"):
+    stale = ("step-5.0a1b2c3d.new", "step-5.0a1b2c3d.old", "before-step-70.0a1b2c3d.new")
+    for name in (*stale, "step-5.old"):  # the last is the user's own
         Path("run", name).mkdir()
         Path("run", name, "model.safetensors").touch()
     assert cli("--resume", "run", "--steps", 13).code == 0
-    assert not [path for path in Path("run").iterdir() if path.suffix in (".new", ".old")]
+    assert [path.name for path in Path("run").iterdir() if path.suffix in (".new", ".old")] == ["step-5.old"]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

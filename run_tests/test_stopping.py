@@ -1,18 +1,24 @@
 """Signals that ask a run to stop, and readers of its output that leave."""
 
+import errno
 import json
 import os
 import signal
+import sys
+from contextlib import redirect_stderr
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+import train_gpu
 from run_tests import rank_worker
 from run_tests.conftest import SMALL
 from run_tests.test_ranks import forking
 from torch_impl.training import anomaly
 from torch_impl.training import run as run_module
 from torch_impl.training.stopping import stop_requests
+from torch_impl.training.terminal import lasting_output
 
 on_posix = pytest.mark.skipif(os.name == "nt", reason="there is no SIGHUP")
 
@@ -64,6 +70,24 @@ def test_a_reader_that_dies_of_the_same_ctrl_c_does_not_take_the_run_with_it(tex
     assert process.exitcode == 130
     assert json.loads(Path("run/last/training.json").read_bytes())["step"] == 7
     assert json.loads(Path("run/report.json").read_bytes())["ended"] == "stopped"
+
+
+def test_a_run_needs_no_stdout_and_no_stderr(text, monkeypatch):
+    """As with 2>&- or without a console: a wrapper around None met the first who wrote."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert train_gpu.main([*SMALL.split(), "--train-file", str(text), "--out", "run"]) == 0
+
+
+@pytest.mark.parametrize(("number", "heard"), [(errno.ENOSPC, "onethree"), (errno.EPIPE, "one")])
+def test_a_full_disk_costs_a_line_of_the_log_and_a_reader_that_left_all_others(tmp_path, number, heard):
+    path = tmp_path / "log"
+    with path.open("w", encoding="utf-8") as log, redirect_stderr(log), lasting_output():
+        print("one", end="", file=sys.stderr, flush=True)
+        with mock.patch.object(log, "write", side_effect=OSError(number, "no")):
+            print("two", end="", file=sys.stderr)
+        print("three", end="", file=sys.stderr)
+    assert path.read_text(encoding="utf-8") == heard
 
 
 def test_ctrl_c_ends_the_search_for_the_cause_of_a_loss_that_is_none(small_run, monkeypatch):

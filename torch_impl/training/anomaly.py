@@ -45,15 +45,17 @@ def offenders(run: Run, step: int, stop: StopRequest) -> str:
         if stop.signal is not None:
             return "the search for the cause was stopped"
     weights = not_finite(dict(state.model.named_parameters()))
+    weights = max(state.ranks.gathered(weights), key=bool)  # of any process's part, so that all leave
     if weights:
         return f"the weights of {_listed(weights)} are not finite before the step"
     clock = torch.tensor(state.step, device=device)
     components, returning = first_not_finite(state, sample(clock, training), clock, config)
     gradients = not_finite({name: p.grad for name, p in state.model.named_parameters()})
-    components, returning, gradients = max(state.ranks.gathered((components, returning, gradients)), key=any)
+    found = state.ranks.gathered((components, returning, gradients))
+    components, returning, gradients = max(found, key=lambda each: (bool(each[0]), bool(each[2])))
     if not components and not gradients:
         if run.place.compile:
-            return "done again without torch.compile, the step is finite: the compiled one differs from it"
+            return "done again without torch.compile, the step is finite: the cause may be the compiled code"
         return "done again, the step is finite"
     if components:
         told = f"the first to make one is {components[0]}"

@@ -109,7 +109,9 @@ def copied_to(device: torch.device, ids: UInt[Array, "N"]) -> Integer[Tensor, "N
         dtype = torch.int32
     try:
         tokens = torch.empty(ids.size, dtype=dtype, device=device)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if "out of memory" not in str(error):
+            raise
         size = ids.size * dtype.itemsize
         raise InputError(
             f"the text is {ids.size:,} tokens, {size / 2**30:,.1f} GiB, for which {device} has no room; "

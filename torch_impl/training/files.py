@@ -27,12 +27,12 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def _patiently(rename: Callable[[Path], Path], target: Path) -> None:
-    """Rename, on Windows a few times within a second: there a reader, such as a virus scanner or TensorBoard,
-    holds a file or its folder for a moment."""
+def patiently(act: Callable[..., object], *arguments: object) -> None:
+    """Rename or remove, on Windows a few times within a second: there a reader, such as a virus scanner or
+    TensorBoard, holds a file or its folder for a moment."""
     for pause in (0.05, 0.2, 0.7, None):
         try:
-            rename(target)
+            act(*arguments)
             return
         except PermissionError as error:
             if pause is None or getattr(error, "winerror", None) not in _HELD:
@@ -49,7 +49,7 @@ def write_file(path: Path, content: bytes) -> None:
     try:
         temporary.write_bytes(content)
         flush_to_disk(temporary)
-        _patiently(temporary.replace, path)
+        patiently(temporary.replace, path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
@@ -68,7 +68,7 @@ def write_new_file(path: Path, content: bytes) -> None:
         new.write_bytes(content)
         flush_to_disk(new)
         path.open("xb").close()  # the name is ours from here on; no system renames without overwriting
-        _patiently(new.replace, path)
+        patiently(new.replace, path)
     except FileExistsError:
         raise InputError(f"{path} exists, and is not overwritten; name another file") from None
     finally:
@@ -98,8 +98,8 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
             flush_to_disk(path)
         flush_to_disk(new)
         if folder.exists():
-            _patiently(folder.rename, old)
-        _patiently(new.rename, folder)
+            patiently(folder.rename, old)
+        patiently(new.rename, folder)
     except BaseException:
         settle_folder(folder)
         raise
@@ -122,7 +122,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         for path in new.iterdir():
             flush_to_disk(path)
         flush_to_disk(new)
-        _patiently(new.rename, folder)
+        patiently(new.rename, folder)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
@@ -133,10 +133,10 @@ def settle_folder(folder: Path) -> None:
     """Clean up after a writer that was killed: a whole folder in its place, and nothing beside it."""
     new, old = _beside(folder)
     if old.exists() and not folder.exists():  # killed between the two renames
-        old.rename(folder)
+        patiently(old.rename, folder)
     for stale in (new, old):
         if stale.exists():
-            shutil.rmtree(stale)
+            patiently(shutil.rmtree, stale)
 
 
 def whole_folder(folder: Path) -> Path:

@@ -6,12 +6,14 @@ moment; where the disk has no links, of copies.
 """
 
 import os
+import re
+import secrets
 import shutil
 from pathlib import Path
 
-from torch_impl.training.files import new_folder
+from torch_impl.training.files import new_folder, patiently
 
-_KINDS = ("step", "before-step")
+_STALE = re.compile(r"(before-)?step-\d+\.[0-9a-f]{8}\.(new|old)")  # half made, or half removed
 
 
 def kept_checkpoints(run: Path, kind: str = "step") -> list[Path]:
@@ -27,15 +29,17 @@ def keep_newest(run: Path, step: int, number: int, kind: str = "step") -> None:
     Does nothing that is done already: what a killed run left undone is done when it goes on. Raises OSError
     where the disk is full or not writable.
     """
-    for name in _KINDS:
-        for stale in [*run.glob(f"{name}-*.new"), *run.glob(f"{name}-*.old")]:
-            shutil.rmtree(stale)
+    for path in run.iterdir():
+        if _STALE.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
     if not number:
         return
-    if not (run / f"{kind}-{step}").exists():
-        keep(run / "last", run / f"{kind}-{step}")
+    newest = run / f"{kind}-{step}"
+    if not newest.exists():
+        keep(run / "last", newest)
     for surplus in kept_checkpoints(run, kind)[:-number]:
-        remove(surplus)
+        if surplus != newest:  # whose number is not the highest where somebody went back
+            remove(surplus)
 
 
 def keep(checkpoint: Path, name: Path) -> None:
@@ -50,6 +54,6 @@ def keep(checkpoint: Path, name: Path) -> None:
 
 def remove(checkpoint: Path) -> None:
     """Nothing that has a checkpoint's name is half of one, also while it is removed."""
-    old = checkpoint.with_name(checkpoint.name + ".old")
-    checkpoint.rename(old)
+    old = checkpoint.with_name(f"{checkpoint.name}.{secrets.token_hex(4)}.old")
+    patiently(checkpoint.rename, old)
     shutil.rmtree(old, ignore_errors=True)

@@ -22,7 +22,7 @@ from torch_impl.training.files import refuse_links, write_file
 from torch_impl.training.keeping import keep_newest
 from torch_impl.training.lock import locked
 from torch_impl.training.looks import look, look_is_due
-from torch_impl.training.memory import OutOfMemory, accounted
+from torch_impl.training.memory import OutOfMemory, accounted, ran_out
 from torch_impl.training.prepare import Run, prepare
 from torch_impl.training.progress import ProgressBar
 from torch_impl.training.ranks import joined
@@ -194,7 +194,12 @@ def _tell_spike(run: Run, step: int, loss: float) -> None:
 def _cause(run: Run, step: int, stop: StopRequest) -> str:
     """Which component and which tensors are to blame, found by repeating the step."""
     tqdm.write(f"step {step} failed; repeating it from the last checkpoint to see where (Ctrl-C leaves)")
-    return offenders(run, step, stop)
+    try:
+        return offenders(run, step, stop)
+    except (MemoryError, RuntimeError) as error:  # it needs more than the step did, where that was compiled
+        if not ran_out(error):
+            raise
+        return "the search for the cause ran out of memory"
 
 
 def _diverged(run: Run, step: int, what: str) -> Diverged:

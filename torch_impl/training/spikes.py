@@ -15,6 +15,7 @@ class SpikeWatch:
 
     MEMORY = 0.98  # of a step ago: fifty steps, about
     AFTER = 50  # losses
+    CALM = 10  # losses without a spike, after which it has left the averages of gradients
     FAR = 6.0  # standard deviations ...
     LEAST = 0.5  # ... and nats per token, that make a spike
 
@@ -24,6 +25,7 @@ class SpikeWatch:
         self.high = False
         self.sizes: dict[str, float] = {}
         self.sized = 0  # losses seen by then
+        self.calm = 0  # losses since the last that was high
 
     def leaps(self, loss: float) -> bool:
         """Whether a spike begins with this loss: the next one begins when this one has gone.
@@ -33,6 +35,7 @@ class SpikeWatch:
         surprise = loss - self.mean
         was_high = self.high
         self.high = self.seen >= self.AFTER and surprise > max(self.FAR * sqrt(self.variance), self.LEAST)
+        self.calm = 0 if self.high else self.calm + 1
         if not self.high:
             self.seen += 1
             weight = max(1.0 - self.MEMORY, 1.0 / self.seen)
@@ -41,9 +44,9 @@ class SpikeWatch:
         return self.high and not was_high
 
     def remember_gradients(self, state: TrainState) -> None:
-        """How large they are while the loss is no spike, once in AFTER losses. All processes of a run have to
+        """How large they are while the loss is calm, once in AFTER losses. All processes of a run have to
         call it; so with `grown`."""
-        if not self.high and self.seen >= self.sized + self.AFTER:
+        if self.calm >= self.CALM and self.seen >= self.sized + self.AFTER:
             self.sizes, self.sized = _sizes(state), self.seen
 
     def grown(self, state: TrainState) -> list[tuple[str, float]]:

@@ -1,5 +1,6 @@
 """A program's side of the terminal: typed lines, text that cannot harm, Ctrl-C, readers that leave."""
 
+import errno
 import os
 import re
 import signal
@@ -75,30 +76,42 @@ def interrupt_only_noted() -> Iterator[Interrupt]:
         signal.signal(signal.SIGINT, before)
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EAGAIN)  # the disk of a log, or a slow reader: that may pass
+
+
 class _Lasting:
-    """A text stream that falls silent when it cannot be written to any more."""
+    """A text stream that loses what finds no room, and falls silent when nobody reads it any more."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        with self._or_silence():
+        with self._or_silence(_FULL):
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
+        with self._or_silence(_FULL):
+            self._stream.flush()
+
+    def end(self) -> None:
+        """The last flush, after which the interpreter's own has nothing to fail on."""
         with self._or_silence():
             self._stream.flush()
 
     @contextmanager
-    def _or_silence(self) -> Iterator[None]:
-        """Its descriptor leads nowhere from then on, so that nothing that is buffered fails once more."""
+    def _or_silence(self, passing: tuple[int, ...] = ()) -> Iterator[None]:
+        """Where an error is not a passing one, the descriptor leads nowhere from then on, so that nothing
+        that is buffered fails once more."""
         try:
             yield
-        except OSError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())
-            os.close(nowhere)
+        except OSError as error:
+            if error.errno in passing:
+                return
+            with suppress(OSError):  # no descriptor is behind it
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())
+                os.close(nowhere)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -107,10 +120,11 @@ class _Lasting:
 @contextmanager
 def lasting_output() -> Iterator[None]:
     """Within the block, a reader of stdout or stderr that leaves is no error for who writes: the tee of
-    `| tee log` dies of the same Ctrl-C, and a terminal may be closed."""
-    with redirect_stdout(_Lasting(sys.stdout)) as out, redirect_stderr(_Lasting(sys.stderr)) as err:
+    `| tee log` dies of the same Ctrl-C, and a terminal may be closed. A stream that is None stays so."""
+    out, err = (stream and _Lasting(stream) for stream in (sys.stdout, sys.stderr))
+    with redirect_stdout(out), redirect_stderr(err):
         try:
             yield
         finally:
-            out.flush()
-            err.flush()
+            for stream in filter(None, (out, err)):
+                stream.end()
