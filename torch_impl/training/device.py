@@ -152,7 +152,7 @@ def choose_place(run: RunSettings, ranks: Ranks = ALONE) -> Place:
 def products_beside_float32(dtype: torch.dtype) -> float:
     """How many times as long a product of matrices takes on this CPU as in float32, measured.
 
-    Not every processor has instructions for half precision; without them it takes up to fifty times as long.
+    Not every processor has instructions for half precision; without them it takes tens of times as long.
     """
     best = []
     for kind in (torch.float32, dtype):

@@ -6,7 +6,6 @@ Only a run of several processes imports this file: PyTorch's engines take a seco
 """
 
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 from warnings import catch_warnings
 
@@ -61,10 +60,7 @@ def _sharded(model: Embedded, ranks: Ranks, device: torch.device, compiled: bool
     mesh = init_device_mesh(device.type, (ranks.size,))
     precise = model.token_embedding.weight.dtype
     policy = MixedPrecisionPolicy(model.compute_dtype, precise, cast_forward_inputs=False)
-    blocks = [module for module in model.modules() if isinstance(module, Block | CrossBlock)]
-    if compiled:
-        torch.compiler.set_stance("force_eager")
-    for block in blocks:
+    for block in [module for module in model.modules() if isinstance(module, Block | CrossBlock)]:
         if compiled:
             block.compile()
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
@@ -76,5 +72,7 @@ def _sharded(model: Embedded, ranks: Ranks, device: torch.device, compiled: bool
             module.set_force_sum_reduction_for_comms(True)  # and divided afterwards: gloo knows no means
 
     # Every micro-batch hands its gradients on: to add them up here first would take the room of all of them.
-    in_a_step = partial(torch.compiler.set_stance, "default") if compiled else nullcontext
-    return Engine(model.loss, lambda last: in_a_step())
+    if not compiled:
+        return Engine(model.loss, lambda last: nullcontext())
+    torch.compiler.set_stance("force_eager")
+    return Engine(model.loss, lambda last: torch.compiler.set_stance("default"))
