@@ -57,17 +57,17 @@ class Family:
             port = free.getsockname()[1]
         for _, pipe in self.members[:size]:
             pipe.send((name, size, port, arguments))
-        return [self._answer(pipe) for _, pipe in self.members[:size]]
+        answers = [self._answer(pipe) for _, pipe in self.members[:size]]
+        if failed := [answer for answer in answers if isinstance(answer, Exception)]:
+            raise ExceptionGroup(f"{name} failed in {len(failed)} of {size} processes", failed)
+        return answers
 
     def _answer(self, pipe: Any) -> Any:
         assert pipe.poll(60), "a process does not answer"
         try:
-            answer = pipe.recv()
+            return pipe.recv()
         except EOFError:
             return None
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
 
     def disband(self) -> None:
         for process, pipe in self.members:

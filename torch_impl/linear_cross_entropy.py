@@ -76,7 +76,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             each = -(1 - label_smoothing) * log_p.gather(1, t)
             if label_smoothing:
                 each = each - label_smoothing * log_p[:, :V].mean(-1, keepdim=True)
-            total += torch.where(counted, each, 0).sum()
+            # Compiled by PyTorch 2.11, a result that was changed in place has no gradient.
+            total = total + torch.where(counted, each, 0).sum()
             if not (wants_dx or wants_dweight):
                 continue
             dlogits = log_p.exp_()  # p, less the smoothed targets

@@ -97,8 +97,8 @@ class Muon(torch.optim.AdamW):
             averages = [self.state[param]["exp_avg"] for param in same]
             gradients = [param.grad for param in same]
             torch._foreach_lerp_(averages, gradients, 1 - momentum)
-            ahead = torch._foreach_lerp(averages, gradients, 1 - momentum)
-            matrices = torch.stack([whole(matrix) for matrix in ahead])
+            torch._foreach_lerp_(gradients, averages, momentum)  # Nesterov's, in the gradients' own room
+            matrices = torch.stack([whole(matrix) for matrix in gradients])
             directions = orthogonalise(matrices, group["products"]).to(same[0].dtype)
             updates = (directions * (rate * max(1.0, rows / columns) ** 0.5)).unbind()
             torch._foreach_mul_(same, 1 - rate * decay)

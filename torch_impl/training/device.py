@@ -11,6 +11,7 @@ from jaxtyping import Integer, UInt
 from numpy import ndarray as Array
 from torch import Tensor
 
+from torch_impl.float8 import cpu_has_products
 from torch_impl.training.config import WITHOUT_PRODUCTS, RunSettings
 from torch_impl.training.files import InputError
 from torch_impl.training.ranks import ALONE, Ranks
@@ -176,5 +177,11 @@ def _refuse_lacking(device: torch.device, products: str) -> None:
                 f"--precision {products} needs a GPU of compute capability {needed[0]}.{needed[1]}, and "
                 f"{torch.cuda.get_device_name(device)} has {has[0]}.{has[1]}; use --precision {instead}"
             )
-    elif (device.type, products) != ("cpu", "float8"):
+    elif products == "float8" and device.type == "cpu":
+        if not cpu_has_products():
+            raise InputError(
+                f"--precision float8: PyTorch {torch.__version__} has none for a CPU; "
+                f"use --precision {instead}"
+            )
+    else:
         raise InputError(f"--precision {products}: {device} has none; use --precision {instead}")
