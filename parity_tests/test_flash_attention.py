@@ -359,14 +359,14 @@ _SLOPES, _NUMBERS, _KEYS = (
     ],
 )
 def test_the_path_of_a_pattern(pattern, on_cpu, on_cuda, monkeypatch):
-    monkeypatch.setattr(fast, "find_spec", lambda name: name)
+    monkeypatch.setattr(fast, "HAS_TRITON", True)
     cpu, mps, cuda = (torch.device(name) for name in ("cpu", "mps", "cuda"))
     assert choose_path(pattern, cpu, torch.float32, 64) == on_cpu
     assert choose_path(pattern, mps, torch.float32, 64) == on_cpu
     assert choose_path(pattern, cuda, torch.bfloat16, 64) == on_cuda
     assert choose_path(pattern, cuda, torch.bfloat16, 8) == on_cpu  # flex_attention begins at 16
     assert choose_path(pattern, cuda, torch.float64, 64) == on_cpu
-    monkeypatch.setattr(fast, "find_spec", lambda name: None)  # no Triton
+    monkeypatch.setattr(fast, "HAS_TRITON", False)
     assert choose_path(pattern, cuda, torch.bfloat16, 64) == on_cpu
 
 

@@ -7,17 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from torch_impl.float8 import cpu_has_products
 from torch_impl.training import device, prepare
 from torch_impl.training.config import RunSettings
 from torch_impl.training.device import choose_place
 from torch_impl.training.files import InputError
 from torch_impl.training.ranks import ALONE, Ranks
 
-needs_float8 = pytest.mark.skipif(not cpu_has_products(), reason="this PyTorch has none for a CPU")
 
-
-@needs_float8
 def test_products_in_float8_are_told(small_run):
     out = small_run("--out", "run", "--steps", "1", "--warmup-steps", "0", "--precision", "float8").out
     first, _, products, *_ = out.splitlines()
@@ -37,22 +33,12 @@ def test_a_processor_without_instructions_for_half_precision_is_told_of(small_ru
     ("flags", "message"),
     [
         (["--precision", "tf32"], "--precision tf32: cpu has none; use --precision float32"),
-        pytest.param(
-            ["--precision", "float8", "--detect-anomaly"],
-            "use --precision bfloat16 with it",
-            marks=needs_float8,
-        ),
+        (["--precision", "float8", "--detect-anomaly"], "use --precision bfloat16 with it"),
     ],
 )
 def test_products_that_are_not_here(small_run, flags, message):
     outcome = small_run("--out", "run", *flags)
     assert outcome.code == 2 and message in outcome.error and not Path("run").exists()
-
-
-def test_a_pytorch_whose_cpu_has_no_products_in_float8(small_run, monkeypatch):
-    monkeypatch.setattr(device, "cpu_has_products", lambda: False)
-    outcome = small_run("--out", "run", "--precision", "float8")
-    assert outcome.code == 2 and "has none for a CPU; use --precision bfloat16" in outcome.error
 
 
 def test_products_are_timed_beside_those_in_float32(monkeypatch):

@@ -83,6 +83,7 @@ COMPILED_LOSS = """
 import sys, torch
 from ref_numpy.config import ModelConfig
 from ref_numpy.dropout import DropoutKey
+from torch_impl.float8 import use_float8
 from torch_impl.seq2seq import make_model
 
 config = ModelConfig(
@@ -96,6 +97,8 @@ if config.architecture == "encoder-decoder":
 results = []
 for compiled in (False, True):
     model, losses = make_model(config), []
+    if sys.argv[3:]:
+        use_float8(model)
     loss_function = torch.compile(model.loss, backend="aot_eager", fullgraph=True) if compiled else model.loss
     model.initialise(0)
     for step in (0, 1):  # the second step is served by the graph of the first
@@ -112,14 +115,34 @@ for eager, graph in zip(*results, strict=True):
 
 
 @pytest.mark.parametrize(
-    ("norm_placement", "architecture"), [("pre", "decoder"), ("post", "encoder-decoder")]
+    "arguments", [("pre", "decoder"), ("post", "encoder-decoder"), ("pre", "decoder", "float8")]
 )
-def test_the_loss_compiles_in_one_graph(norm_placement, architecture):
+def test_the_loss_compiles_in_one_graph(arguments):
     """fullgraph raises at a graph break; aot_eager traces forward and backward, and needs no C++ compiler.
 
     In a process of its own, as the shape checks of this one are themselves no code that compiles.
     """
-    command = [sys.executable, "-c", COMPILED_LOSS, norm_placement, architecture]
+    command = [sys.executable, "-c", COMPILED_LOSS, *arguments]
+    outcome = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
+    assert outcome.returncode == 0, outcome.stderr
+
+
+COMPILED_CHOICE = """
+import torch
+from torch_impl.flash_attention import AttentionPattern, choose_path
+
+@torch.compile(backend="eager", fullgraph=True)
+def chosen(x):
+    pattern = AttentionPattern(causal=True, window=4)
+    return x, choose_path(pattern, torch.device("cuda"), torch.bfloat16, 64)
+
+chosen(torch.zeros(1))
+"""
+
+
+def test_the_choice_of_a_kernel_compiles():
+    """On CUDA it once looked for Triton at every step, and no model with a window compiled."""
+    command = [sys.executable, "-c", COMPILED_CHOICE]
     outcome = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
     assert outcome.returncode == 0, outcome.stderr
 

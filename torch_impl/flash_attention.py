@@ -26,6 +26,9 @@ if TYPE_CHECKING:  # its import takes seconds, and only CUDA trains with it
 QUERIES_AT_ONCE = 256
 _FLEX_TILE = 128  # queries and keys of a tile that flex_attention may skip
 
+HAS_TRITON = find_spec("triton") is not None
+"""Asked once: torch.compile does not see into find_spec, and would leave out all that leads to it."""
+
 
 class AttentionPattern(NamedTuple):
     """Which keys a query may look at, all conditions together, and how its scores are biased."""
@@ -67,8 +70,7 @@ def _flex_trains(device: torch.device, dtype: torch.dtype, head_width: int) -> b
     """Whether flex_attention has a forward and a backward kernel: for CUDA only, of which PyTorch for Windows
     comes without the compiler. Its products begin at a width of 16, and its sums are in float32.
     """
-    has_kernels = device.type == "cuda" and find_spec("triton") is not None
-    return has_kernels and dtype != torch.float64 and head_width >= 16
+    return device.type == "cuda" and HAS_TRITON and dtype != torch.float64 and head_width >= 16
 
 
 def flash_attention(

@@ -65,18 +65,11 @@ def _by_columns(matrix: Tensor) -> Tensor:
 def _product(
     a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, dtype: torch.dtype, fast: bool = False
 ) -> Tensor:
-    """a b. Fast sums keep some fourteen bits on Hopper: plenty for a result, but not for gradients."""
-    whole = F.ScalingType.TensorWise
-    return F.scaled_mm(a, b, a_scale, whole, b_scale, whole, output_dtype=dtype, use_fast_accum=fast)
+    """a b. Fast sums keep some fourteen bits on Hopper: plenty for a result, but not for gradients.
 
-
-def cpu_has_products() -> bool:
-    """Whether this PyTorch brings such products for the CPU as well, which 2.11 does not yet."""
-    try:
-        float8_linear(torch.ones(1, 1), torch.ones(1, 1), None)
-    except NotImplementedError:
-        return False
-    return True
+    By the older name: PyTorch 2.11 does not compile functional.scaled_mm, and has none on the CPU.
+    """
+    return torch._scaled_mm(a, b, a_scale, b_scale, out_dtype=dtype, use_fast_accum=fast)
 
 
 def use_float8(model: nn.Module) -> None:

@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import replace
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +10,7 @@ from jaxtyping import Integer, UInt
 from numpy import ndarray as Array
 from torch import Tensor
 
-from torch_impl.float8 import cpu_has_products
+from torch_impl.flash_attention import HAS_TRITON
 from torch_impl.training.config import WITHOUT_PRODUCTS, RunSettings
 from torch_impl.training.files import InputError
 from torch_impl.training.ranks import ALONE, Ranks
@@ -145,7 +144,7 @@ def choose_place(run: RunSettings, ranks: Ranks = ALONE) -> Place:
         dtype = torch.bfloat16 if native else torch.float16
     else:
         dtype = torch.float32
-    can_compile = on_cuda and find_spec("triton") is not None  # PyTorch for Windows comes without
+    can_compile = on_cuda and HAS_TRITON  # PyTorch for Windows comes without
     compile = can_compile if run.compile == "auto" else run.compile == "on"
     return Place(device, dtype, compile, products)
 
@@ -177,11 +176,5 @@ def _refuse_lacking(device: torch.device, products: str) -> None:
                 f"--precision {products} needs a GPU of compute capability {needed[0]}.{needed[1]}, and "
                 f"{torch.cuda.get_device_name(device)} has {has[0]}.{has[1]}; use --precision {instead}"
             )
-    elif products == "float8" and device.type == "cpu":
-        if not cpu_has_products():
-            raise InputError(
-                f"--precision float8: PyTorch {torch.__version__} has none for a CPU; "
-                f"use --precision {instead}"
-            )
-    else:
+    elif (device.type, products) != ("cpu", "float8"):
         raise InputError(f"--precision {products}: {device} has none; use --precision {instead}")
