@@ -1,8 +1,10 @@
 """ALiBi: attention with linear biases. The twin of ref_numpy/alibi.py."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def alibi_slopes(n_head: int) -> tuple[float, ...]:
@@ -12,8 +14,31 @@ def alibi_slopes(n_head: int) -> tuple[float, ...]:
     return (*(2.0 ** (-8 * h / power) for h in range(1, power + 1)), *between)
 
 
+class AlibiSlopes(nn.Module):
+    """Holds the slopes of all heads on the model's device; they are no parameters and not saved."""
+
+    def __init__(self, n_head: int) -> None:
+        super().__init__()
+        self.n_head = n_head
+        self._fill(torch.get_default_dtype(), "cpu")
+
+    def _fill(self, dtype: torch.dtype, device: torch.device | str) -> None:
+        slopes = torch.tensor(alibi_slopes(self.n_head), dtype=torch.promote_types(dtype, torch.float32))
+        self.register_buffer("slopes", slopes.to(device), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AlibiSlopes":
+        """A model moved to another precision has them anew: rounded ones would stay rounded."""
+        super()._apply(fn, recurse)
+        self._fill(self.slopes.dtype, self.slopes.device)
+        return self
+
+    def forward(self) -> Float[Tensor, "H"]:
+        """The slopes. A step that made them would wait for their way to a GPU."""
+        return self.slopes
+
+
 def alibi_bias(
-    slopes: tuple[float, ...],
+    slopes: tuple[float, ...] | Float[Tensor, "H"],
     queries: int,
     keys: int,
     dtype: torch.dtype,
@@ -22,4 +47,4 @@ def alibi_bias(
     """bias[h, t, s] = -slope_h |t - s|, where the queries are the last of the places of the keys."""
     asking = torch.arange(keys - queries, keys, device=device)
     distance = (asking[:, None] - torch.arange(keys, device=device)).abs()
-    return -torch.tensor(slopes, dtype=dtype, device=device)[:, None, None] * distance
+    return -torch.as_tensor(slopes, dtype=dtype, device=device)[:, None, None] * distance

@@ -13,7 +13,7 @@ def attention(
     k: Float[Tensor, "B H S D"],
     v: Float[Tensor, "B H S D"],
     mask: Bool[Tensor, "*#mask"],
-    slopes: tuple[float, ...] | None = None,
+    slopes: tuple[float, ...] | Float[Tensor, "H"] | None = None,
 ) -> Float[Tensor, "B H T D"]:
     """y = softmax(q k^T / sqrt D + ALiBi) v over the keys that the mask allows; 0 for a query that sees none.
 

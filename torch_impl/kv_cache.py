@@ -86,7 +86,7 @@ def attend_after(
     past: KVCache,
     layer: int,
     mask: Bool[Tensor, "*#mask"] | None,
-    slopes: tuple[float, ...] | None,
+    slopes: Float[Tensor, "H"] | None,
 ) -> Float[Tensor, "B H T D"]:
     """Attention of new tokens over all so far, of which they see what the mask says; without one, all."""
     k, v = past.extend(layer, k, v)

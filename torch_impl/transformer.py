@@ -15,7 +15,7 @@ from ref_numpy.config import ModelConfig
 from ref_numpy.dropout import DropoutKey
 from ref_numpy.masks import PADDING
 from ref_numpy.parameters import init_params
-from torch_impl.alibi import alibi_slopes
+from torch_impl.alibi import AlibiSlopes
 from torch_impl.block import Block, make_norm
 from torch_impl.dropout import dropout
 from torch_impl.embedding import Embedding
@@ -38,13 +38,15 @@ class Embedded(nn.Module):
         self.config, self.compute_dtype = config, compute_dtype
         self.embedding_scale = sqrt(config.d_model) if config.positions == "sinusoidal" else 1.0
         self.token_embedding = Embedding(config.vocab_size, config.d_model)
-        self.position_embedding = self.rotary = None
+        self.position_embedding = self.rotary = self.alibi = None
         if config.positions == "learned":
             self.position_embedding = LearnedPositions(config.context_length, config.d_model)
         elif config.positions == "sinusoidal":
             self.position_embedding = SinusoidalPositions(config.context_length, config.d_model)
         elif config.positions == "rope":
             self.rotary = RotaryPositions(config)
+        elif config.positions == "alibi":
+            self.alibi = AlibiSlopes(config.n_head)
         self.head: Linear | None = None
 
     def add_head(self) -> None:
@@ -87,12 +89,8 @@ class Embedded(nn.Module):
         return AttentionPattern(causal, window, self.slopes(), documents, present)
 
     def slopes(self) -> Float[Tensor, "H"] | None:
-        """ALiBi's, where positions are distances; in float64 where the device has it."""
-        if self.config.positions != "alibi":
-            return None
-        device = self.token_embedding.weight.device
-        dtype = torch.float64 if device.type == "cpu" else torch.float32
-        return torch.tensor(alibi_slopes(self.config.n_head), dtype=dtype, device=device)
+        """ALiBi's, where positions are distances."""
+        return None if self.alibi is None else self.alibi()
 
     def settle_precision(self) -> None:
         """Casts the weights to the compute dtype once, as every pass would; the model is trained no more.
@@ -201,8 +199,7 @@ class Transformer(Embedded):
         if documents is not None:
             together = document_mask(documents, past.length)
             mask = together if mask is None else mask & together
-        slopes = alibi_slopes(self.config.n_head) if self.config.positions == "alibi" else None
-        return partial(attend_after, past=past, layer=layer, mask=mask, slopes=slopes)
+        return partial(attend_after, past=past, layer=layer, mask=mask, slopes=self.slopes())
 
 
 def initialised(

@@ -2,6 +2,7 @@
 
 import os
 import time
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -175,6 +176,7 @@ def _start(model: Embedded, config: RunConfig, place: Place, ranks: Ranks) -> Tr
     if place.products == "float8":
         use_float8(model)
     torch.set_float32_matmul_precision("high" if place.products == "tf32" else "highest")
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # PyTorch's advice to who chose float32
     if config.run.checkpoint_activations:
         recompute_blocks(model)
     state = start(model, config.training, place.compile, ranks, place.device if config.run.shard else None)
