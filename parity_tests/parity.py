@@ -181,6 +181,26 @@ def require_same_mathematics(target: Target, case: Case) -> None:
     _require(target, case, "float64", got, want, bounds)
 
 
+def _require_sound_device(target: Target, case: Case, precision: str, want: Arrays, scale: float) -> None:
+    """That the plain implementation, by which the backend is measured, errs here about as on the CPU.
+
+    Else nothing excuses as much as a broken device: where all results are 0, a backend's are as good as any.
+    """
+    __tracebackhide__ = True
+    p = PRECISIONS[precision]
+    arguments, dy = case.inputs(precision)
+    here, on_cpu = (
+        target.plain.run(case.component, arguments, dy, p.torch_dtype, device).named()
+        for device in (target.device, "cpu")
+    )
+    bounds = {
+        name: tolerances.soundness(np.abs(on_cpu[name] - value).max(initial=0.0), scale, p)
+        for name, value in want.items()
+    }
+    plainly = target._replace(backend=target.plain, record=lambda judgement: None)
+    _require(plainly, case, precision, here, want, bounds)
+
+
 def require_well_rounded(target: Target, case: Case, precision: str) -> None:
     """Question 2: values and gradients in a lower precision, on the target's device.
 
@@ -197,6 +217,8 @@ def require_well_rounded(target: Target, case: Case, precision: str) -> None:
     if not np.isfinite(list(uncertainty.values())).all():
         return
     scale = scale_of({"dy": dy, **arguments}, want)
+    if target.device != "cpu":
+        _require_sound_device(target, case, precision, want, scale)
     bounds = {
         name: tolerances.rounding(value, uncertainty[name], scale, p, is_gradient=name != "y")
         for name, value in want.items()

@@ -174,6 +174,26 @@ def test_in_a_low_precision_float64_decides():
         assert "not as well rounded as it could be (bfloat16 on cpu)" in str(raised.value)
 
 
+class OnADeadDevice(parity.Backend):
+    """Every kernel is launched there, and none computes."""
+
+    def run(self, component, arguments, cotangent, dtype, device):
+        alive = super().run(component, arguments, cotangent, dtype, "cpu")
+        if device == "cpu":
+            return alive
+        return alive._replace(y=0 * alive.y, gradients={name: 0 * g for name, g in alive.gradients.items()})
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
+def test_a_device_that_computes_nothing_is_seen(precision):
+    """The plain formulas, whose errors are the measure, are then off by all of the result themselves."""
+    dead = OnADeadDevice(PLAIN)
+    target = parity.target(PLAIN, "dead", (precision,))._replace(backend=dead, plain=dead)
+    message = rf"rmsnorm of {PLAIN}: not as well rounded as it could be \({precision} on dead\)"
+    with pytest.raises(Disagreement, match=message):
+        parity.require_well_rounded(target, NORM, precision)
+
+
 @pytest.mark.parametrize("case", [NORM, MODEL, Case("sample_token", {"logits": np.zeros(3), "seen": [1, 0]})])
 def test_the_case_as_a_script_is_the_case(case):
     """What the script makes is what was judged, large arrays named by their origin and all."""

@@ -9,10 +9,10 @@
    the float64 reference on the same rounded inputs.
    * A contraction is held to the bound of its own condition (`contraction`).
    * Anything else may err twice as much (a gradient: three times) as two measures of the same case say
-     (`rounding`): what a plain implementation errs in this precision, and what one rounding of the inputs
-     changes.
+     (`rounding`): what a plain implementation errs in this precision on that device, which must be about
+     what it errs on the CPU (`soundness`), and what one rounding of the inputs changes.
 
-test_tolerances.py measures all three, from both sides: honest errors come within two decades of each bound,
+test_tolerances.py measures the first three, from both sides: honest errors come within two decades of each bound,
 and the least of the classic bugs is two decades beyond that of mathematics.
 """
 
@@ -91,3 +91,12 @@ def rounding(
     factor = 3.0 if is_gradient else 2.0
     stored = 4 * precision.u * np.abs(want).max(initial=0.0)
     return factor * uncertainty + stored + 16 * 2.0**-24 * scale
+
+
+def soundness(on_cpu: float, scale: float, precision: Precision) -> float:
+    """Largest error of the plain implementation on another device: 32 on_cpu + 16 u scale.
+
+    on_cpu is its error there. The bound tells a device that computes from one that does not, or not that
+    function: kernels honestly differ by the order of their sums and by some units of their exponentials.
+    """
+    return 32 * on_cpu + 16 * precision.u * scale
