@@ -12,8 +12,8 @@
      (`rounding`): what a plain implementation errs in this precision on that device, which must be about
      what it errs on the CPU (`soundness`), and what one rounding of the inputs changes.
 
-test_tolerances.py measures the first three, from both sides: honest errors come within two decades of each bound,
-and the least of the classic bugs is two decades beyond that of mathematics.
+test_tolerances.py measures the first three, from both sides: honest errors come within two decades of each
+bound, and the least of the classic bugs is two decades beyond that of mathematics.
 """
 
 from typing import NamedTuple
