@@ -98,7 +98,7 @@ def held(rank: int, shard: bool) -> tuple[int, int]:
 
 def compiled(rank: int, n_layer: int) -> list[int]:
     """How often blocks run compiled, counted by a backend of its own, in an evaluation and in two steps."""
-    runs, compile_in_place = 0, torch.nn.Module.compile
+    runs, compile = 0, torch.compile
 
     def backend(graph: torch.fx.GraphModule, _: list) -> Callable:
         def run(*inputs: torch.Tensor) -> tuple:
@@ -117,15 +117,14 @@ def compiled(rank: int, n_layer: int) -> list[int]:
     with joined(on_cuda=False) as ranks:
         model = make_model(replace(MODEL, n_layer=n_layer))
         model.initialise(0)
-        torch.nn.Module.compile = lambda module: compile_in_place(module, backend=backend)
+        torch.compile = partial(compile, backend=backend)
         try:
             state = start(model, TRAINING, True, ranks, torch.device("cpu"))
             steps = train_steps(state, partial(sample_batch, tokens, 8), TRAINING)
             for act in (lambda: evaluate(model, tokens[:20]), lambda: next(steps), lambda: next(steps)):
                 told.append(counted(act))
         finally:
-            torch.nn.Module.compile = compile_in_place
-            torch.compiler.set_stance("default")
+            torch.compile = compile
     return told
 
 

@@ -5,7 +5,9 @@ others' parts of a block for as long as it computes there. Both take the mean of
 Only a run of several processes imports this file: PyTorch's engines take a second to load.
 """
 
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 from warnings import catch_warnings
 
@@ -54,15 +56,29 @@ class _ModelLoss(nn.Module):
 def _sharded(model: Embedded, ranks: Ranks, device: torch.device, compiled: bool) -> Engine:
     """FSDP2, block by block. Weights travel in the precision of the computation, gradients in their own.
 
-    Blocks are compiled in place, but run so in a step alone: an evaluation or a generation has shapes of its
-    own, which would use up the versions of one code that torch.compile makes before it gives up.
+    Blocks run compiled in a step alone: an evaluation or a generation has shapes of its own, which would use
+    up the versions of one code that torch.compile makes before it gives up.
     """
+    stepping = False
+
+    @contextmanager
+    def step(last: bool) -> Iterator[None]:
+        nonlocal stepping
+        stepping = True
+        try:
+            yield
+        finally:
+            stepping = False
+
+    def in_steps(compiled: Callable[..., Tensor], plain: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        return (compiled if stepping else plain)(*inputs)
+
     mesh = init_device_mesh(device.type, (ranks.size,))
     precise = model.token_embedding.weight.dtype
     policy = MixedPrecisionPolicy(model.compute_dtype, precise, cast_forward_inputs=False)
     for block in [module for module in model.modules() if isinstance(module, Block | CrossBlock)]:
         if compiled:
-            block.compile()
+            block.forward = partial(in_steps, torch.compile(block.forward), block.forward)
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     for method in ("loss", "encode", "decode") if isinstance(model, Seq2Seq) else ("loss",):
@@ -72,7 +88,4 @@ def _sharded(model: Embedded, ranks: Ranks, device: torch.device, compiled: bool
             module.set_force_sum_reduction_for_comms(True)  # and divided afterwards: gloo knows no means
 
     # Every micro-batch hands its gradients on: to add them up here first would take the room of all of them.
-    if not compiled:
-        return Engine(model.loss, lambda last: nullcontext())
-    torch.compiler.set_stance("force_eager")
-    return Engine(model.loss, lambda last: torch.compiler.set_stance("default"))
+    return Engine(model.loss, step)
