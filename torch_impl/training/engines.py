@@ -5,6 +5,7 @@ others' parts of a block for as long as it computes there. Both take the mean of
 Only a run of several processes imports this file: PyTorch's engines take a second to load.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -38,7 +39,11 @@ def joined_engine(model: Embedded, ranks: Ranks, sharded_on: torch.device | None
         replicated = DistributedDataParallel(
             _ModelLoss(model), broadcast_buffers=False, gradient_as_bucket_view=True
         )
-    loss = torch.compile(replicated) if compiled else replicated
+    loss = replicated
+    if compiled:
+        # DDP's mark for profilers, which torch.compile leaves out, is not for each process to warn of.
+        logging.getLogger("torch._dynamo.variables.ctx_manager").setLevel(logging.ERROR)
+        loss = torch.compile(replicated)
     return Engine(loss, lambda last: nullcontext() if last else replicated.no_sync())
 
 
