@@ -15,7 +15,10 @@ def alibi_slopes(n_head: int) -> tuple[float, ...]:
 
 
 class AlibiSlopes(nn.Module):
-    """Holds the slopes of all heads on the model's device; they are no parameters and not saved."""
+    """Holds the slopes of all heads, which are no parameters and not saved.
+
+    A step that made them anew would wait for their way to a GPU.
+    """
 
     def __init__(self, n_head: int) -> None:
         super().__init__()
@@ -31,10 +34,6 @@ class AlibiSlopes(nn.Module):
         super()._apply(fn, recurse)
         self._fill(self.slopes.dtype, self.slopes.device)
         return self
-
-    def forward(self) -> Float[Tensor, "H"]:
-        """The slopes. A step that made them would wait for their way to a GPU."""
-        return self.slopes
 
 
 def alibi_bias(

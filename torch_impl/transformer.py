@@ -90,7 +90,7 @@ class Embedded(nn.Module):
 
     def slopes(self) -> Float[Tensor, "H"] | None:
         """ALiBi's, where positions are distances."""
-        return None if self.alibi is None else self.alibi()
+        return None if self.alibi is None else self.alibi.slopes
 
     def settle_precision(self) -> None:
         """Casts the weights to the compute dtype once, as every pass would; the model is trained no more.

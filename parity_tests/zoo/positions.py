@@ -131,8 +131,8 @@ BUGS = [
         (
             "far_keys_preferred",
             "The bias has the wrong sign.",
-            "return -torch.tensor(slopes",
-            "return torch.tensor(slopes",
+            "return -torch.as_tensor(slopes",
+            "return torch.as_tensor(slopes",
         ),
     ),
 ]
