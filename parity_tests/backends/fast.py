@@ -14,7 +14,7 @@ from ref_numpy.config import TrainConfig
 from torch_impl import generate as generation
 from torch_impl import optim
 from torch_impl.activations import gelu, gelu_tanh, relu, silu  # noqa: F401
-from torch_impl.alibi import alibi_slopes
+from torch_impl.alibi import AlibiSlopes
 from torch_impl.attention import attention  # noqa: F401
 from torch_impl.block import Block
 from torch_impl.cross_attention import CrossAttention
@@ -64,16 +64,16 @@ def _rotation(x, places, config):
     return RotaryPositions(needed).to(x.device, x.dtype)(places)
 
 
-def _attend(config, mask):
+def _attend(config, mask, x):
     """As models do it, but for a mask of any kind."""
     slopes = None
     if config.positions == "alibi":
-        slopes = torch.tensor(alibi_slopes(config.n_head), dtype=torch.float64).to(mask.device)
+        slopes = AlibiSlopes(config.n_head).to(x.device, x.dtype).slopes
     return attend_by(AttentionPattern(alibi_slopes=slopes, mask=mask))
 
 
 def multi_head_attention(x, params, config, mask, places):
-    attend = _attend(config, mask)
+    attend = _attend(config, mask, x)
     return _called(MultiHeadAttention(config), params, (x, attend, _rotation(x, places, config)))
 
 
@@ -102,12 +102,12 @@ def swiglu(x, gate_weight, gate_bias, up_weight, up_bias, down_weight, down_bias
 
 
 def block(x, params, config, mask, places, layer, key):
-    attend = _attend(config, mask)
+    attend = _attend(config, mask, x)
     return _called(Block(config, layer), params, (x, attend, _rotation(x, places, config), key))
 
 
 def cross_block(x, memory, params, config, mask, memory_mask, places, site, key):
-    attend = _attend(config, mask)
+    attend = _attend(config, mask, x)
     rotation = _rotation(x, places, config)
     return _called(CrossBlock(config, site), params, (x, memory, memory_mask, attend, rotation, key))
 
