@@ -15,8 +15,10 @@ the head of the module:
     DTYPES = ("float32", "bfloat16")       what it computes in, if not in everything
     DEVICES = ("cuda",)                    where it runs, if not everywhere
 
-It may return arrays of any library that speaks DLPack. A case that it does not do is declined by raising
-NotImplementedError. What a backend lacks or declines is reported as not offered, and never counted as passed.
+It may return arrays of any library that speaks DLPack. What is given no array, such as causal_mask, makes its
+own on PyTorch's default device, which is then the one under test. A case that it does not do is declined by
+raising NotImplementedError. What a backend lacks or declines is reported as not offered, and never counted as
+passed.
 """
 
 import difflib
@@ -222,13 +224,15 @@ class Backend:
             {name: received(value, f"the gradient of {name}", dtype) for name, value in gradients.items()},
         )
 
-    def call(self, component: str, arguments: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """A function without gradients, in float64: its results by name."""
-        device = getattr(self.module, "DEVICES", ("cpu",))[0]
+    def call(self, component: str, arguments: Mapping[str, Any], device: str) -> dict[str, np.ndarray]:
+        """A function without gradients, in float64: its results by name. Raises as run."""
+        import torch
+
         self.require("float64", device)
         placed = map_arrays(sender(self.arrays, "float64", device), arguments)
         try:
-            return leaves(getattr(self.module, component)(*placed.values()))
+            with torch.device(device):
+                return leaves(getattr(self.module, component)(*placed.values()))
         except NotImplementedError as error:
             raise NotOffered(str(error) or "it declines") from error
 

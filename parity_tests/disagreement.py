@@ -32,7 +32,7 @@ class Disagreement(AssertionError):
 
     @property
     def device(self) -> str:
-        return self.target.mathematics_on if self.precision == "float64" else self.target.device
+        return self.target.runs_on(self.case.component, self.precision)
 
     @property
     def law(self) -> str:

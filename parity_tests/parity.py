@@ -47,6 +47,13 @@ class Target(NamedTuple):
         """The device of the first question: the CPU, but for backends that do not run there."""
         return "cpu" if "cpu" in getattr(self.backend.module, "DEVICES", ("cpu",)) else self.device
 
+    def runs_on(self, component: str, precision: str) -> str:
+        """The device of a question: for that of rounding the one under test. A function without gradients is
+        put the first question alone, so there as well, unless it has no float64."""
+        has_rounding, has_float64 = component in DIFFERENTIABLE, not self.device.startswith("mps")
+        moves = precision != "float64" or (has_float64 and not has_rounding)
+        return self.device if moves else self.mathematics_on
+
 
 def target(backend: str, device: str, precisions: tuple[str, ...], **listeners: Callable) -> Target:
     """The target by its names. Raises BackendError for a module that is not there or does not fit."""
@@ -103,14 +110,14 @@ def _explained(target: Target, case: Case, precision: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, Misfit):
             error = Misfit(f"{case.component} of {target.backend.name}: {error}")
-        device = target.mathematics_on if precision == "float64" else target.device
+        device = target.runs_on(case.component, precision)
         error.script = code(*case, target.backend.name, device, precision)
         raise error from None
 
 
 def _run(target: Target, case: Case, precision: str, arguments: Mapping[str, Any], dy: np.ndarray) -> Result:
     __tracebackhide__ = True
-    device = target.mathematics_on if precision == "float64" else target.device
+    device = target.runs_on(case.component, precision)
     with _explained(target, case, precision):
         return target.backend.run(case.component, arguments, dy, PRECISIONS[precision].torch_dtype, device)
 
@@ -164,7 +171,7 @@ def _require(target: Target, case: Case, precision: str, got: Arrays, want: Arra
             if got[name].shape != exact.shape:
                 raise Misfit(f"{name} has shape {got[name].shape}, not {exact.shape}")
     units = {name: _units(got[name], exact, bounds[name]) for name, exact in want.items()}
-    device = target.mathematics_on if precision == "float64" else target.device
+    device = target.runs_on(case.component, precision)
     target.record(Judgement(case.component, precision, device, units))
     if any(unit > 1 for unit in units.values()):
         raise Disagreement(target, case, precision, got, want, bounds)
@@ -231,7 +238,8 @@ def require_same_results(target: Target, case: Case) -> None:
     __tracebackhide__ = True
     want = leaves(reference_function(case.component)(*case.arguments.values()))
     with _explained(target, case, "float64"):
-        got = target.backend.call(case.component, case.arguments)
+        device = target.runs_on(case.component, "float64")
+        got = target.backend.call(case.component, case.arguments, device)
     scale = scale_of(case.arguments, {name: value for name, value in want.items() if value.dtype.kind == "f"})
     bounds = {
         name: tolerances.mathematics(value[np.isfinite(value)], scale) if value.dtype.kind == "f" else 0.0

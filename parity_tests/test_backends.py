@@ -286,6 +286,25 @@ def test_functions_are_compared_too(write):
         judge(wrong, "filtered_logits")
 
 
+def test_functions_run_where_the_suite_is_pointed(write):
+    """They once ran on the CPU, whatever --device said. PyTorch's meta device stands in for a GPU here."""
+    backend = write(
+        "import torch\nfrom ref_numpy import masks, optim\n"
+        "def causal_mask(length, before):\n"
+        "    assert torch.empty(0).is_meta\n"
+        "    return masks.causal_mask(length, before)\n"
+        "def adam(param, gradient, m, v, *settings):\n"
+        "    assert all(given.is_meta for given in (param, gradient, m, v))\n"
+        "    raise NotImplementedError('it has been there')\n"
+    )
+    declined = []
+    target = parity.target(backend, "meta", (), declined=lambda *told: declined.append(told))
+    require_parity(target, Case("causal_mask", {"length": 3, "before": 1}))
+    require_parity(target, Case("adam", EXAMPLES["adam"]))
+    assert declined == [("adam", "float64", "it has been there")]
+    assert target._replace(device="mps").runs_on("adam", "float64") == "cpu"  # it has no float64
+
+
 def test_what_is_not_offered_is_listed_and_not_passed():
     lines = [
         ("rope", "float64", "passed", 20),

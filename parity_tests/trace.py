@@ -214,7 +214,7 @@ def _of_backend(
         with _modules(recorders[0]), _functions(recorders[1], [target.backend.module]):
             yield
 
-    device = target.mathematics_on if precision == "float64" else target.device
+    device = target.runs_on(case.component, precision)
     dtype = PRECISIONS[precision].torch_dtype
     y = target.backend.run(case.component, arguments, dy, dtype, device, watch).y
     by_modules, by_functions = recorders

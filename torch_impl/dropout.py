@@ -17,7 +17,7 @@ def _threshold(p: float) -> int:
 
 
 def keep_mask(
-    shape: tuple[int, ...], p: float, key: DropoutKey, device: torch.device | str = "cpu"
+    shape: tuple[int, ...], p: float, key: DropoutKey, device: torch.device | str | None = None
 ) -> Bool[Tensor, "*shape"]:
     """True for the units that stay; the first axis counts sequences. One random block serves eight units."""
     rows, units = shape[0], math.prod(shape[1:])

@@ -7,13 +7,15 @@ from torch import Tensor
 from ref_numpy.masks import PADDING
 
 
-def causal_mask(length: int, before: int = 0, device: torch.device | str = "cpu") -> Bool[Tensor, "T S"]:
+def causal_mask(
+    length: int, before: int = 0, device: torch.device | str | None = None
+) -> Bool[Tensor, "T S"]:
     """mask[t, s] = (s <= t), for the last `length` of before + length tokens as queries."""
     return torch.ones(length, before + length, dtype=torch.bool, device=device).tril(before)
 
 
 def window_mask(
-    length: int, window: int, before: int = 0, device: torch.device | str = "cpu"
+    length: int, window: int, before: int = 0, device: torch.device | str | None = None
 ) -> Bool[Tensor, "T S"]:
     """mask[t, s] = (t - window < s <= t), likewise."""
     return causal_mask(length, before, device).triu(before + 1 - window)

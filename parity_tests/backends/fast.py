@@ -140,7 +140,8 @@ def _step(param, gradient, m, v, t, learning_rate, config):
     module = _holding({"param": param})
     module.param.grad = gradient.clone()
     optimizer = optim.make_optimizer(module, config)
-    past = {"step": torch.tensor(t - 1.0), "exp_avg": m.clone(), "exp_avg_sq": v.clone()}
+    t = torch.tensor(t - 1.0, device=param.device)
+    past = {"step": t, "exp_avg": m.clone(), "exp_avg_sq": v.clone()}
     optimizer.state[module.param].update(past)
     optim.set_learning_rate(optimizer, torch.tensor(learning_rate, dtype=torch.float64))
     optimizer.step()
@@ -166,6 +167,6 @@ def clip_by_global_norm(gradients, limit):
 
 
 def generate(params, prompt, config, n_tokens, sampling, seed):
-    model = Transformer(config, torch.float64).double()
+    model = Transformer(config, torch.float64).double().to(prompt.device)
     model.load_state_dict(params)
     return generation.generate(model, prompt, n_tokens, sampling, seed)
