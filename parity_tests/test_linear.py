@@ -1,6 +1,9 @@
 """Linear layers: parity, and each element within the bound of its own contraction."""
 
+from unittest.mock import patch
+
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +13,9 @@ from parity_tests.backend import run_reference
 from parity_tests.parity import rounded
 from parity_tests.strategies import array, arrays, optional_arrays, seeds, sizes
 from ref_numpy.linear import linear_backward, linear_forward
-from torch_impl.linear import linear
+from torch_impl import linear as fast
+
+KERNELS = ["PyTorch's choice", *(["oneDNN"] if torch.backends.mkldnn.is_available() else [])]
 
 
 @st.composite
@@ -57,10 +62,11 @@ def test_each_element_is_within_the_bound_of_its_contraction(offered, seed, leng
             assert (error <= tolerances.contraction(size, terms, precision)).all(), (name, result)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @given(seed=seeds, has_bias=st.booleans())
 @settings(max_examples=5)
-def test_large_products_with_gradients_are_within_the_bound_too(seed, has_bias):
-    """In float32 on the CPU two of their three products are another library's."""
+def test_large_products_with_gradients_are_within_the_bound_too(kernel, seed, has_bias):
+    """In float32 on some CPUs two of their three products are another library's."""
     random = np.random.default_rng(seed)
     x, weight, dy = (
         array(random, shape).astype(np.float32) for shape in ((300, 320), (431, 320), (300, 431))
@@ -69,7 +75,8 @@ def test_large_products_with_gradients_are_within_the_bound_too(seed, has_bias):
     tensors = [
         None if part is None else torch.from_numpy(part).requires_grad_() for part in (x, weight, bias)
     ]
-    y = linear(*tensors)
+    with patch.object(fast, "product_kernel", return_value=kernel):
+        y = fast.linear(*tensors)
     y.backward(torch.from_numpy(dy))
     results = [y.detach(), *(tensor.grad for tensor in tensors if tensor is not None)]
 
@@ -87,21 +94,45 @@ def test_large_products_with_gradients_are_within_the_bound_too(seed, has_bias):
         assert got.shape == want.shape and (np.abs(got.numpy() - want) <= bound).all()
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @given(seed=seeds, rows=st.sampled_from([(), (1,), (1, 1), (3,), (2, 5)]), has_bias=st.booleans())
 @settings(max_examples=10)
-def test_a_product_without_gradient_is_within_the_bound_too(seed, rows, has_bias):
-    """A large one in float32 on the CPU is another library's."""
+def test_a_product_without_gradient_is_within_the_bound_too(kernel, seed, rows, has_bias):
+    """A large one in float32 on some CPUs is another library's."""
     random = np.random.default_rng(seed)
     x, weight = array(random, (*rows, 320)).astype(np.float32), array(random, (431, 320)).astype(np.float32)
     bias = array(random, (431,)).astype(np.float32) if has_bias else None
     tensors = [None if part is None else torch.from_numpy(part) for part in (x, weight, bias)]
-    with torch.no_grad():
-        got = linear(*tensors)
-    with torch.inference_mode():
-        assert torch.equal(linear(*tensors), got)
+    with patch.object(fast, "product_kernel", return_value=kernel):
+        with torch.no_grad():
+            got = fast.linear(*tensors)
+        with torch.inference_mode():
+            assert torch.equal(fast.linear(*tensors), got)
     want, _ = linear_forward(
         *(None if part is None else part.astype(np.float64) for part in (x, weight, bias))
     )
     magnitude = np.abs(x.astype(np.float64)) @ np.abs(weight.T) + (0 if bias is None else np.abs(bias))
     bound = tolerances.contraction(magnitude, 321, tolerances.PRECISIONS["float32"])
     assert got.shape == want.shape and (np.abs(got.numpy() - want) <= bound).all()
+
+
+@pytest.mark.parametrize(
+    ("cpu_name", "instructions", "in_training", "in_writing"),
+    [
+        ("AMD EPYC 9R14", "AVX512", "oneDNN", "oneDNN"),
+        ("AMD EPYC 7R13", "AVX2", "PyTorch's choice", "oneDNN"),
+        ("Intel Xeon 2.50GHz", "AVX512", "PyTorch's choice", "PyTorch's choice"),
+        ("Apple M2", "DEFAULT", "PyTorch's choice", "PyTorch's choice"),
+    ],
+)
+def test_whose_kernel_multiplies_is_a_matter_of_the_processor(
+    monkeypatch, cpu_name, instructions, in_training, in_writing
+):
+    """oneDNN once had those of every processor with AVX-512: on Intel's a step took up to a tenth longer."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: instructions)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": cpu_name})
+    found = [fast.product_kernel(torch.device("cpu"), torch.float32, training) for training in (True, False)]
+    assert found == [in_training, in_writing]
+    assert fast.product_kernel(torch.device("cpu"), torch.bfloat16, True) == "PyTorch's choice"
+    assert fast.product_kernel(torch.device("cuda"), torch.float32, True) == "PyTorch's choice"

@@ -43,9 +43,9 @@ def test_a_step_reads_nothing_back(precision):
 
 @pytest.mark.parametrize("architecture", ["decoder", "encoder", "encoder-decoder"])
 def test_the_batches_of_many_steps_read_nothing_back(architecture):
-    model_config = replace(MODEL, architecture=architecture)
+    model_config, training = replace(MODEL, architecture=architecture), replace(TRAINING, steps=2)
     with FakeTensorMode():
-        state = start(make_model(model_config), TRAINING)
+        state = start(make_model(model_config), training)
         tokens = torch.zeros(100, dtype=torch.long)
         pairs = Pairs(torch.zeros(9, 7, dtype=torch.int32), torch.zeros(9, 6, dtype=torch.int32))
         sample = {
@@ -53,7 +53,7 @@ def test_the_batches_of_many_steps_read_nothing_back(architecture):
             "encoder": partial(sample_masked_batch, tokens, model_config),
             "encoder-decoder": partial(sample_pairs, pairs, model_config),
         }[architecture]
-        assert len(list(train_steps(state, sample, TRAINING))) == TRAINING.steps
+        assert len(list(train_steps(state, sample, training))) == 2
 
 
 @pytest.mark.parametrize("architecture", ["decoder", "encoder-decoder"])
@@ -87,7 +87,7 @@ from torch_impl.float8 import use_float8
 from torch_impl.seq2seq import make_model
 
 config = ModelConfig(
-    vocab_size=31, context_length=8, n_layer=2, n_head=2, d_model=8, dropout=0.1, norm_placement=sys.argv[1],
+    vocab_size=31, context_length=8, n_layer=1, n_head=2, d_model=8, dropout=0.1, norm_placement=sys.argv[1],
     architecture=sys.argv[2],
 )
 source, inputs, targets = torch.randint(31, (3, 3, 8), generator=torch.Generator().manual_seed(0))

@@ -29,12 +29,15 @@ def linear(
 def product_kernel(device: torch.device, dtype: torch.dtype, with_gradient: bool) -> str:
     """Whose kernel computes large products: "oneDNN", called from here, or "PyTorch's choice".
 
-    In float32 on the CPU that choice is MKL, which reads a matrix that meets one row with one thread, where
-    oneDNN reads with all: GPT-2 writes in half the time. In training, MKL's kernels for AVX-512 are made for
-    Intel's processors, and on others have reached from half to nine tenths of oneDNN's speed. The precision
-    is the same. Without AVX-512 training is left to MKL, and lower precisions PyTorch gives to oneDNN itself.
+    In float32 on the CPU that choice is MKL, which is made for Intel's processors, and on those is the faster
+    in training and for a single row. On AMD's it reads a matrix that meets one row with one thread, where
+    oneDNN reads with all: GPT-2 writes in half the time. In training MKL's kernels for AVX-512 have there
+    reached from half to nine tenths of oneDNN's speed; without AVX-512 training is left to them. The
+    precision is the same, and lower ones PyTorch gives to oneDNN itself.
     """
     if device.type != "cpu" or dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+        return "PyTorch's choice"
+    if "AMD" not in torch.cpu.get_capabilities().get("cpu_name", ""):
         return "PyTorch's choice"
     avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
     return "oneDNN" if avx512 or not with_gradient else "PyTorch's choice"
