@@ -30,7 +30,7 @@ SHARED = {
     "ref_numpy.conversation": None,
 }
 # Where a run that failed is held against the reference.
-COMPARED = {"against_reference.py"}
+COMPARED = {"references.py"}
 REFERENCE_MAY_IMPORT = {"numpy", "jaxtyping", "ref_numpy", "regex", "tqdm"}  # and the standard library
 
 

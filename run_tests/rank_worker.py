@@ -19,12 +19,14 @@ import torch_impl.training.engines  # noqa: F401  (the same)
 import train_gpu
 from ref_numpy.config import ModelConfig, TrainConfig
 from torch_impl.data import sample_batch
+from torch_impl.ffn import FFN
 from torch_impl.masking import evaluate_masked, sample_masked_batch
 from torch_impl.packing import evaluate_packed, pack
 from torch_impl.pairs import evaluate_pairs, make_pairs, sample_pairs
 from torch_impl.seq2seq import make_model
 from torch_impl.train import evaluate, start, train_steps
 from torch_impl.training import run as run_module
+from torch_impl.training.against_reference import Comparison
 from torch_impl.training.ranks import joined, whole
 
 MODEL = ModelConfig(vocab_size=31, context_length=8, n_layer=2, n_head=2, d_model=8, dropout=0.1)
@@ -126,6 +128,25 @@ def compiled(rank: int, n_layer: int) -> list[int]:
         finally:
             torch.compile = compile
     return told
+
+
+def departures(rank: int, shard: bool, broken: int | None) -> list[str]:
+    """What this process finds to depart from the reference in a step, where one has a broken layer."""
+    tokens, forward = torch.arange(100) % 31, FFN.forward
+    with joined(on_cuda=False) as ranks:
+        model = make_model(MODEL)
+        model.initialise(0)
+        start(model, TRAINING, False, ranks, torch.device("cpu") if shard else None)
+        comparison = Comparison(model)
+        if rank == broken:
+            FFN.forward = lambda self, x: forward(self, x) * float("nan")
+        try:
+            with comparison.watching():
+                inputs, targets = sample_batch(tokens, 8, torch.tensor(0), TRAINING)
+                model.loss((inputs[0, rank::2], targets[0, rank::2])).backward()
+        finally:
+            FFN.forward = forward
+    return comparison.departures
 
 
 def _local(tensors: Iterable[torch.Tensor]) -> int:

@@ -1,4 +1,9 @@
-"""--detect-anomaly: a component that departs from the reference is named, and a sound one is not."""
+"""--detect-anomaly: a component that departs from the reference, on the way forward or back, is named; a
+sound one is not."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -8,26 +13,40 @@ from hypothesis import strategies as st
 from parity_tests.strategies import model_configs
 from ref_numpy.config import ModelConfig
 from ref_numpy.dropout import DropoutKey
+from torch_impl.layernorm import LayerNorm
+from torch_impl.linear import Linear
 from torch_impl.multi_head_attention import MultiHeadAttention
 from torch_impl.seq2seq import make_model
-from torch_impl.training.against_reference import compared
+from torch_impl.training.against_reference import Comparison
+from torch_impl.training.recompute import recompute_blocks
+from torch_impl.transformer import Embedded
+
+SCALE = 2.0**16
+CONFIG = ModelConfig(vocab_size=31, context_length=8, n_layer=2, n_head=2, d_model=8, dropout=0.1)
 
 
 def departures_of(
-    config: ModelConfig, dtype: torch.dtype = torch.float32, documents: bool = False
+    config: ModelConfig,
+    dtype: torch.dtype = torch.float32,
+    documents: bool = False,
+    micro_batches: int = 2,
+    change: Callable[[Embedded], None] = lambda model: None,
 ) -> list[str]:
     model = make_model(config, dtype)
     model.initialise(0)
-    ids = torch.randint(
-        config.text_tokens, (3, config.context_length), generator=torch.Generator().manual_seed(1)
-    )
-    inputs = (ids, ids > 0, ids) if config.architecture == "encoder-decoder" else (ids,)
-    if documents:
-        inputs = (*inputs, torch.arange(config.context_length).expand(3, -1) // 3)
-    found: list[str] = []
-    with compared(model, found), torch.no_grad():
-        model(*inputs, key=DropoutKey(1, torch.tensor(2), torch.tensor(4)))
-    return found
+    change(model)
+    generator = torch.Generator().manual_seed(1)
+    comparison = Comparison(model)
+    with comparison.watching():
+        for m in range(micro_batches):
+            ids = torch.randint(config.text_tokens, (3, config.context_length), generator=generator)
+            inputs = (ids, ids > 0, ids) if config.architecture == "encoder-decoder" else (ids,)
+            if documents:
+                inputs = (*inputs, torch.arange(config.context_length).expand(3, -1) // 3)
+            key = DropoutKey(1, torch.tensor(2), torch.tensor(4 + 3 * m))
+            loss = model.loss((*inputs, ids.roll(1, 1)), key, 0.1, torch.tensor(2 * ids.numel()))
+            (SCALE * loss).backward()
+    return comparison.departures
 
 
 @settings(max_examples=25, deadline=None)
@@ -36,21 +55,83 @@ def departures_of(
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
 def test_no_component_of_a_sound_model_departs(config, dtype):
-    assert departures_of(config, dtype) == []
+    assert departures_of(replace(config, n_layer=1), dtype, micro_batches=1) == []
 
 
 def test_texts_that_do_not_see_each_other_are_compared_as_such():
-    config = ModelConfig(vocab_size=31, context_length=8, n_layer=2, n_head=2, d_model=8)
-    assert departures_of(config, documents=True) == []
+    assert departures_of(CONFIG, documents=True) == []
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_blocks_that_are_computed_again_are_compared_once(frozen):
+    def change(model: Embedded) -> None:
+        recompute_blocks(model)
+        model.token_embedding.weight.requires_grad_(not frozen)
+
+    assert departures_of(CONFIG, change=change) == []
 
 
 @pytest.mark.parametrize("error", [1e-3, float("nan")])
-def test_the_smallest_component_that_departs_is_named_first(monkeypatch, error):
+def test_the_smallest_component_that_departs_is_named(monkeypatch, error):
     """Attention is off; its linear layers are right, and its block is off with it."""
     forward = MultiHeadAttention.forward
     monkeypatch.setattr(MultiHeadAttention, "forward", lambda self, *a: forward(self, *a) * (1 + error))
-    config = ModelConfig(vocab_size=31, context_length=8, n_layer=2, n_head=2, d_model=8, dropout=0.1)
-    found = [name.split(" ")[0] for name in departures_of(config)]
-    assert (
-        found == ["blocks.0.attention", "blocks.0", "blocks.1.attention", "blocks.1"][: 4 if error < 1 else 2]
+    (found,) = departures_of(CONFIG)
+    assert found.startswith("blocks.0.attention (")
+
+
+@pytest.mark.parametrize("error", [1e-3, float("nan")])
+def test_a_gradient_that_departs_is_named_where_it_first_comes_back(monkeypatch, error):
+    """The second block's is the first of its kind on the way back. Its projections pass on what they got."""
+
+    class Off(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dx):
+            return dx * (1 + error)
+
+    forward = MultiHeadAttention.forward
+    monkeypatch.setattr(MultiHeadAttention, "forward", lambda self, x, *a: forward(self, Off.apply(x), *a))
+    (found,) = departures_of(CONFIG)
+    assert found.startswith("blocks.1.attention, in the gradient of its input (")
+
+
+@pytest.mark.parametrize("module", [Linear, LayerNorm])
+def test_the_gradient_of_a_weight_that_departs_is_named(monkeypatch, module):
+    """It was counted in one of the two micro-batches alone."""
+    calls = []
+    forward = module.forward
+
+    def forgetful(self, x):
+        calls.append(self)
+        weight = self.weight
+        if calls.count(self) == 2:
+            del self.weight
+            self.weight = torch.nn.Parameter(weight.detach())
+        y = forward(self, x)
+        self.weight = weight
+        return y
+
+    monkeypatch.setattr(module, "forward", forgetful)
+    (found,) = departures_of(CONFIG)
+    name = "blocks.0.attention.qkv" if module is Linear else "blocks.0.norm1"
+    assert found.startswith(f"the gradient of {name}.weight (off by ")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("architecture", ["decoder", "encoder-decoder"])
+def test_a_loss_that_departs_is_named(monkeypatch, tied, architecture):
+    config = ModelConfig(
+        architecture=architecture, vocab_size=31, context_length=8, n_head=2, d_model=8, tied_embeddings=tied
     )
+
+    def change(model: Embedded, off: float) -> None:
+        loss = model.loss
+        model.loss = lambda *arguments: loss(*arguments) + off
+
+    assert departures_of(config, change=partial(change, off=0.0)) == []
+    (found,) = departures_of(config, change=partial(change, off=0.1))
+    assert found.startswith("the loss (off by ")

@@ -142,6 +142,14 @@ def test_sharded_all_blocks_of_a_step_run_compiled_and_none_of_an_evaluation(fam
         assert evaluation == 0 and step == 9
 
 
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_component_that_departs_from_the_reference_in_one_process_stops_none(family, shard):
+    """Where weights are held in parts, all processes put them together for a comparison, or wait for ever."""
+    assert family.ask(2, "departures", shard=shard, broken=None) == [[], []]
+    _, (found,) = family.ask(2, "departures", shard=shard, broken=1)
+    assert found.startswith("blocks.0.ffn (the reference's numbers are finite here")
+
+
 @pytest.mark.parametrize(("shard", "optimizer"), [("--no-shard", "adamw"), ("--shard", "muon")])
 def test_what_two_processes_saved_one_and_three_go_on_with(torchrun, shard, optimizer):
     """The second process alone is told to stop; both do, after the same step."""

@@ -10,6 +10,7 @@ from itertools import islice
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ref_numpy.dropout import DropoutKey
 from ref_numpy.loss import IGNORE
@@ -70,18 +71,23 @@ def offenders(run: Run, step: int, stop: StopRequest) -> str:
 
 def _by_reference(state: TrainState, sample: Sample, clock: Tensor, config: RunConfig) -> str:
     """Which component computes something else than the NumPy reference on the batch of a step."""
-    from torch_impl.training.against_reference import compared
+    from torch_impl.training.against_reference import Comparison
 
-    departures: list[str] = []
-    with compared(state.model, departures):
+    tqdm.write("computing that step by the NumPy reference, component by component (Ctrl-C twice leaves)")
+    comparison = Comparison(state.model)
+    with comparison.watching():
         first_not_finite(state, sample(clock, config.training), clock, config)
-    departures = max(state.ranks.gathered(departures), key=bool)
-    if not departures:
-        return (
-            "in the forward pass, all components that were compared do with their inputs what the NumPy "
-            "reference does (not compared: the output projection, the loss, any backward pass)"
-        )
-    return f"the first component that departs from the NumPy reference is {departures[0]}"
+    departures = max(state.ranks.gathered(comparison.departures), key=bool)
+    if departures:
+        return f"the first component that departs from the NumPy reference is {departures[0]}"
+    left_out = ["an encoder-decoder's attention"] * (config.model.architecture == "encoder-decoder")
+    left_out += ["the gradients of weights, which are held in parts"] * (
+        config.run.shard and state.ranks.size > 1
+    )
+    return (
+        "all components do with their inputs, and with the gradients that came back to them, what the NumPy "
+        "reference does" + (f" (not compared: {', '.join(left_out)})" if left_out else "")
+    )
 
 
 def first_not_finite(
@@ -92,6 +98,7 @@ def first_not_finite(
 
     The gradients are in the parameters afterwards.
     """
+    state.model.zero_grad(set_to_none=True)
     *_, targets = batch
     micro_batches, rows, _ = targets.shape
     own = state.ranks.rows(rows)

@@ -61,8 +61,8 @@ class RunSettings:
     keep_checkpoints: int = 0
     """Earlier checkpoints that are kept as step-N/, the newest of them, beside last/ and best/."""
     detect_anomaly: bool = False
-    """Where a loss or a gradient is no finite number, compare the forward pass of each component with the
-    NumPy reference on that batch, and name the first that departs from it."""
+    """Where a loss or a gradient is no finite number, compare both passes of each component with the NumPy
+    reference on that batch, and name the first that departs from it."""
     log_every: int = 10
     """Steps between two readings of the loss, for the progress bar; each makes the device wait."""
     sample_tokens: int = 500

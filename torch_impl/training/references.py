@@ -1,0 +1,102 @@
+"""Which functions of the NumPy reference do what a component of a model does, with the same inputs."""
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy import ndarray as Array
+from torch import Tensor, nn
+
+from ref_numpy.block import block_backward, block_forward, feed_backward, feed_forward, named, present
+from ref_numpy.dropout import DropoutKey
+from ref_numpy.embedding import embedding_backward, embedding_forward
+from ref_numpy.layernorm import layernorm_backward, layernorm_forward, rmsnorm_backward, rmsnorm_forward
+from ref_numpy.linear import linear_backward, linear_forward
+from ref_numpy.linear_cross_entropy import linear_cross_entropy_backward, linear_cross_entropy_forward
+from ref_numpy.masks import places_in_documents
+from ref_numpy.multi_head_attention import multi_head_attention_backward, multi_head_attention_forward
+from ref_numpy.positions import learned_positions_backward, learned_positions_forward
+from ref_numpy.transformer import attention_mask
+from torch_impl.block import Block
+from torch_impl.embedding import Embedding
+from torch_impl.ffn import FFN, SwiGLU
+from torch_impl.layernorm import LayerNorm, RMSNorm
+from torch_impl.linear import Linear
+from torch_impl.multi_head_attention import MultiHeadAttention
+from torch_impl.positions import LearnedPositions
+from torch_impl.transformer import Embedded, Transformer
+
+Params = dict[str, Array]
+
+
+class Reference(NamedTuple):
+    """A component's two passes; its weights go by their names within it."""
+
+    forward: Callable[[Array, Params], tuple[Array, Any]]  # x, weights -> y, cache
+    backward: Callable[[Array, Any], tuple[Array | None, Params]]  # dy, cache -> dx, the weights' gradients
+
+
+def reference_of(model: Embedded, name: str, module: nn.Module, inputs: tuple) -> Reference | None:
+    """Of a module that was called with these inputs; None for a kind that is not compared."""
+    config = model.config
+    if isinstance(module, Embedding):
+        return Reference(
+            lambda ids, p: embedding_forward(ids, p["weight"]),
+            lambda dy, cache: (None, {"weight": embedding_backward(dy, cache)}),
+        )
+    if isinstance(module, LearnedPositions):
+        return Reference(
+            lambda places, p: learned_positions_forward(places, p["weight"]),
+            lambda dy, cache: (None, {"weight": learned_positions_backward(dy, cache)}),
+        )
+    if isinstance(module, Linear):
+        return Reference(
+            lambda x, p: linear_forward(x, p["weight"], p.get("bias")),
+            lambda dy, cache: _by_name(*linear_backward(dy, cache)),
+        )
+    if isinstance(module, LayerNorm):
+        return Reference(
+            lambda x, p: layernorm_forward(x, p["weight"], p.get("bias"), module.epsilon),
+            lambda dy, cache: _by_name(*layernorm_backward(dy, cache)),
+        )
+    if isinstance(module, RMSNorm):
+        return Reference(
+            lambda x, p: rmsnorm_forward(x, p["weight"], module.epsilon),
+            lambda dy, cache: _by_name(*rmsnorm_backward(dy, cache)),
+        )
+    if isinstance(module, FFN | SwiGLU):
+        return Reference(lambda x, p: feed_forward(x, named(p, "ffn"), config), feed_backward)
+    if not isinstance(model, Transformer) or not isinstance(module, MultiHeadAttention | Block):
+        return None  # an encoder-decoder's attention has masks that its inputs do not tell
+    layer, length = int(re.findall(r"\d+", name)[0]), inputs[0].shape[1]
+    places, documents = np.arange(length), inputs[1].keywords["pattern"].documents
+    if documents is not None:
+        documents = documents.cpu().numpy()
+        places = places_in_documents(documents)
+    mask = attention_mask(config, layer, length, 0, documents)
+    if isinstance(module, MultiHeadAttention):
+        return Reference(
+            lambda x, p: multi_head_attention_forward(x, p, config, mask, places),
+            multi_head_attention_backward,
+        )
+    key = _plain(inputs[3])
+    return Reference(lambda x, p: block_forward(x, p, config, mask, places, layer, key), block_backward)
+
+
+def reference_of_loss(targets: Tensor, label_smoothing: float, count: Tensor | int | None) -> Reference:
+    """Of output projection and cross entropy together: x is what the projection reads, "weight" its own."""
+    t, n = targets.cpu().numpy(), None if count is None else int(count)
+    return Reference(
+        lambda x, p: linear_cross_entropy_forward(x, p["weight"], t, label_smoothing, n),
+        lambda dy, cache: _by_name(*linear_cross_entropy_backward(dy, cache)),
+    )
+
+
+def _by_name(dx: Array, dweight: Array, dbias: Array | None = None) -> tuple[Array, Params]:
+    return dx, present({"weight": dweight, "bias": dbias})
+
+
+def _plain(key: DropoutKey | None) -> DropoutKey | None:
+    """A key without tensors."""
+    return key and DropoutKey(key.seed, int(key.step), int(key.first_row), key.site)
