@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from parity_tests.strategies import model_configs
 from ref_numpy.config import ModelConfig
 from ref_numpy.dropout import DropoutKey
+from torch_impl.cross_attention import CrossAttention
 from torch_impl.layernorm import LayerNorm
 from torch_impl.linear import Linear
 from torch_impl.multi_head_attention import MultiHeadAttention
@@ -40,7 +41,8 @@ def departures_of(
     with comparison.watching():
         for m in range(micro_batches):
             ids = torch.randint(config.text_tokens, (3, config.context_length), generator=generator)
-            inputs = (ids, ids > 0, ids) if config.architecture == "encoder-decoder" else (ids,)
+            present = torch.arange(config.context_length) < torch.tensor([[99], [3], [2]])
+            inputs = (ids, present, ids) if config.architecture == "encoder-decoder" else (ids,)
             if documents:
                 inputs = (*inputs, torch.arange(config.context_length).expand(3, -1) // 3)
             key = DropoutKey(1, torch.tensor(2), torch.tensor(4 + 3 * m))
@@ -72,12 +74,19 @@ def test_blocks_that_are_computed_again_are_compared_once(frozen):
 
 
 @pytest.mark.parametrize("error", [1e-3, float("nan")])
-def test_the_smallest_component_that_departs_is_named(monkeypatch, error):
+@pytest.mark.parametrize(
+    ("architecture", "kind", "name"),
+    [
+        ("decoder", MultiHeadAttention, "blocks.0.attention"),
+        ("encoder-decoder", CrossAttention, "decoder.blocks.0.cross_attention"),
+    ],
+)
+def test_the_smallest_component_that_departs_is_named(monkeypatch, error, architecture, kind, name):
     """Attention is off; its linear layers are right, and its block is off with it."""
-    forward = MultiHeadAttention.forward
-    monkeypatch.setattr(MultiHeadAttention, "forward", lambda self, *a: forward(self, *a) * (1 + error))
-    (found,) = departures_of(CONFIG)
-    assert found.startswith("blocks.0.attention (")
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, *a: forward(self, *a) * (1 + error))
+    (found,) = departures_of(replace(CONFIG, architecture=architecture))
+    assert found.startswith(f"{name} (")
 
 
 @pytest.mark.parametrize("error", [1e-3, float("nan")])

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ref_numpy.dropout import DropoutKey
 from torch_impl.seq2seq import Seq2Seq
 from torch_impl.training.ranks import whole
-from torch_impl.training.references import Params, Reference, reference_of, reference_of_loss
+from torch_impl.training.references import Params, Reference, array_of, reference_of, reference_of_loss
 from torch_impl.transformer import Embedded
 
 
@@ -59,7 +59,7 @@ class Comparison:
         self._compare_weights()
 
     def _follow_module(self, name: str, module: nn.Module, inputs: tuple, y: object) -> None:
-        reference = reference_of(self.model, name, module, inputs)
+        reference = reference_of(self.model.config, name, module, inputs)
         if reference is not None:
             # The gradients of a part's weights are the part's to tell.
             told = name if next(module.children(), None) is None else None
@@ -109,7 +109,7 @@ class Comparison:
 
     def _compare_weights(self) -> None:
         """The sums over all micro-batches, of this process; where a model is held in parts there are none."""
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in () if self.departures else self.model.named_parameters():
             gradient = parameter.grad
             if name in self.gradients and gradient is not None and not hasattr(gradient, "full_tensor"):
                 self._compare(
@@ -118,7 +118,7 @@ class Comparison:
 
     def _compare(self, what: str, got: Tensor, wanted: Array, neighbour: Array, dtype: torch.dtype) -> None:
         self.progress.update()
-        found = _departure(_array(got), wanted, neighbour, dtype)
+        found = _departure(array_of(got), wanted, neighbour, dtype)
         if found and not self.departures:
             self.departures.append(f"{what} ({found})")
 
@@ -169,7 +169,7 @@ def _twice(
 def _number(
     tensor: Tensor, dtype: DTypeLike, rounding: torch.dtype | None, noise: np.random.Generator
 ) -> Array:
-    array = _array(tensor)
+    array = array_of(tensor)
     if array.dtype.kind == "f" and rounding is not None:
         array = array * (1 + _digit(rounding) * noise.uniform(-1, 1, array.shape))
         array = array + _least(rounding) * noise.uniform(-1, 1, array.shape)
@@ -205,8 +205,3 @@ def _digit(dtype: torch.dtype) -> float:
 def _least(dtype: torch.dtype) -> float:
     """The smallest number: what gradients in float16 are rounded by."""
     return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-
-
-def _array(tensor: Tensor) -> Array:
-    tensor = tensor.detach()
-    return (tensor.double() if tensor.is_floating_point() else tensor).cpu().numpy()
