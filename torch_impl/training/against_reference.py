@@ -109,12 +109,11 @@ class Comparison:
 
     def _compare_weights(self) -> None:
         """The sums over all micro-batches, of this process; where a model is held in parts there are none."""
+        dtype = self.model.compute_dtype
         for name, parameter in () if self.departures else self.model.named_parameters():
             gradient = parameter.grad
             if name in self.gradients and gradient is not None and not hasattr(gradient, "full_tensor"):
-                self._compare(
-                    f"the gradient of {name}", gradient, *self.gradients[name], self.model.compute_dtype
-                )
+                self._compare(f"the gradient of {name}", gradient, *self.gradients[name], dtype)
 
     def _compare(self, what: str, got: Tensor, wanted: Array, neighbour: Array, dtype: torch.dtype) -> None:
         self.progress.update()
@@ -129,9 +128,7 @@ class _Call(NamedTuple):
     name: str
     reference: Reference
     x: Tensor
-    weights: Callable[
-        [], Iterable[tuple[str, Tensor]]
-    ]  # as they are when asked for: they come and go in parts
+    weights: Callable[[], Iterable[tuple[str, Tensor]]]  # anew each time: a model in parts exchanges them
     told: str | None  # the module under whose name the gradients of the weights are kept
 
     @property

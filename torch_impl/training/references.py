@@ -110,8 +110,8 @@ def reference_of_loss(targets: Tensor, label_smoothing: float, count: Tensor | i
 
 def array_of(tensor: Tensor) -> Array:
     """A tensor as NumPy has it: numbers of any precision in float64, others as they are."""
-    tensor = tensor.detach()
-    return (tensor.double() if tensor.is_floating_point() else tensor).cpu().numpy()
+    tensor = tensor.detach().cpu()  # first of all: MPS has no float64
+    return (tensor.double() if tensor.is_floating_point() else tensor).numpy()
 
 
 def _by_name(dx: Array, dweight: Array, dbias: Array | None = None) -> tuple[Array, Params]:
