@@ -5,14 +5,11 @@ import re
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from torch_impl.training.cache import cached
-from torch_impl.training.device import copied_to
 from torch_impl.training.files import InputError
 from torch_impl.training.text import Text
 
@@ -124,21 +121,3 @@ def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
     with pytest.raises(InputError, match=r"cannot keep .*file.*name another folder with --cache") as error:
         cached(tmp_path / "file", "ids", {}, Maker(b"content"))
     assert not re.search(r"\n", str(error.value))
-
-
-@pytest.mark.parametrize(
-    ("largest", "stored", "copied"),
-    [
-        (255, np.uint8, torch.uint8),
-        (256, np.uint16, torch.int16),
-        (2**15 - 1, np.uint16, torch.int16),
-        (2**15, np.uint16, torch.int32),
-        (2**16 - 1, np.uint16, torch.int32),
-        (2**16, np.uint32, torch.int32),
-    ],
-)
-def test_a_copy_of_the_ids_has_a_type_that_gpus_index(largest, stored, copied, monkeypatch):
-    monkeypatch.setattr("torch_impl.training.device._COPIED_AT_ONCE", 3)
-    ids = np.array([0, 1, largest, 7, largest, 2, 5], stored)
-    tokens = copied_to(torch.device("cpu"), ids)
-    assert tokens.dtype == copied and tokens.tolist() == ids.tolist()

@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -60,17 +59,6 @@ def test_a_gpu_with_a_number_becomes_the_current_one(monkeypatch):
     ):
         device.choose_device(name, ranks)
     assert current == [torch.device("cuda:1"), torch.device("cuda:3")]
-
-
-def test_a_text_that_a_gpu_has_no_room_for(monkeypatch):
-    def empty(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(torch, "empty", empty)
-    with pytest.raises(
-        InputError, match=r"the text is 3,000,000 tokens, 0.0 GiB, for which cuda has no room"
-    ):
-        device.copied_to(torch.device("cuda"), np.zeros(3_000_000, np.uint8))
 
 
 def test_a_gpu_that_is_too_old_for_float8(monkeypatch):

@@ -27,6 +27,24 @@ Batch = tuple[Tensor, ...]  # (M, B, ...) each: what the model reads, and last t
 Sample = Callable[[Integer[Tensor, ""], TrainConfig], Batch]  # the batch of a step
 
 
+@dataclass(frozen=True)
+class FromHost:
+    """The batches of a text that lies on the host, for a model on a device.
+
+    They are made by the step's number as the host has it, since the device's clock would have to be waited
+    for, and sent while the device still computes the step before.
+    """
+
+    sample: Sample
+    device: torch.device
+
+    def __call__(self, step: Integer[Tensor, ""], config: TrainConfig) -> Batch:
+        batch = self.sample(step.cpu(), config)
+        if self.device.type == "cuda":  # which copies from other memory only while everybody waits
+            batch = tuple(tensor.pin_memory() for tensor in batch)
+        return tuple(tensor.to(self.device, non_blocking=True) for tensor in batch)
+
+
 class StepMetrics(NamedTuple):
     """Tensors on the device; reading one waits for the step."""
 
@@ -120,7 +138,8 @@ def train_steps(state: TrainState, sample: Sample, config: TrainConfig) -> Itera
     clock = torch.tensor(state.step, device=state.rates.device)
 
     def step() -> StepMetrics:
-        metrics = train_step(state, sample(clock, config), clock, config)
+        known = torch.tensor(state.step) if isinstance(sample, FromHost) else clock
+        metrics = train_step(state, sample(known, config), clock, config)
         clock.add_(1)
         return metrics
 
@@ -179,8 +198,10 @@ def evaluate(
     Raises ValueError for a text of fewer than two tokens.
     """
     total, count, T = 0.0, 0, model.config.context_length
+    device = model.token_embedding.weight.device
     windows = held_out_windows(tokens, T, batch_size or sequences_at_once(T), max_tokens)
     for window, counts in ranks.dealt(windows):
+        window = window.to(device)
         inputs, targets = window[:, :-1], window[:, 1:]
         loss = model.loss((inputs, targets), count=1)
         if counts:

@@ -4,11 +4,7 @@ import time
 from dataclasses import replace
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from jaxtyping import Integer, UInt
-from numpy import ndarray as Array
-from torch import Tensor
 
 from torch_impl.flash_attention import HAS_TRITON
 from torch_impl.training.config import WITHOUT_PRODUCTS, RunSettings
@@ -18,8 +14,6 @@ from torch_impl.training.ranks import ALONE, Ranks
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PRODUCTS = {"tf32": (8, 0), "float8": (8, 9)}
 """Formats of the factors of products alone, and the compute capability of GPUs that have them."""
-
-_COPIED_AT_ONCE = 1 << 24  # ids
 
 
 class Place(NamedTuple):
@@ -92,35 +86,6 @@ def _own_device(name: str, ranks: Ranks) -> torch.device:
             f"of its own; use --nproc-per-node {count}" + (", or --device cpu" * (count == 0))
         )
     return torch.device("cuda", ranks.local_rank) if name == "cuda" else torch.device("cpu")
-
-
-def tokens_on(device: torch.device, ids: UInt[Array, "N"]) -> Integer[Tensor, "N"]:
-    """Token ids where they are used: on the CPU straight from their file, elsewhere as a copy."""
-    return torch.from_numpy(ids) if device.type == "cpu" else copied_to(device, ids)
-
-
-def copied_to(device: torch.device, ids: UInt[Array, "N"]) -> Integer[Tensor, "N"]:
-    """A copy in a type that GPUs can index, of which uint8 is the only one without a sign.
-
-    Raises InputError where the device has no room for it.
-    """
-    dtype = {1: torch.uint8, 2: torch.int16}.get(ids.itemsize, torch.int32)
-    if ids.itemsize == 2 and ids.size and ids.max() >= 2**15:
-        dtype = torch.int32
-    try:
-        tokens = torch.empty(ids.size, dtype=dtype, device=device)
-    except RuntimeError as error:
-        if "out of memory" not in str(error):
-            raise
-        size = ids.size * dtype.itemsize
-        raise InputError(
-            f"the text is {ids.size:,} tokens, {size / 2**30:,.1f} GiB, for which {device} has no room; "
-            "train on a part of it"
-        ) from error
-    for start in range(0, ids.size, _COPIED_AT_ONCE):
-        part = ids[start : start + _COPIED_AT_ONCE].astype(np.int64)
-        tokens[start : start + _COPIED_AT_ONCE] = torch.from_numpy(part).to(dtype).to(device)
-    return tokens
 
 
 def place_to_read(run: RunSettings, device: str) -> Place:

@@ -18,15 +18,15 @@ from torch_impl.data import sample_batch
 from torch_impl.generate import answer, generate
 from torch_impl.masking import evaluate_masked, mask_tokens, sample_masked_batch
 from torch_impl.pairs import Pairs, evaluate_pairs, make_pairs, sample_pairs
-from torch_impl.train import Sample, evaluate
+from torch_impl.train import FromHost, Sample, evaluate
 from torch_impl.training.answering import make_answering
 from torch_impl.training.config import RunConfig
 from torch_impl.training.conversation_file import Conversations, load_conversations
 from torch_impl.training.corpus import Corpus, encode_corpus, load_corpus
-from torch_impl.training.device import tokens_on
 from torch_impl.training.pair_file import encode_pairs, load_pairs
 from torch_impl.training.ranks import Ranks
 from torch_impl.training.telemetry import Row, faces_of_loss
+from torch_impl.training.token_ids import tokens_on
 from torch_impl.training.tokenizer import Tokenizer, WordLevel, WordTokenizer
 from torch_impl.transformer import Embedded
 
@@ -82,7 +82,7 @@ def make_objective(
     train_ids, valid_ids = encode_corpus(corpus, tokenizer, config, cache)
     kind = GapFilling if config.model.architecture == "encoder" else Continuation
     train, valid = tokens_on(device, train_ids), tokens_on(device, valid_ids)
-    return kind(config.model, tokenizer, train, valid, corpus.valid.size())
+    return kind(config.model, tokenizer, train, valid, corpus.valid.size(), device)
 
 
 @dataclass
@@ -94,6 +94,7 @@ class _OnText:
     train_tokens: Tensor
     valid_tokens: Tensor
     valid_bytes: int
+    device: torch.device  # on which the model computes
 
     @property
     def tokens_per_sequence(self) -> int:
@@ -101,10 +102,20 @@ class _OnText:
 
     def describe(self) -> str:
         n = self.valid_tokens.numel()
+        where = f"; {self.device} has no room for them, so the host makes the batches" if self.on_host else ""
         return (
-            f"{self.train_tokens.numel():,} tokens to train on, {n:,} held out\n"
+            f"{self.train_tokens.numel():,} tokens to train on, {n:,} held out{where}\n"
             f"{self.config.text_tokens:,} different tokens, {self.valid_bytes / n:.2f} bytes of text in each"
         )
+
+    @property
+    def on_host(self) -> bool:
+        """Whether the text lies on the host, and the model does not."""
+        return self.train_tokens.device.type != self.device.type
+
+    def batches(self, sample: Sample) -> Sample:
+        """They are on the device, wherever the text lies."""
+        return FromHost(sample, self.device) if self.on_host else sample
 
     def passage(self, length: int) -> tuple[Tensor, ...]:
         return (self.valid_tokens[None, : min(length, self.config.context_length)].long(),)
@@ -115,7 +126,7 @@ class Continuation(_OnText):
     """A decoder: the next token of a text."""
 
     def __post_init__(self) -> None:
-        self.sample = partial(sample_batch, self.train_tokens, self.config.context_length)
+        self.sample = self.batches(partial(sample_batch, self.train_tokens, self.config.context_length))
         known = isinstance(self.tokenizer, WordLevel)
         self.unknown = self.tokenizer.count_unknown(self.valid_tokens.cpu().numpy()) if known else 0
         whole = not self.unknown and not isinstance(self.tokenizer, WordTokenizer)  # words do not keep spaces
@@ -145,7 +156,7 @@ class GapFilling(_OnText):
     """An encoder: the tokens of a text that are hidden from it."""
 
     def __post_init__(self) -> None:
-        self.sample = partial(sample_masked_batch, self.train_tokens, self.config)
+        self.sample = self.batches(partial(sample_masked_batch, self.train_tokens, self.config))
 
     def evaluate(self, model: Embedded, max_tokens: int | None, ranks: Ranks) -> Row:
         found = evaluate_masked(model, self.valid_tokens, max_tokens=max_tokens, ranks=ranks)
@@ -153,7 +164,7 @@ class GapFilling(_OnText):
 
     def example(self, model: Embedded, length: int) -> str:
         """The beginning of the held-out text with gaps, and with the likeliest token in each."""
-        text = self.valid_tokens[: min(length, _LINE, self.config.context_length)].long()
+        text = self.valid_tokens[: min(length, _LINE, self.config.context_length)].long().to(self.device)
         _, targets = mask_tokens(text, self.config, Key(0, MASK))
         gaps = targets != IGNORE
         with torch.inference_mode():

@@ -16,7 +16,7 @@ from torch_impl.flash_attention import choose_path
 from torch_impl.float8 import use_float8
 from torch_impl.linear import product_kernel
 from torch_impl.seq2seq import make_model
-from torch_impl.train import StepMetrics, TrainState, start
+from torch_impl.train import FromHost, StepMetrics, TrainState, start
 from torch_impl.training.captured import CudaGraphs
 from torch_impl.training.checkpoint import (
     Progress,
@@ -122,6 +122,11 @@ def prepare(request: Request, ranks: Ranks) -> Run:
         tokenizer = saved.tokenizer
     with ranks.machine_by_machine():
         objective = make_objective(corpus, tokenizer, config, request.cache, place.device)
+    if config.run.cuda_graph and isinstance(objective.sample, FromHost):
+        raise InputError(
+            f"--cuda-graph: {place.device} has no room for the text, and batches that the host makes are not "
+            "recorded; leave it out"
+        )
     if request.fit:  # into what the tokens leave
         config = fitted(config, place, ranks)
         rows = config.training.batch_size // config.training.micro_batches

@@ -17,10 +17,11 @@ from torch_impl.training.checkpoint import LoadedModel, load_model, save_model
 from torch_impl.training.config import ConfigError, QuantisationSettings, read_config
 from torch_impl.training.conversation_file import load_conversations
 from torch_impl.training.corpus import encoded, load_corpus
-from torch_impl.training.device import Place, place_to_read, tokens_on
+from torch_impl.training.device import Place, place_to_read
 from torch_impl.training.files import InputError, find_checkpoint
 from torch_impl.training.flags import parse_flags
 from torch_impl.training.telemetry import faces_of_loss
+from torch_impl.training.token_ids import tokens_on
 from torch_impl.training.tokenizer import WordLevel, WordTokenizer
 from torch_impl.transformer import Transformer
 
