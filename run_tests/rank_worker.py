@@ -146,7 +146,7 @@ def departures(rank: int, shard: bool, broken: int | None) -> list[str]:
                 model.loss((inputs[0, rank::2], targets[0, rank::2])).backward()
         finally:
             FFN.forward = forward
-    return comparison.departures
+    return comparison.broken + comparison.departures
 
 
 def _local(tensors: Iterable[torch.Tensor]) -> int:

@@ -72,7 +72,7 @@ def evaluate_masked(
     T, V = model.config.context_length, model.config.vocab_size
     windows = held_out_windows(tokens, T, batch_size or sequences_at_once(T, V), max_tokens)
     for (number, window), counts in ranks.dealt(enumerate(windows)):
-        window = window.to(model.token_embedding.weight.device)
+        window = window.to(next(model.parameters()).device)
         inputs, targets = mask_tokens(window[:, :-1], model.config, Key(0, MASK, number, _EVALUATION))
         logits = model(inputs)
         if counts:

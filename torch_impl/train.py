@@ -41,7 +41,7 @@ class FromHost:
     def __call__(self, step: Integer[Tensor, ""], config: TrainConfig) -> Batch:
         batch = self.sample(step.cpu(), config)
         if self.device.type == "cuda":  # which copies from other memory only while everybody waits
-            batch = tuple(tensor.pin_memory() for tensor in batch)
+            batch = tuple(tensor.contiguous().pin_memory() for tensor in batch)
         return tuple(tensor.to(self.device, non_blocking=True) for tensor in batch)
 
 
@@ -198,7 +198,7 @@ def evaluate(
     Raises ValueError for a text of fewer than two tokens.
     """
     total, count, T = 0.0, 0, model.config.context_length
-    device = model.token_embedding.weight.device
+    device = next(model.parameters()).device
     windows = held_out_windows(tokens, T, batch_size or sequences_at_once(T), max_tokens)
     for window, counts in ranks.dealt(windows):
         window = window.to(device)

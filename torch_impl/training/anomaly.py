@@ -77,13 +77,19 @@ def _by_reference(state: TrainState, sample: Sample, clock: Tensor, config: RunC
     comparison = Comparison(state.model)
     with comparison.watching():
         first_not_finite(state, sample(clock, config.training), clock, config)
-    departures = max(state.ranks.gathered(comparison.departures), key=bool)
+    found = state.ranks.gathered((comparison.broken, comparison.departures))
+    broken, departures = (max(each, key=bool) for each in zip(*found, strict=True))
+    if broken:
+        return f"the first component that departs from the NumPy reference is {broken[0]}"
     if departures:
-        return f"the first component that departs from the NumPy reference is {departures[0]}"
+        return (
+            "no component makes it of finite numbers where the NumPy reference does not; the first that "
+            f"departs from it is {departures[0]}"
+        )
     parts = config.run.shard and state.ranks.size > 1
     return (
         "all components do with their inputs, and with the gradients that came back to them, what the NumPy "
-        "reference does"
+        "reference does, within rounding"
         + (" (not compared: the gradients of weights, which are held in parts)" if parts else "")
     )
 
@@ -100,7 +106,7 @@ def first_not_finite(
     *_, targets = batch
     micro_batches, rows, _ = targets.shape
     own = state.ranks.rows(rows)
-    found: list[str] = []
+    found: list[tuple[str, bool]] = []  # and whether what came in was finite
     returning: list[str] = []
     with _watched(state.model, found, returning):
         for m in range(micro_batches):
@@ -112,13 +118,22 @@ def first_not_finite(
             count = (targets != IGNORE).sum()
             loss = state.model.loss(part, key, config.training.label_smoothing, count)
             if not _is_finite(loss):
-                found.append("the loss")
+                found.append(("the loss", True))
             state.scaler.scale(loss).backward()
-    return found, returning
+    return _makers(found), returning
+
+
+def _makers(found: list[tuple[str, bool]]) -> list[str]:
+    """The names; of a part into which came what is not finite, that of the component that it is a part of."""
+    names = []
+    for name, came_finite in found:
+        around = (n for n, came in found if came and name.startswith(f"{n}."))
+        names.append(name if came_finite else next(around, f"what comes into {name}"))
+    return names
 
 
 @contextmanager
-def _watched(model: nn.Module, found: list[str], returning: list[str]) -> Iterator[None]:
+def _watched(model: nn.Module, found: list[tuple[str, bool]], returning: list[str]) -> Iterator[None]:
     def watch(name: str, module: nn.Module) -> torch.utils.hooks.RemovableHandle:
         def look_back(gradient: Tensor) -> None:
             if not _is_finite(gradient):
@@ -128,7 +143,8 @@ def _watched(model: nn.Module, found: list[str], returning: list[str]) -> Iterat
             if not isinstance(output, Tensor):
                 return
             if not _is_finite(output):
-                found.append(name)
+                came = all(_is_finite(x) for x in inputs if isinstance(x, Tensor) and x.is_floating_point())
+                found.append((name, came))
             if output.requires_grad:
                 output.register_hook(look_back)
 

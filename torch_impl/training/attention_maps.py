@@ -48,7 +48,7 @@ def attention_maps(model: Embedded, tokenizer: Tokenizer, passage: tuple[Tensor,
     The model computes as ever. All processes of a sharded run have to ask.
     """
     with torch.no_grad(), _watched(model) as found:
-        model(*(side.to(model.token_embedding.weight.device) for side in passage))
+        model(*(side.to(next(model.parameters()).device) for side in passage))
     paired = model.config.architecture == "encoder-decoder"
     own = {model.config.begin_token: "<begin>", model.config.end_token: "<end>"} if paired else {}
     sides = (passage[0], passage[-1]) if paired else (passage[0],)

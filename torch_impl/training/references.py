@@ -14,23 +14,19 @@ from ref_numpy.config import ModelConfig
 from ref_numpy.cross_attention import cross_attention_backward, cross_attention_forward
 from ref_numpy.cross_block import cross_block_backward, cross_block_forward
 from ref_numpy.dropout import DropoutKey
-from ref_numpy.embedding import embedding_backward, embedding_forward
 from ref_numpy.layernorm import layernorm_backward, layernorm_forward, rmsnorm_backward, rmsnorm_forward
 from ref_numpy.linear import linear_backward, linear_forward
 from ref_numpy.linear_cross_entropy import linear_cross_entropy_backward, linear_cross_entropy_forward
 from ref_numpy.masks import causal_mask, padding_mask, places_in_documents
 from ref_numpy.multi_head_attention import multi_head_attention_backward, multi_head_attention_forward
-from ref_numpy.positions import learned_positions_backward, learned_positions_forward
-from ref_numpy.transformer import attention_mask
+from ref_numpy.transformer import attention_mask, embed_backward, embed_forward
 from torch_impl.block import Block
 from torch_impl.cross_attention import CrossAttention
 from torch_impl.cross_block import CrossBlock
-from torch_impl.embedding import Embedding
 from torch_impl.ffn import FFN, SwiGLU
 from torch_impl.layernorm import LayerNorm, RMSNorm
 from torch_impl.linear import Linear
 from torch_impl.multi_head_attention import MultiHeadAttention
-from torch_impl.positions import LearnedPositions
 
 Params = dict[str, Array]
 
@@ -44,16 +40,6 @@ class Reference(NamedTuple):
 
 def reference_of(config: ModelConfig, name: str, module: nn.Module, inputs: tuple) -> Reference | None:
     """Of a module that was called with these inputs; None for a kind that is not compared."""
-    if isinstance(module, Embedding):
-        return Reference(
-            lambda ids, p: embedding_forward(ids, p["weight"]),
-            lambda dy, cache: (None, {"weight": embedding_backward(dy, cache)}),
-        )
-    if isinstance(module, LearnedPositions):
-        return Reference(
-            lambda places, p: learned_positions_forward(places, p["weight"]),
-            lambda dy, cache: (None, {"weight": learned_positions_backward(dy, cache)}),
-        )
     if isinstance(module, Linear):
         return Reference(
             lambda x, p: linear_forward(x, p["weight"], p.get("bias")),
@@ -99,12 +85,23 @@ def reference_of(config: ModelConfig, name: str, module: nn.Module, inputs: tupl
     return None
 
 
-def reference_of_loss(targets: Tensor, label_smoothing: float, count: Tensor | int | None) -> Reference:
-    """Of output projection and cross entropy together: x is what the projection reads, "weight" its own."""
+def reference_of_embedding(config: ModelConfig, places: Tensor, key: DropoutKey | None) -> Reference:
+    """Of all that comes before the blocks: x is the token ids."""
+    t, plain = places.cpu().numpy(), _plain(key)
+    return Reference(
+        lambda ids, p: embed_forward(p, ids, t, config, plain),
+        lambda dy, cache: (None, embed_backward(dy, cache)),
+    )
+
+
+def reference_of_loss(
+    targets: Tensor, label_smoothing: float, count: Tensor | int | None, matrix: str
+) -> Reference:
+    """Of output projection and cross entropy together: x is what the projection reads, by the matrix."""
     t, n = targets.cpu().numpy(), None if count is None else int(count)
     return Reference(
-        lambda x, p: linear_cross_entropy_forward(x, p["weight"], t, label_smoothing, n),
-        lambda dy, cache: _by_name(*linear_cross_entropy_backward(dy, cache)),
+        lambda x, p: linear_cross_entropy_forward(x, p[matrix], t, label_smoothing, n),
+        lambda dy, cache: _of_matrix(matrix, *linear_cross_entropy_backward(dy, cache)),
     )
 
 
@@ -116,6 +113,10 @@ def array_of(tensor: Tensor) -> Array:
 
 def _by_name(dx: Array, dweight: Array, dbias: Array | None = None) -> tuple[Array, Params]:
     return dx, present({"weight": dweight, "bias": dbias})
+
+
+def _of_matrix(name: str, dx: Array, dweight: Array) -> tuple[Array, Params]:
+    return dx, {name: dweight}
 
 
 def _but_memory(dx: Array, dmemory: Array, gradients: Params) -> tuple[Array, Params]:
