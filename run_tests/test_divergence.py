@@ -46,7 +46,8 @@ def test_what_is_to_blame_for_a_loss_that_is_none_is_named(small_run, monkeypatc
     assert outcome.code == 1
     if "--detect-anomaly" in flags:
         assert (
-            "departs from the NumPy reference is blocks.0.ffn (the reference's numbers are" in outcome.error
+            "the first component that loses its numbers is blocks.0.ffn (the reference's numbers are finite"
+            in outcome.error
         )
     else:
         assert "step 7: the loss is nan: the first to make one is blocks.0.ffn; gradients" in outcome.error
@@ -70,7 +71,9 @@ def test_a_gradient_that_is_none_though_the_forward_pass_is_finite(small_run, mo
     error = small_run("--out", "run", *flags).error
     told = "the norm of the gradient is nan: the forward pass is finite, the gradient that comes back to "
     assert f"step 1: {told}blocks.0.ffn is not; gradients that are not finite: " in error
-    departs = "departs from the NumPy reference is blocks.0.ffn.down, in the gradient of its input (the ref"
+    departs = (
+        "that loses its numbers is blocks.0.ffn.down, in the gradient of its input (the reference's numbers"
+    )
     assert (departs in error) == bool(flags)
 
 

@@ -46,9 +46,7 @@ class Comparison:
         self.model = model
         self.broken: list[str] = []
         self.departures: list[str] = []
-        self.lost_before: str | None = (
-            None  # the component, where what came to it was lost, nobody knows by whom
-        )
+        self.lost_before: str | None = None  # the component, while nobody knows which one lost it
         self.gradients: dict[str, tuple[Array, Array]] = {}  # of weights: the reference's, the neighbour's
         self.in_parts = any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 

@@ -80,11 +80,11 @@ def _by_reference(state: TrainState, sample: Sample, clock: Tensor, config: RunC
     found = state.ranks.gathered((comparison.broken, comparison.departures))
     broken, departures = (max(each, key=bool) for each in zip(*found, strict=True))
     if broken:
-        return f"the first component that departs from the NumPy reference is {broken[0]}"
+        return f"beside the NumPy reference, the first component that loses its numbers is {broken[0]}"
     if departures:
         return (
-            "no component makes it of finite numbers where the NumPy reference does not; the first that "
-            f"departs from it is {departures[0]}"
+            "no component loses its numbers; the first that departs from the NumPy reference is "
+            f"{departures[0]}"
         )
     parts = config.run.shard and state.ranks.size > 1
     return (
