@@ -24,9 +24,9 @@ def keep_mask(
     blocks_per_row = -(-units // 8)
     blocks = torch.arange(rows * blocks_per_row, device=device) + key.first_row * blocks_per_row
     bits = random_bits(Key(key.seed, DROPOUT, key.step, key.site), blocks)
-    words = torch.stack(bits, dim=-1)  # (blocks, 4)
-    halves = torch.stack([words & 0xFFFF, words >> 16], dim=-1)  # (blocks, 4, 2)
-    return (halves.reshape(rows, -1)[:, :units] >= _threshold(p)).reshape(shape)
+    halves = [half for word in bits for half in (word & 0xFFFF, word >> 16)]
+    keep = torch.stack([half >= _threshold(p) for half in halves], dim=-1)  # (blocks, 8)
+    return keep.reshape(rows, -1)[:, :units].reshape(shape)
 
 
 def dropout(x: Float[Tensor, "B *rest"], p: float, key: DropoutKey | None) -> Float[Tensor, "B *rest"]:
