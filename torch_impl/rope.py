@@ -11,20 +11,26 @@ from ref_numpy.config import ModelConfig
 
 
 class Rotation(NamedTuple):
-    """The angles of some places, as cosines and sines, for heads (B, H, T, D)."""
+    """The angles of some places, as cosines and sines, for all heads alike."""
 
-    cos: Float[Tensor, "*places half"]
-    sin: Float[Tensor, "*places half"]
+    cos: Float[Tensor, "*B T 1 half"]
+    sin: Float[Tensor, "*B T 1 half"]
     interleaved: bool
 
     def turn(self, x: Float[Tensor, "B H T D"]) -> Float[Tensor, "B H T D"]:
-        """Each pair (a, b) becomes (a cos - b sin, a sin + b cos)."""
-        cos, sin = self.cos.to(x.dtype), self.sin.to(x.dtype)
+        """Each pair (a, b) becomes (a cos - b sin, a sin + b cos).
+
+        In memory the heads of a place stay side by side, as the projections write and read them: attention
+        lays out what it finds as its queries are, and it would else be copied.
+        """
+        cos, sin, x = self.cos.to(x.dtype), self.sin.to(x.dtype), x.transpose(1, 2)
         if self.interleaved:
             a, b = x[..., 0::2], x[..., 1::2]
-            return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
-        a, b = x.chunk(2, dim=-1)
-        return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+            turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+        else:
+            a, b = x.chunk(2, dim=-1)
+            turned = torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+        return turned.transpose(1, 2)
 
 
 def rope_angles(places: Integer[Tensor, "*B T"], config: ModelConfig) -> Float[Tensor, "*B T half"]:
@@ -54,7 +60,5 @@ class RotaryPositions(nn.Module):
 
     def forward(self, places: Integer[Tensor, "*B T"]) -> Rotation:
         """What turns the queries and keys at these places."""
-        cos, sin = self.cos[places], self.sin[places]
-        if places.ndim == 2:  # all heads alike
-            cos, sin = cos[:, None], sin[:, None]
+        cos, sin = self.cos[places][..., None, :], self.sin[places][..., None, :]
         return Rotation(cos, sin, self.config.rope_layout == "interleaved")
