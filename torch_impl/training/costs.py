@@ -194,16 +194,16 @@ def _attending_bytes(model: ModelConfig, sequences: int, kernels: Kernels) -> in
 
     Without a mask and with one of no more than QUERIES_AT_ONCE rows, the log-sum-exps, the mask as numbers,
     and the output once more where it is copied: by joining heads that do not lie side by side, as after a
-    norm or a turn of the queries, or to put zeros where padding may leave a query nothing to see. With a
-    larger mask nothing, since attention goes by blocks, which are computed again. CUDA's kernels keep the
-    log-sum-exps, and make masks as they go.
+    norm of the queries, unless they are turned then, or to put zeros where padding may leave a query nothing
+    to see. With a larger mask nothing, since attention goes by blocks, which are computed again. CUDA's
+    kernels keep the log-sum-exps, and make masks as they go.
     """
     T, C, H, L = model.context_length, model.d_model, model.n_head, model.n_layer
     if not kernels.of_cpu:
         return sequences * T * 4 * H * L * (3 if model.architecture == "encoder-decoder" else 1)
     alibi, in_one_piece = model.positions == "alibi", T <= QUERIES_AT_ONCE
     output = sequences * 4 * T * C if kernels.size == 4 else 0  # else what is copied is converted anyway
-    joined = output if H > 1 and (model.qk_norm or model.positions == "rope") else 0
+    joined = output if H > 1 and model.qk_norm and model.positions != "rope" else 0
     sums = sequences * T * 4 * H
     table = 4 * T * T * (H if alibi else 1)
     masked = L if alibi else local_layers(model)
