@@ -208,8 +208,11 @@ def test_what_an_encoder_and_a_source_cannot_do(run, write, capsys):
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder", "encoder-decoder", "conversations"])
 def test_an_evaluation_is_divided_among_the_processes_of_the_run(run, small_run, cli, monkeypatch, kind):
-    of_the_run, dividing = Ranks(0, 1), []
-    monkeypatch.setattr(run_module, "joined", lambda on_cuda: nullcontext(of_the_run))
+    class OfTheRun(Ranks):
+        pass
+
+    dividing = []
+    monkeypatch.setattr(run_module, "joined", lambda on_cuda: nullcontext(OfTheRun()))
     monkeypatch.setattr(
         Ranks, "dealt", lambda self, parts: dividing.append(self) or ((p, True) for p in parts)
     )
@@ -222,7 +225,7 @@ def test_an_evaluation_is_divided_among_the_processes_of_the_run(run, small_run,
         assert cli(*CHAT.split(), *flags).code == 0
     else:
         assert run(kind, "--out", "run").code == 0
-    assert len(dividing) > 1 and all(each is of_the_run for each in dividing)
+    assert len(dividing) > 1 and all(isinstance(each, OfTheRun) for each in dividing)
 
 
 @pytest.mark.parametrize("preset", ["dates", "masked"])

@@ -150,14 +150,16 @@ def test_a_component_that_departs_from_the_reference_in_one_process_stops_none(f
     assert found.startswith("blocks.0.ffn (the reference's numbers are finite here")
 
 
-@pytest.mark.parametrize(("shard", "optimizer"), [("--no-shard", "adamw"), ("--shard", "muon")])
-def test_what_two_processes_saved_one_and_three_go_on_with(torchrun, shard, optimizer):
-    """The second process alone is told to stop; both do, after the same step."""
+@pytest.mark.parametrize(("shard", "optimizer", "step"), [("--no-shard", "adamw", 8), ("--shard", "muon", 7)])
+def test_what_two_processes_saved_one_and_three_go_on_with(torchrun, shard, optimizer, step):
+    """The second process alone is told to stop; both do, after the same step. At the eighth they put off an
+    evaluation."""
     torchrun(1, "--out", "whole", "--precision", "float32", "--optimizer", optimizer)
-    stopped = torchrun(2, "--out", "two", shard, "--optimizer", optimizer, "--looks", 4, stop=(1, 7))
+    stopped = torchrun(2, "--out", "two", shard, "--optimizer", optimizer, "--looks", 4, stop=(1, step))
     assert [code for code, _, _ in stopped] == [130, 130]
-    step = json.loads(Path("two/last/training.json").read_bytes())["step"]
-    assert step == 7 and f"stopped after step {step}" in stopped[0][1]
+    left = json.loads(Path("two/last/training.json").read_bytes())
+    assert (left["step"], left["owed"] is None) == (step, step == 7)
+    assert f"stopped after step {step}" in stopped[0][1]
     looked = EventAccumulator("two/tensorboard").Reload()
     for tag in ("parameters/token_embedding.weight", "gradients, averaged/token_embedding.weight"):
         assert looked.Histograms(tag)[-1].histogram_value.num == 256 * 16  # of the whole matrix

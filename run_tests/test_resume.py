@@ -16,6 +16,7 @@ from run_tests.test_ranks import forking
 from torch_impl.train import start
 from torch_impl.training import run as run_module
 from torch_impl.training.checkpoint import load_model, load_progress, put_back
+from torch_impl.training.ranks import Ranks
 
 
 @pytest.fixture
@@ -49,6 +50,41 @@ def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one(small_run, cli, 
     assert f"going on after step {step} of 12" in resumed.out
     assert content(Path("stopped")) == content(Path("whole"))
     assert Path("stopped/sample.txt").read_bytes() == Path("whole/sample.txt").read_bytes()
+
+
+@pytest.mark.parametrize("batch", range(1, 9))
+def test_an_evaluation_need_not_be_waited_for(small_run, cli, monkeypatch, batch):
+    """There are four evaluations of two batches, and at each batch somebody asks to stop: what is left is
+    done by whoever goes on. It used to be waited for, and not every cluster does."""
+    assert small_run("--out", "whole").code == 0
+    dealt, evaluated = Ranks.dealt, []
+
+    def interrupted(ranks, parts):
+        for part in dealt(ranks, parts):
+            evaluated.append(part)
+            if len(evaluated) == batch:
+                signal.raise_signal(signal.SIGTERM)
+            yield part
+
+    monkeypatch.setattr(Ranks, "dealt", interrupted)
+    assert small_run("--out", "stopped").code == (0 if batch == 8 else 143)
+    owes = json.loads(Path("stopped/last/training.json").read_bytes())["owed"] is not None
+    assert owes == (batch in (3, 5, 7)) and len(evaluated) == batch
+    monkeypatch.setattr(Ranks, "dealt", dealt)
+    if batch < 8:
+        assert cli("--resume", "stopped").code == 0
+    assert content(Path("stopped")) == content(Path("whole"))
+
+
+def test_patience_may_end_with_an_evaluation_that_was_owed(small_run, cli, stop_at):
+    flags = ["--learning-rate", 1.0, "--warmup-steps", 0, "--patience", 1, "--steps", 40]
+    stop_at(4)
+    assert small_run("--out", "run", *flags).code == 130
+    stop_at(None)
+    resumed = cli("--resume", "run")
+    assert "no evaluation was better than that of step 0" in resumed.out + resumed.err
+    assert "stopped early, after step 4 of 40" in resumed.out + Path("run/report.html").read_text("utf-8")
+    assert [row["step"] for row in metrics(Path("run"))] == [0, 4]
 
 
 @pytest.mark.parametrize("precision", ["float16", "bfloat16", "float8"])

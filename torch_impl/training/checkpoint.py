@@ -38,6 +38,7 @@ from torch_impl.transformer import Embedded
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 _MOMENTS_OF_MUON = ("exp_avg", "step")  # for the matrices that it has
+_OWED = {"learning_rate", "grad_norm"}
 _LOSS_SCALE = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 
 
@@ -53,6 +54,7 @@ class Progress:
     loss_count: int = 0  # ... and how many they are
     seconds: float = 0.0  # spent so far, in all sessions
     loss_scale: dict[str, float] | None = None  # of float16's GradScaler
+    owed: dict[str, float | None] | None = None  # of the last step, where its evaluation was put off
 
 
 class LoadedModel(NamedTuple):
@@ -151,6 +153,7 @@ def load_progress(folder: Path) -> Progress:
     try:
         values = parse_json(path.read_bytes())
         del values["format_version"]
+        values.setdefault("owed", None)  # which older checkpoints do not name
         _check_progress(values)
     except FileNotFoundError as error:
         raise InputError(f"{folder} is incomplete: no {path.name}") from error
@@ -162,14 +165,16 @@ def load_progress(folder: Path) -> Progress:
 def _check_progress(values: dict[str, Any]) -> None:
     if set(values) != {field.name for field in fields(Progress)}:
         raise ConfigError("values are missing or unknown")
-    scale = values["loss_scale"] if isinstance(values["loss_scale"], dict) else {}
+    scale, owed = (values[name] if isinstance(values[name], dict) else {} for name in ("loss_scale", "owed"))
     whole = all(
         type(values[name]) is int and values[name] >= 0 for name in ("step", "best_step", "loss_count")
     )
-    numbers = [values["best_val_loss"] or 0.0, values["loss_sum"], values["seconds"]]
-    if not whole or not isinstance(values["corpus"], str) or set(scale) not in (set(), _LOSS_SCALE):
+    numbers = [values["best_val_loss"] or 0.0, values["loss_sum"], values["seconds"], *scale.values()]
+    numbers += [value or 0.0 for value in owed.values()]
+    kinds = set(scale) in (set(), _LOSS_SCALE) and set(owed) in (set(), _OWED)
+    if not whole or not isinstance(values["corpus"], str) or not kinds:
         raise ConfigError("a value is of the wrong kind")
-    if not all(type(number) in (int, float) for number in [*numbers, *scale.values()]):
+    if not all(type(number) in (int, float) for number in numbers):
         raise ConfigError("a value is no number")
 
 

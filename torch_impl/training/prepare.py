@@ -146,7 +146,8 @@ def prepare(request: Request, ranks: Ranks) -> Run:
         put_back(folder / "last", state, progress)
         metrics = MetricsLog(folder / "metrics.jsonl")
         if ranks.first:
-            metrics.forget_after(-1 if progress.best_val_loss is None else progress.step)
+            evaluated = progress.best_val_loss is not None and progress.owed is None
+            metrics.forget_after(progress.step if evaluated else progress.step - 1)
 
     run = Run(
         folder=folder,
@@ -291,7 +292,7 @@ def _tell(run: Run, place: Place, resumed: bool) -> None:
                 "float32; --precision float32 is faster"
             )
     print(run.objective.describe())
-    if resumed and run.progress.step == run.config.training.steps:
+    if resumed and run.progress.step == run.config.training.steps and run.progress.owed is None:
         print(f"finished already, at step {run.progress.step}; a larger --steps trains on")
     elif resumed:
         print(f"going on after step {run.progress.step} of {run.config.training.steps}")

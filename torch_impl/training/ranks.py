@@ -48,6 +48,7 @@ class Ranks:
     local_rank: int = 0  # among those of this machine
     local_size: int = 1
     store: Any = None  # torch.distributed's, which outlives this process
+    between: Callable[[], None] = lambda: None  # what each does before every part that it is dealt
 
     @property
     def first(self) -> bool:
@@ -68,8 +69,10 @@ class Ranks:
         n = 0
         for n, part in enumerate(parts, 1):
             if (n - 1) % self.size == self.rank:
+                self.between()
                 yield part, True
         if 0 < n % self.size <= self.rank:
+            self.between()
             yield part, False
 
     def sums(self, *shares: int | float) -> list[float]:

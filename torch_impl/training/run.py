@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,11 +29,12 @@ from torch_impl.training.progress import ProgressBar
 from torch_impl.training.ranks import joined
 from torch_impl.training.repeating import as_typed
 from torch_impl.training.report import in_short, write_report
-from torch_impl.training.stopping import Diverged, StopRequest, stop_requests
+from torch_impl.training.stopping import Diverged, PutOff, StopRequest, stop_requests
 from torch_impl.training.telemetry import in_words
 
 _KEPT_FROM_BEFORE = 2  # leaps of the loss
 _TOLD = 4  # gradients at each
+_SILENT = 2  # seconds, for which an evaluation has no bar
 
 
 def train(request: Request) -> int:
@@ -58,7 +60,7 @@ def train(request: Request) -> int:
                     write_report(run, kind, str(error))
             raise
         step, steps = run.progress.step, run.config.training.steps
-        if stop.signal is not None and step < steps:
+        if stop.signal is not None and (step < steps or run.progress.owed is not None):
             told = f"stopped after step {step}; to go on: {how_to_resume(run.folder)}"
             _report(run, "stopped", told)
             print(told)
@@ -100,9 +102,15 @@ def _train(run: Run, stop: StopRequest, profile: bool) -> bool:
     config, settings, progress = run.config.training, run.config.run, run.progress
     if progress.best_val_loss is None:
         _save(run, "last")  # from here on, a killed run can be resumed
-        _evaluate(run, None, None)
+        _evaluate(run, stop, None, None)
+    elif progress.owed is not None and _evaluate(run, stop, progress.owed, None):
+        _save(run, "last")
+        if _weary(run):
+            return True
     elif run.state.ranks.first:
         keep_newest(run.folder, progress.step, settings.keep_checkpoints)
+    if stop.signal is not None:
+        return False
     tokens_per_step = config.batch_size * run.objective.tokens_per_sequence
     training_seconds, steps_before = 0.0, progress.step  # since the last evaluation
     steps = train_steps(run.state, run.objective.sample, config)
@@ -115,24 +123,22 @@ def _train(run: Run, stop: StopRequest, profile: bool) -> bool:
             step, done = run.state.step, run.state.step == config.steps
             stop.agree(run.state.ranks.largest)
             evaluating = done or step % settings.eval_every == 0
-            saving = done or step % settings.checkpoint_every == 0 or stop.signal is not None
-            if not (evaluating or saving or step % settings.log_every == 0):
+            saving = done or step % settings.checkpoint_every == 0
+            if not (evaluating or saving or step % settings.log_every == 0 or stop.signal is not None):
                 continue
 
             loss = _read_pending(run, stop)
             training_seconds += time.perf_counter() - mark
             speed = (step - steps_before) * tokens_per_step / training_seconds
             bar.show(step, loss, speed)
+            weary = False
             if evaluating:
-                _evaluate(run, metrics, speed)
+                weary = _evaluate(run, stop, _told(metrics), speed) and _weary(run)
                 training_seconds, steps_before = 0.0, step
-            since_best = (step - progress.best_step) / settings.eval_every  # evaluations
-            weary = evaluating and 0 < settings.patience <= since_best
-            if saving or weary:
+            stopping = stop.signal is not None
+            if saving or weary or stopping:
                 _save(run, "last")
-            if weary:
-                tqdm.write(f"no evaluation was better than that of step {progress.best_step}: stopped early")
-            if weary or stop.signal is not None:
+            if weary or stopping:
                 return weary
             mark = time.perf_counter()
     return False
@@ -211,10 +217,47 @@ def _diverged(run: Run, step: int, what: str) -> Diverged:
     )
 
 
-def _evaluate(run: Run, metrics: StepMetrics | None, tokens_per_second: float | None) -> None:
-    """Measure the held-out text, write it down, and keep the model in best/ if none was better."""
-    progress, config = run.progress, run.config
-    faces = run.objective.evaluate(run.state.model, config.run.eval_tokens or None, run.state.ranks)
+def _weary(run: Run) -> bool:
+    """Whether patience is at its end, which is said."""
+    progress, settings = run.progress, run.config.run
+    since_best = (progress.step - progress.best_step) / settings.eval_every  # evaluations
+    if weary := 0 < settings.patience <= since_best:
+        tqdm.write(f"no evaluation was better than that of step {progress.best_step}: stopped early")
+    return weary
+
+
+def _told(metrics: StepMetrics) -> dict[str, float | None]:
+    """What an evaluation tells of the last step; None for a norm that is no finite number."""
+    numbers = {"learning_rate": metrics.learning_rate.item(), "grad_norm": metrics.grad_norm.item()}
+    return {name: number if math.isfinite(number) else None for name, number in numbers.items()}
+
+
+def _evaluate(
+    run: Run, stop: StopRequest, told: dict[str, float | None] | None, tokens_per_second: float | None
+) -> bool:
+    """Measure the held-out text, write it down with what is told of the last step, and keep the model in
+    best/ if none was better.
+
+    False where somebody asks to stop meanwhile: the run then owes the evaluation, and begins with it when it
+    goes on.
+    """
+    progress, config, ranks = run.progress, run.config, run.state.ranks
+
+    def between() -> None:
+        stop.agree(ranks.largest)
+        if stop.signal is not None:
+            raise PutOff
+        bar.update()
+
+    try:
+        with tqdm(desc="evaluating", unit=" batches", delay=_SILENT, leave=False, disable=None) as bar:
+            faces = run.objective.evaluate(
+                run.state.model, config.run.eval_tokens or None, replace(ranks, between=between)
+            )
+    except PutOff:
+        progress.owed = told
+        return False
+    progress.owed = None
     loss = faces["val_loss"]
     if not math.isfinite(loss):
         raise _diverged(run, progress.step, f"the loss on the held-out text is {loss}")
@@ -222,8 +265,7 @@ def _evaluate(run: Run, metrics: StepMetrics | None, tokens_per_second: float | 
         "step": progress.step,
         "train_loss": progress.loss_sum / progress.loss_count if progress.loss_count else None,
         **faces,
-        "learning_rate": metrics and metrics.learning_rate.item(),
-        "grad_norm": metrics and metrics.grad_norm.item(),
+        **(told or dict.fromkeys(("learning_rate", "grad_norm"))),
         "tokens": progress.step * config.training.batch_size * run.objective.tokens_per_sequence,
         "tokens_per_second": tokens_per_second and round(tokens_per_second),
         "seconds": round(run.seconds(), 3),
@@ -239,6 +281,7 @@ def _evaluate(run: Run, metrics: StepMetrics | None, tokens_per_second: float | 
         _save(run, "best")
     if look_is_due(progress.step, config.training.steps, config.run):
         _look(run, run.events)
+    return True
 
 
 def _look(run: Run, events: TensorBoardEvents | None) -> None:

@@ -12,6 +12,10 @@ class Diverged(ArithmeticError):
     """The loss or the gradient is no finite number any more. The message is one line."""
 
 
+class PutOff(Exception):
+    """Somebody asks to stop in the midst of something that can be done when the run goes on."""
+
+
 class StopRequest:
     """Whether somebody asked the run to stop, and with which signal."""
 
