@@ -2,11 +2,11 @@
 
 FOLDER is a checkout of https://github.com/karpathy/nanoGPT. The preset gpu, a character model of ten million
 parameters and GPT-2's smallest shape are trained by torch_impl, nanoGPT and transformers, all compiled, in
-bfloat16 (nanoGPT with the exact GELU); by torch_impl with --cuda-graph and in float8 as well. Each side has a
-process to itself; they take turns, and between them keep no memory but their weights and moments, and what a
-CUDA graph owns. Beside the speeds stands what the GPU allows, in products of matrices and in copies. MFU is
-(6 N + 12 L H D T) tokens/s (PaLM, appendix B) as a part of the measured products, or of --peak-tflops, such
-as the data sheet's.
+bfloat16 (nanoGPT with the exact GELU); by torch_impl with --cuda-graph as well, and the widest in float8.
+Each side has a process to itself; they take turns, and between them keep no memory but their weights and
+moments, and what a CUDA graph owns. Beside the speeds stands what the GPU allows, in products of matrices
+and in copies. MFU is (6 N + 12 L H D T) tokens/s (PaLM, appendix B) as a part of the measured products, or of
+--peak-tflops, such as the data sheet's.
 """
 
 import sys
@@ -45,6 +45,9 @@ SHAPES = {
     "gpt2-124m": _shape("gpt2-124m", 32, vocab_size=50_304),
 }
 
+_WORTH_FLOAT8 = 768
+"""Width from which products are dear enough for 8-bit factors. To compile them takes longer than all else."""
+
 
 @dataclass(frozen=True)
 class Flags:
@@ -79,7 +82,8 @@ def sides(config: RunConfig, device: str) -> dict[str, Callable[..., Side]]:
     }
     if device == "cuda":
         found["torch_impl, CUDA graph"] = partial(mine, cuda_graph=True)
-    if device == "cpu" or torch.cuda.get_device_capability() >= (8, 9):
+    wide = config.model.d_model >= _WORTH_FLOAT8
+    if device == "cpu" or (wide and torch.cuda.get_device_capability() >= (8, 9)):
         found["torch_impl, float8"] = partial(mine, float8=True)
     return found
 
