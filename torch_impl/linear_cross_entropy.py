@@ -14,10 +14,10 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from ref_numpy.loss import IGNORE
 from torch_impl.linear import linear
 
-_LOGITS_AT_ONCE = 2**22  # 16 MiB in float32, what a processor's cache may hold
-_LOGITS_OF_A_GPU = 2**28
-"""Half a GiB in half precision, and as much again for their gradient. Of GPT-2's vocabulary they are 5,312
-places, whose products keep all of a large GPU at work."""
+_LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**28}
+"""By kind of device. A CPU's cache may hold 16 MiB in float32. A GPU gets half a GiB in half precision, and
+as much again for the gradient: of GPT-2's vocabulary 5,312 places, whose products keep all of it at work."""
+_LOGITS_ELSEWHERE = 2**27
 _MULTIPLES = {"cuda": 64}
 """Of what a vocabulary is filled up to, by kind of device: tensor cores are fed by rows that are aligned. No
 vocabulary of 50,257 is."""
@@ -34,13 +34,13 @@ def linear_cross_entropy(
     """loss = cross_entropy(x W^T, targets), for at_once places after the other; see torch_impl/loss.py.
 
     The products are in the precision of x, softmax and loss in at least float32. By default so many places
-    come at once as make 4 million logits on the CPU, and 268 on a GPU. A target that is neither a token nor
-    IGNORE raises RuntimeError on the CPU and is undefined on a GPU.
+    come at once as make 4 million logits on the CPU, 268 on CUDA and 134 elsewhere. A target that is neither
+    a token nor IGNORE raises RuntimeError on the CPU and is undefined on a GPU.
     """
     if count is None:
         count = (targets != IGNORE).sum()
     if at_once is None:
-        logits = _LOGITS_AT_ONCE if x.device.type == "cpu" else _LOGITS_OF_A_GPU
+        logits = _LOGITS_AT_ONCE.get(x.device.type, _LOGITS_ELSEWHERE)
         at_once = max(logits // weight.shape[0] // 64 * 64, 64)
     rows, flat = x.flatten(0, -2), targets.flatten()
     total = _LinearCrossEntropy.apply(rows, weight, flat, label_smoothing, at_once, torch.is_grad_enabled())
