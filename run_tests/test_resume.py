@@ -5,10 +5,14 @@ import json
 import os
 import shutil
 import signal
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from run_tests import rank_worker
 from run_tests.conftest import SMALL, content, metrics
@@ -74,6 +78,40 @@ def test_an_evaluation_need_not_be_waited_for(small_run, cli, monkeypatch, batch
     if batch < 8:
         assert cli("--resume", "stopped").code == 0
     assert content(Path("stopped")) == content(Path("whole"))
+
+
+def test_an_evaluation_may_be_put_off_again_and_then_cut_off(small_run, cli, monkeypatch, stop_at):
+    """Patience that was asked for where it was put off again used to be forgotten; an evaluation that was
+    written, but not saved, was twice in TensorBoard; and a kept checkpoint owed for ever."""
+    flags = ["--checkpoint-every", 4, "--keep-checkpoints", 9, "--patience", 9]
+    assert small_run("--out", "whole", *flags).code == 0
+    stop_at(8)
+    assert small_run("--out", "run", *flags[:-2]).code == 130
+    stop_at(None)
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "_save", mock.Mock(side_effect=KeyboardInterrupt))
+        with suppress(KeyboardInterrupt):
+            cli("--resume", "run")
+    dealt = Ranks.dealt
+    with monkeypatch.context() as patch:
+        patch.setattr(Ranks, "dealt", lambda *them: signal.raise_signal(signal.SIGINT) or dealt(*them))
+        assert cli("--resume", "run", "--patience", 9).code == 130
+    assert cli("--resume", "run").code == 0
+    assert content(Path("run")) == content(Path("whole"))
+    told = [event.step for event in EventAccumulator("run/tensorboard").Reload().Scalars("val_loss")]
+    assert told == [0, 4, 8, 12]
+    for step in (4, 8):
+        kept, wanted = (load_progress(Path(run) / f"step-{step}") for run in ("run", "whole"))
+        assert replace(kept, seconds=0.0) == replace(wanted, seconds=0.0)
+
+
+@pytest.mark.parametrize("owed", [5, [], False, {"learning_rate": "", "grad_norm": []}, {"grad_norm": 1.0}])
+def test_an_evaluation_that_is_owed_in_other_words_is_refused(small_run, cli, owed):
+    """What was no object at all used to be taken for one."""
+    assert small_run("--out", "run").code == 0
+    path = Path("run/last/training.json")
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"owed": owed}), encoding="utf-8")
+    assert "training.json: a value" in cli("--resume", "run").error
 
 
 def test_patience_may_end_with_an_evaluation_that_was_owed(small_run, cli, stop_at):

@@ -73,7 +73,9 @@ def test_a_reader_that_dies_of_the_same_ctrl_c_does_not_take_the_run_with_it(tex
 
 
 def test_a_run_needs_no_stdout_and_no_stderr(text, monkeypatch):
-    """As with 2>&- or without a console: a wrapper around None met the first who wrote."""
+    """As with 2>&- or without a console: a wrapper around None met the first who wrote, and so did the bar of
+    an evaluation that takes its time."""
+    monkeypatch.setattr(run_module, "_SILENT", 0)
     monkeypatch.setattr(sys, "stdout", None)
     monkeypatch.setattr(sys, "stderr", None)
     assert train_gpu.main([*SMALL.split(), "--train-file", str(text), "--out", "run"]) == 0

@@ -154,7 +154,7 @@ def test_a_number_that_is_not_finite_is_null(tmp_path):
     log.path.write_bytes(log.path.read_bytes().replace(b"null", b"Infinity"))
     assert log.rows() == [{**row, "grad_norm": None}]
     log.append({**row, "step": 2, "grad_norm": 3.0})
-    log.forget_after(2)
+    log.forget_from(3)
     assert b"Infinity" not in log.path.read_bytes() and len(log.rows()) == 2
     for y in ("grad_norm", "loss"):
         assert plot.main([str(tmp_path), "--y", y, "--out", str(tmp_path / "curves.png")]) == 0

@@ -165,15 +165,16 @@ def load_progress(folder: Path) -> Progress:
 def _check_progress(values: dict[str, Any]) -> None:
     if set(values) != {field.name for field in fields(Progress)}:
         raise ConfigError("values are missing or unknown")
-    scale, owed = (values[name] if isinstance(values[name], dict) else {} for name in ("loss_scale", "owed"))
+    scale, owed = ({} if values[name] is None else values[name] for name in ("loss_scale", "owed"))
     whole = all(
         type(values[name]) is int and values[name] >= 0 for name in ("step", "best_step", "loss_count")
     )
-    numbers = [values["best_val_loss"] or 0.0, values["loss_sum"], values["seconds"], *scale.values()]
-    numbers += [value or 0.0 for value in owed.values()]
-    kinds = set(scale) in (set(), _LOSS_SCALE) and set(owed) in (set(), _OWED)
-    if not whole or not isinstance(values["corpus"], str) or not kinds:
+    kinds = isinstance(scale, dict) and isinstance(owed, dict) and isinstance(values["corpus"], str)
+    if not whole or not kinds or set(scale) not in (set(), _LOSS_SCALE) or set(owed) not in (set(), _OWED):
         raise ConfigError("a value is of the wrong kind")
+    numbers = [values["best_val_loss"] or 0.0, values["loss_sum"], values["seconds"], *scale.values()]
+    if not all(number is None or type(number) is float for number in owed.values()):
+        raise ConfigError("a value that is owed is no number")
     if not all(type(number) in (int, float) for number in numbers):
         raise ConfigError("a value is no number")
 

@@ -26,7 +26,7 @@ _LEAST, _MOST = 1e-30, 1e18  # between them, differences and squares are numbers
 
 
 class TensorBoardEvents:
-    """An event file, as TensorBoard reads it. A resumed run adds one, which purges what follows its step."""
+    """An event file, as TensorBoard reads it. A resumed run adds one, which purges all from a step on."""
 
     def __init__(self, folder: Path, step: int) -> None:
         folder.mkdir(exist_ok=True)
@@ -34,7 +34,7 @@ class TensorBoardEvents:
         self.records = RecordWriter(self.file)
         self._write(file_version="brain.Event:2")
         if step:
-            self._write(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+            self._write(step=step, session_log=SessionLog(status=SessionLog.START))
 
     def _write(self, **content: Any) -> None:
         self.records.write(Event(wall_time=time.time(), **content).SerializeToString())

@@ -139,15 +139,15 @@ def prepare(request: Request, ranks: Ranks) -> Run:
         progress = Progress(corpus.sha256())
         state = _start(model, config, place, ranks)
         folder = ranks.told(_create_folder(request.out, config) if ranks.first else None)
-        metrics = MetricsLog(folder / "metrics.jsonl")
+        metrics, next_row = MetricsLog(folder / "metrics.jsonl"), 0
     else:
         progress, folder = saved.progress, request.resume
         state = _start(saved.model, config, place, ranks)
         put_back(folder / "last", state, progress)
-        metrics = MetricsLog(folder / "metrics.jsonl")
+        evaluated = progress.best_val_loss is not None and progress.owed is None
+        metrics, next_row = MetricsLog(folder / "metrics.jsonl"), progress.step + evaluated
         if ranks.first:
-            evaluated = progress.best_val_loss is not None and progress.owed is None
-            metrics.forget_after(progress.step if evaluated else progress.step - 1)
+            metrics.forget_from(next_row)
 
     run = Run(
         folder=folder,
@@ -159,7 +159,7 @@ def prepare(request: Request, ranks: Ranks) -> Run:
         objective=objective,
         before=progress.seconds,
         metrics=metrics,
-        events=TensorBoardEvents(folder / "tensorboard", progress.step) if ranks.first else None,
+        events=TensorBoardEvents(folder / "tensorboard", next_row) if ranks.first else None,
     )
     if request.init_from:
         print(f"weights from {request.init_from}")

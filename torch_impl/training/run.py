@@ -103,9 +103,10 @@ def _train(run: Run, stop: StopRequest, profile: bool) -> bool:
     if progress.best_val_loss is None:
         _save(run, "last")  # from here on, a killed run can be resumed
         _evaluate(run, stop, None, None)
-    elif progress.owed is not None and _evaluate(run, stop, progress.owed, None):
+    elif progress.owed is not None:
+        evaluated = _evaluate(run, stop, progress.owed, None)
         _save(run, "last")
-        if _weary(run):
+        if evaluated and _weary(run):
             return True
     elif run.state.ranks.first:
         keep_newest(run.folder, progress.step, settings.keep_checkpoints)
@@ -250,7 +251,7 @@ def _evaluate(
         bar.update()
 
     try:
-        with tqdm(desc="evaluating", unit=" batches", delay=_SILENT, leave=False, disable=None) as bar:
+        with tqdm(desc="evaluating", unit="batch", delay=_SILENT, leave=False, disable=None) as bar:
             faces = run.objective.evaluate(
                 run.state.model, config.run.eval_tokens or None, replace(ranks, between=between)
             )
@@ -296,7 +297,7 @@ def _save(run: Run, name: str) -> None:
     run.progress.seconds = run.seconds()
     run.progress.loss_scale = run.state.scaler.state_dict() or None
     save_checkpoint(run.folder / name, run.config, run.tokenizer, run.state, run.progress)
-    if name == "last" and run.state.ranks.first:
+    if name == "last" and run.progress.owed is None and run.state.ranks.first:
         keep_newest(run.folder, run.progress.step, run.config.run.keep_checkpoints)
 
 

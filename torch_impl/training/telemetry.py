@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from torch_impl.training.files import InputError, write_file
 
-Row = dict[str, float | int | None]  # an evaluation; None: at step 0, or no finite number
+Row = dict[str, float | int | None]  # an evaluation; None: not known, or no finite number
 
 
 def faces_of_loss(loss: float, tokens_per_byte: float | None) -> Row:
@@ -73,9 +73,9 @@ class MetricsLog:
                 file.truncate(size)
                 raise
 
-    def forget_after(self, step: int) -> None:
-        """Drop the evaluations that come after a step: the run goes on from there and makes them again."""
-        kept = [_line(row) for row in self.rows() if row["step"] <= step]
+    def forget_from(self, step: int) -> None:
+        """Drop the evaluations of a step and all later ones: the run makes them again."""
+        kept = [_line(row) for row in self.rows() if row["step"] < step]
         write_file(self.path, b"".join(kept))
 
 

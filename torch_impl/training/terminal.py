@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from pathlib import Path
 from typing import Any
 
 from torch_impl.training.files import InputError
@@ -120,11 +121,12 @@ class _Lasting:
 @contextmanager
 def lasting_output() -> Iterator[None]:
     """Within the block, a reader of stdout or stderr that leaves is no error for who writes: the tee of
-    `| tee log` dies of the same Ctrl-C, and a terminal may be closed. A stream that is None stays so."""
-    out, err = (stream and _Lasting(stream) for stream in (sys.stdout, sys.stderr))
-    with redirect_stdout(out), redirect_stderr(err):
-        try:
-            yield
-        finally:
-            for stream in filter(None, (out, err)):
-                stream.end()
+    `| tee log` dies of the same Ctrl-C, and a terminal may be closed. A stream that is None leads nowhere."""
+    with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
+        out, err = (_Lasting(stream or nowhere) for stream in (sys.stdout, sys.stderr))
+        with redirect_stdout(out), redirect_stderr(err):
+            try:
+                yield
+            finally:
+                out.end()
+                err.end()
