@@ -129,14 +129,16 @@ def places_bytes(config: ModelConfig, size: int) -> int:
 @some
 @given(config=configs, sequences=st.integers(1, 3), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_activations_are_those_that_autograd_keeps(config, sequences, dtype):
-    """To the byte, but for places and angles, and for dropout's masks, of which each sequence has a multiple
-    of eight."""
+    """To the byte, but for places and angles, and for what fills dropout's masks up to a multiple of eight in
+    each sequence."""
     # Turned halves of one feature have strides that the fused kernel does not take.
     assume(config.positions != "rope" or config.head_width > 2)
     estimated = costs.activation_bytes(config, sequences, costs.Kernels(dtype.itemsize))
     left_out = kept_for_backward(build(config, dtype), sequences) - estimated
-    filling = 7 * sequences * (5 * config.n_layer + 2) if config.dropout else 0
-    assert 0 <= left_out <= places_bytes(config, dtype.itemsize) + filling
+    masks = 5 * config.n_layer + 2 if config.architecture == "encoder-decoder" else 2 * config.n_layer + 1
+    if config.dropout:
+        left_out -= masks * sequences * (-config.context_length * config.d_model % 8)
+    assert 0 <= left_out <= places_bytes(config, dtype.itemsize)
 
 
 @some

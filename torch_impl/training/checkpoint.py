@@ -38,7 +38,8 @@ from torch_impl.transformer import Embedded
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 _MOMENTS_OF_MUON = ("exp_avg", "step")  # for the matrices that it has
-_OWED = {"learning_rate", "grad_norm"}
+OWED = ("learning_rate", "grad_norm")
+"""What an evaluation tells of the last step, and has to be kept where it is put off."""
 _LOSS_SCALE = {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"}
 
 
@@ -54,7 +55,12 @@ class Progress:
     loss_count: int = 0  # ... and how many they are
     seconds: float = 0.0  # spent so far, in all sessions
     loss_scale: dict[str, float] | None = None  # of float16's GradScaler
-    owed: dict[str, float | None] | None = None  # of the last step, where its evaluation was put off
+    owed: dict[str, float | None] | None = None  # of OWED, where the last step's evaluation was put off
+
+    @property
+    def next_row(self) -> int:
+        """The step of the first evaluation that is still to be written."""
+        return self.step if self.best_val_loss is None or self.owed is not None else self.step + 1
 
 
 class LoadedModel(NamedTuple):
@@ -165,17 +171,22 @@ def load_progress(folder: Path) -> Progress:
 def _check_progress(values: dict[str, Any]) -> None:
     if set(values) != {field.name for field in fields(Progress)}:
         raise ConfigError("values are missing or unknown")
-    scale, owed = ({} if values[name] is None else values[name] for name in ("loss_scale", "owed"))
     whole = all(
         type(values[name]) is int and values[name] >= 0 for name in ("step", "best_step", "loss_count")
     )
-    kinds = isinstance(scale, dict) and isinstance(owed, dict) and isinstance(values["corpus"], str)
-    if not whole or not kinds or set(scale) not in (set(), _LOSS_SCALE) or set(owed) not in (set(), _OWED):
+    objects = ("loss_scale", _LOSS_SCALE), ("owed", set(OWED))
+    known = all(
+        value is None or (isinstance(value, dict) and set(value) == names)
+        for value, names in ((values[name], names) for name, names in objects)
+    )
+    if not whole or not known or not isinstance(values["corpus"], str):
         raise ConfigError("a value is of the wrong kind")
-    numbers = [values["best_val_loss"] or 0.0, values["loss_sum"], values["seconds"], *scale.values()]
-    if not all(number is None or type(number) is float for number in owed.values()):
-        raise ConfigError("a value that is owed is no number")
-    if not all(type(number) in (int, float) for number in numbers):
+    numbers = [values["best_val_loss"] or 0.0, values["loss_sum"], values["seconds"]]
+    numbers += (values["loss_scale"] or {}).values()
+    owed = (values["owed"] or {}).values()
+    if not all(type(number) in (int, float) for number in numbers) or not all(
+        number is None or type(number) is float for number in owed
+    ):
         raise ConfigError("a value is no number")
 
 

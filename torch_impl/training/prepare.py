@@ -139,15 +139,14 @@ def prepare(request: Request, ranks: Ranks) -> Run:
         progress = Progress(corpus.sha256())
         state = _start(model, config, place, ranks)
         folder = ranks.told(_create_folder(request.out, config) if ranks.first else None)
-        metrics, next_row = MetricsLog(folder / "metrics.jsonl"), 0
+        metrics = MetricsLog(folder / "metrics.jsonl")
     else:
         progress, folder = saved.progress, request.resume
         state = _start(saved.model, config, place, ranks)
         put_back(folder / "last", state, progress)
-        evaluated = progress.best_val_loss is not None and progress.owed is None
-        metrics, next_row = MetricsLog(folder / "metrics.jsonl"), progress.step + evaluated
+        metrics = MetricsLog(folder / "metrics.jsonl")
         if ranks.first:
-            metrics.forget_from(next_row)
+            metrics.forget_from(progress.next_row)
 
     run = Run(
         folder=folder,
@@ -159,7 +158,7 @@ def prepare(request: Request, ranks: Ranks) -> Run:
         objective=objective,
         before=progress.seconds,
         metrics=metrics,
-        events=TensorBoardEvents(folder / "tensorboard", next_row) if ranks.first else None,
+        events=TensorBoardEvents(folder / "tensorboard", progress.next_row) if ranks.first else None,
     )
     if request.init_from:
         print(f"weights from {request.init_from}")

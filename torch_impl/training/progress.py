@@ -23,7 +23,7 @@ class ProgressBar:
     def __init__(self, steps: int, done: int) -> None:
         self.steps, self.first, self.started = steps, done, time.monotonic()
         self.told = self.started
-        self.on_terminal = sys.stderr is not None and sys.stderr.isatty()
+        self.on_terminal = sys.stderr.isatty()
         self.bar = tqdm(
             total=steps,
             initial=done,

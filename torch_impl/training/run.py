@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from torch_impl.train import StepMetrics, train_steps
 from torch_impl.training.anomaly import not_finite, offenders
-from torch_impl.training.checkpoint import save_checkpoint
+from torch_impl.training.checkpoint import OWED, save_checkpoint
 from torch_impl.training.command_line import Request
 from torch_impl.training.events import TensorBoardEvents
 from torch_impl.training.files import refuse_links, write_file
@@ -102,7 +102,7 @@ def _train(run: Run, stop: StopRequest, profile: bool) -> bool:
     config, settings, progress = run.config.training, run.config.run, run.progress
     if progress.best_val_loss is None:
         _save(run, "last")  # from here on, a killed run can be resumed
-        _evaluate(run, stop, None, None)
+        _evaluate(run, stop, dict.fromkeys(OWED), None)
     elif progress.owed is not None:
         evaluated = _evaluate(run, stop, progress.owed, None)
         _save(run, "last")
@@ -134,7 +134,7 @@ def _train(run: Run, stop: StopRequest, profile: bool) -> bool:
             bar.show(step, loss, speed)
             weary = False
             if evaluating:
-                weary = _evaluate(run, stop, _told(metrics), speed) and _weary(run)
+                weary = _evaluate(run, stop, _numbers(metrics), speed) and _weary(run)
                 training_seconds, steps_before = 0.0, step
             stopping = stop.signal is not None
             if saving or weary or stopping:
@@ -227,17 +227,17 @@ def _weary(run: Run) -> bool:
     return weary
 
 
-def _told(metrics: StepMetrics) -> dict[str, float | None]:
+def _numbers(metrics: StepMetrics) -> dict[str, float | None]:
     """What an evaluation tells of the last step; None for a norm that is no finite number."""
-    numbers = {"learning_rate": metrics.learning_rate.item(), "grad_norm": metrics.grad_norm.item()}
+    numbers = {name: getattr(metrics, name).item() for name in OWED}
     return {name: number if math.isfinite(number) else None for name, number in numbers.items()}
 
 
 def _evaluate(
-    run: Run, stop: StopRequest, told: dict[str, float | None] | None, tokens_per_second: float | None
+    run: Run, stop: StopRequest, numbers: dict[str, float | None], tokens_per_second: float | None
 ) -> bool:
-    """Measure the held-out text, write it down with what is told of the last step, and keep the model in
-    best/ if none was better.
+    """Measure the held-out text, write it down with the numbers of the last step, and keep the model in best/
+    if none was better.
 
     False where somebody asks to stop meanwhile: the run then owes the evaluation, and begins with it when it
     goes on.
@@ -256,7 +256,7 @@ def _evaluate(
                 run.state.model, config.run.eval_tokens or None, replace(ranks, between=between)
             )
     except PutOff:
-        progress.owed = told
+        progress.owed = numbers
         return False
     progress.owed = None
     loss = faces["val_loss"]
@@ -266,7 +266,7 @@ def _evaluate(
         "step": progress.step,
         "train_loss": progress.loss_sum / progress.loss_count if progress.loss_count else None,
         **faces,
-        **(told or dict.fromkeys(("learning_rate", "grad_norm"))),
+        **numbers,
         "tokens": progress.step * config.training.batch_size * run.objective.tokens_per_sequence,
         "tokens_per_second": tokens_per_second and round(tokens_per_second),
         "seconds": round(run.seconds(), 3),
