@@ -106,7 +106,8 @@ def received(value: Any, name: str, least: str | None = None) -> np.ndarray:
     else:
         array = np.asarray(value)
         dtype = str(array.dtype)
-    require(array.dtype.kind in "fiub", f"{name} is no array but {type(value).__name__}: {value!r:.60}")
+    if array.dtype.kind not in "fiub":
+        raise Misfit(f"{name} is no array but {type(value).__name__}: {value!r:.60}")
     if least is not None:
         is_enough = _DIGITS.get(dtype, 0) >= _DIGITS[least]
         require(is_enough, f"{name} comes back as {dtype} from arguments in {least}")

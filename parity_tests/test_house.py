@@ -5,7 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from jaxtyping import TypeCheckError
 
 HOUSE = Path(__file__).parent.parent
 
@@ -110,3 +112,23 @@ def test_the_reference_passes_its_own_tests_where_there_is_no_torch():
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout
+
+
+@pytest.mark.parametrize("room", ["ref_numpy", "torch_impl"])
+def test_shapes_in_signatures_are_checked_though_not_at_each_call(room, request):
+    if not request.config.getoption("--jaxtyping-packages"):
+        pytest.skip("shapes are not to be checked")
+    if room == "ref_numpy":
+        from ref_numpy.linear import linear_forward as linear
+
+        array = np.ones
+    else:
+        import torch
+
+        from torch_impl.linear import linear
+
+        array = torch.ones
+    for _ in range(3):
+        linear(array((4, 3)), array((2, 3)), None)
+        with pytest.raises(TypeCheckError, match="parameters of"):
+            linear(array((4, 3)), array((2, 5)), None)
