@@ -8,6 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from parity_tests.strategies import arrays, seeds, sizes
@@ -81,6 +84,40 @@ def test_no_more_logits_are_made_than_were_asked_for(monkeypatch):
     x, weight = torch.randn(1000, 4, requires_grad=True), torch.randn(300, 4)
     linear_cross_entropy(x, weight, torch.arange(1000) % 300, at_once=64).backward()
     assert max(made) == 64 * 300
+
+
+class Held(TorchDispatchMode):
+    """The most bytes that results of operations hold at a time, in memory of their own."""
+
+    def __init__(self, *given: torch.Tensor) -> None:
+        super().__init__()
+        self.given = {tensor.untyped_storage()._cdata for tensor in given}
+        self.held: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        result = function(*arguments, **(named or {}))
+        for tensor in filter(torch.is_tensor, tree_leaves(result)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.given:
+                self.held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.held = {key: held for key, held in self.held.items() if not held[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.held.values()))
+        return result
+
+
+@pytest.mark.parametrize("with_gradient", [True, False])
+def test_beside_its_results_it_holds_the_logits_of_some_places_and_their_gradient(with_gradient):
+    """Those of the places before used to stand beside them, and took half as much again."""
+    N, C, V, at_once = 1000, 4, 512, 64
+    x, weight, targets = torch.randn(N, C), torch.randn(V, C), torch.randint(V, (N,))
+    for tensor in (x, weight):
+        tensor.requires_grad_(with_gradient)
+    with Held(x, weight, targets) as held:
+        linear_cross_entropy(x, weight, targets, at_once=at_once)
+    results = x.nbytes + weight.nbytes if with_gradient else 0
+    two = 2 * 4 * at_once * V
+    assert two <= held.peak - results < 1.01 * two
 
 
 @given(arguments=cases(), multiple=st.sampled_from([2, 8, 64]))

@@ -20,7 +20,7 @@ from parity_tests.strategies import model_configs
 from ref_numpy.config import ModelConfig, TrainConfig
 from ref_numpy.dropout import DropoutKey
 from ref_numpy.transformer import attention_mask
-from torch_impl import flash_attention
+from torch_impl import flash_attention, linear_cross_entropy
 from torch_impl.optim import make_optimizer
 from torch_impl.seq2seq import Seq2Seq
 from torch_impl.training import account, costs
@@ -188,8 +188,19 @@ def test_activations_of_a_long_context(architecture, positions, window, qk_norm)
     assert 0 <= left_out <= places_bytes(config, 4)
 
 
-def test_masks_are_taken_by_blocks_of_one_size():
+def test_what_is_made_at_once_is_as_much_as_is_counted():
     assert costs.QUERIES_AT_ONCE == flash_attention.QUERIES_AT_ONCE
+    assert costs.LOGITS_AT_ONCE == linear_cross_entropy.LOGITS_AT_ONCE
+
+
+def test_logits_of_a_large_vocabulary_are_a_part_of_what_there_is_at_once():
+    """On CUDA 268 million, less those that make no 64 places; of a small batch all."""
+    large = ModelConfig(vocab_size=50_257, context_length=1024)
+    on_cuda = costs.Kernels(2, of_cpu=False)
+    assert costs.logits_bytes(large, 32, on_cuda) == 2 * 2 * 5312 * 50_257
+    assert costs.logits_bytes(large, 1, on_cuda) == 2 * 2 * 1024 * 50_257
+    whole = costs.training_bytes(large, TrainConfig(batch_size=32), on_cuda)
+    assert whole.peak == whole.weights + whole.moments + whole.activations + whole.logits
 
 
 @given(config=configs)

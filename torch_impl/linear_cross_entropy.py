@@ -14,7 +14,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from ref_numpy.loss import IGNORE
 from torch_impl.linear import linear
 
-_LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**28}
+LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**28}
 """By kind of device. A CPU's cache may hold 16 MiB in float32. A GPU gets half a GiB in half precision, and
 as much again for the gradient: of GPT-2's vocabulary 5,312 places, whose products keep all of it at work."""
 _LOGITS_ELSEWHERE = 2**27
@@ -40,7 +40,7 @@ def linear_cross_entropy(
     if count is None:
         count = (targets != IGNORE).sum()
     if at_once is None:
-        logits = _LOGITS_AT_ONCE.get(x.device.type, _LOGITS_ELSEWHERE)
+        logits = LOGITS_AT_ONCE.get(x.device.type, _LOGITS_ELSEWHERE)
         at_once = max(logits // weight.shape[0] // 64 * 64, 64)
     rows, flat = x.flatten(0, -2), targets.flatten()
     total = _LinearCrossEntropy.apply(rows, weight, flat, label_smoothing, at_once, torch.is_grad_enabled())
@@ -70,32 +70,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
         for start in range(0, len(x), at_once):
             rows, t = x[start : start + at_once], targets[start : start + at_once, None]
-            counted = t != IGNORE
-            t = torch.where(counted, t, 0)
-            logits = linear(rows, matrix, None)
-            logits[:, V:] = -torch.inf
-            log_p = torch.log_softmax(logits, dim=-1, dtype=total.dtype)
-            of_targets = log_p.gather(1, t)
-            each = -(1 - label_smoothing) * of_targets
-            if label_smoothing:
-                each = each - label_smoothing * log_p[:, :V].mean(-1, keepdim=True)
+            loss, dlogits = _of_some(
+                rows, matrix, V, t, label_smoothing, total.dtype, wants_dx or wants_dweight
+            )
             # Compiled by PyTorch 2.11, a result that was changed in place has no gradient.
-            total = total + torch.where(counted, each, 0).sum()
-            if not (wants_dx or wants_dweight):
-                continue
-            dlogits = log_p.exp_()  # p, less the smoothed targets
-            if label_smoothing:
-                dlogits[:, :V] -= label_smoothing / V
-            dlogits = dlogits.mul_(counted).to(x.dtype)
-            # Written last, the places of the targets keep torch.compile from rounding in a pass of its own.
-            at_targets = of_targets.exp() - (1 - label_smoothing) - label_smoothing / V
-            dlogits.scatter_(1, t, (at_targets * counted).to(x.dtype))
+            total = total + loss
             if wants_dx:
                 dx[start : start + at_once] = linear(dlogits, matrix.t(), None)
             if wants_dweight and dweight.dtype == x.dtype:
                 torch.addmm(dweight, dlogits.t(), rows, out=dweight)
             elif wants_dweight:
                 dweight += dlogits.t() @ rows
+            del dlogits  # else they stand beside the next ones
         ctx.save_for_backward(dx, None if dweight is None else dweight[:V])
         ctx.dtype = weight.dtype
         return total
@@ -105,3 +91,39 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: FunctionCtx, dtotal: Tensor) -> tuple[Tensor | None, ...]:
         dx, dweight = (None if part is None else part * dtotal for part in ctx.saved_tensors)
         return dx, None if dweight is None else dweight.to(ctx.dtype), None, None, None, None
+
+
+def _of_some(
+    rows: Tensor,
+    matrix: Tensor,
+    V: int,
+    targets: Tensor,
+    label_smoothing: float,
+    dtype: torch.dtype,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The summed loss of some places, in a dtype, and the gradient of their logits in that of the rows.
+
+    The matrix has V tokens and what fills them up.
+    """
+    logits = linear(rows, matrix, None)
+    logits[:, V:] = -torch.inf
+    log_p = torch.log_softmax(logits, dim=-1, dtype=dtype)
+    del logits
+    counted = targets != IGNORE
+    targets = torch.where(counted, targets, 0)
+    of_targets = log_p.gather(1, targets)
+    each = -(1 - label_smoothing) * of_targets
+    if label_smoothing:
+        each = each - label_smoothing * log_p[:, :V].mean(-1, keepdim=True)
+    loss = torch.where(counted, each, 0).sum()
+    if not with_gradient:
+        return loss, None
+    dlogits = log_p.exp_()  # p, less the smoothed targets
+    if label_smoothing:
+        dlogits[:, :V] -= label_smoothing / V
+    dlogits = dlogits.mul_(counted).to(rows.dtype)
+    # Written last, the places of the targets keep torch.compile from rounding in a pass of its own.
+    at_targets = of_targets.exp() - (1 - label_smoothing) - label_smoothing / V
+    dlogits.scatter_(1, targets, (at_targets * counted).to(rows.dtype))
+    return loss, dlogits

@@ -168,8 +168,8 @@ BUGS = [
         (
             "ignored_places_push",
             "The gradient of a place that does not count is not set to zero.",
-            "dlogits.mul_(counted).to(x.dtype)",
-            "dlogits.to(x.dtype)",
+            "dlogits.mul_(counted).to(rows.dtype)",
+            "dlogits.to(rows.dtype)",
         ),
         (
             "gradient_of_the_last_chunk",

@@ -230,6 +230,7 @@ def table(request: Request) -> str:
         ("  gradients", in_bytes(held["gradients"]), "float32"),
         ("  optimizer", in_bytes(held["moments"]), _MOMENTS[training.optimizer]),
         ("  activations", in_bytes(held["activations"]), "that the backward pass needs, attention fused"),
+        ("  logits", in_bytes(held["logits"]), "that there are at once, and their gradients"),
         ("  peak, at least", in_bytes(held["peak"]), _peak_of(training)),
         *_process_lines(request, numbers["process_bytes"]),
         ("keys and values", "", "if generation keeps them"),
@@ -266,6 +267,7 @@ def _process_lines(request: Request, held: dict[str, int]) -> list[tuple[str, st
         ("  gradients", in_bytes(held["gradients"]), part),
         ("  optimizer", in_bytes(held["moments"]), part),
         ("  activations", in_bytes(held["activations"]), "of its own sequences"),
+        ("  logits", in_bytes(held["logits"]), ""),
         ("  peak, at least", in_bytes(held["peak"]), ""),
         ("  sends in a step", in_bytes(held["sent per step"]), f"and receives as much: {how}"),
     ]
@@ -274,7 +276,7 @@ def _process_lines(request: Request, held: dict[str, int]) -> list[tuple[str, st
 def _peak_of(training: TrainConfig) -> str:
     if training.micro_batches > 1:
         return "all of these together"
-    return "all but the smaller of gradients and activations"
+    return "all but the smaller of gradients and activations with logits"
 
 
 def _si(number: int | float) -> str:

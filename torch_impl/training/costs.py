@@ -15,6 +15,7 @@ from ref_numpy.parameters import parameter_shapes
 
 PARTS = ("embedding", "positions", "attention", "cross-attention", "ffn", "norms", "head")
 QUERIES_AT_ONCE = 256  # of torch_impl.flash_attention, which imports torch
+LOGITS_AT_ONCE = {"cpu": 2**22, "cuda": 2**28}  # of torch_impl.linear_cross_entropy
 
 
 def _part_of(name: str) -> str:
@@ -216,6 +217,16 @@ def _attending_bytes(model: ModelConfig, sequences: int, kernels: Kernels) -> in
     return kept + L * (encoder + padded + padding)  # the decoder, the encoder, cross-attention
 
 
+def logits_bytes(model: ModelConfig, sequences: int, kernels: Kernels = Kernels()) -> int:  # noqa: B008
+    """Of the logits that there are at once, and of their gradients: they go before the backward pass.
+
+    Not here: with fewer bytes than float32 has, their probabilities, which compiled kernels do not write.
+    """
+    V, limit = model.vocab_size, LOGITS_AT_ONCE["cpu" if kernels.of_cpu else "cuda"]
+    places = min(sequences * model.context_length, max(limit // V // 64 * 64, 64))
+    return 2 * kernels.size * places * V
+
+
 class TrainingBytes(NamedTuple):
     """Memory of a training step. Weights, gradients and moments are float32."""
 
@@ -223,6 +234,7 @@ class TrainingBytes(NamedTuple):
     gradients: int
     moments: int  # AdamW's or Adam's two, Muon's one
     activations: int  # of one micro-batch
+    logits: int  # that come and go while the activations are there
     peak: int  # at least
 
 
@@ -233,17 +245,20 @@ def training_bytes(
 ) -> TrainingBytes:
     """What a training step holds.
 
-    At the peak there are activations beside gradients only where an earlier micro-batch left some: the first
-    one's come while its activations go.
+    At the peak there are activations and logits beside gradients only where an earlier micro-batch left some:
+    the first one's come while its activations go.
     """
     count = parameter_count(model)
     frozen = parameters_by_part(model)["embedding"] if training.freeze_embeddings else 0
     weights, gradients, moments = 4 * count, 4 * (count - frozen), 8 * (count - frozen)
     if training.optimizer == "muon":
         moments -= 4 * muons_count(model)
-    activations = activation_bytes(model, training.batch_size // training.micro_batches, kernels)
-    at_once = activations + gradients if training.micro_batches > 1 else max(activations, gradients)
-    return TrainingBytes(weights, gradients, moments, activations, weights + moments + at_once)
+    sequences = training.batch_size // training.micro_batches
+    activations = activation_bytes(model, sequences, kernels)
+    logits = logits_bytes(model, sequences, kernels)
+    forward = activations + logits
+    at_once = forward + gradients if training.micro_batches > 1 else max(forward, gradients)
+    return TrainingBytes(weights, gradients, moments, activations, logits, weights + moments + at_once)
 
 
 def process_bytes(
@@ -256,8 +271,8 @@ def process_bytes(
     if not shard or processes == 1:
         return held
     weights, gradients, moments = (-(-part // processes) for part in held[:3])
-    at_once = held.activations + gradients
-    return TrainingBytes(weights, gradients, moments, held.activations, weights + moments + at_once)
+    peak = weights + gradients + moments + held.activations + held.logits
+    return TrainingBytes(weights, gradients, moments, held.activations, held.logits, peak)
 
 
 def sent_bytes(model: ModelConfig, training: TrainConfig, size: int, processes: int, shard: bool) -> int:
