@@ -7,8 +7,8 @@ their arguments, which come by position:
     layernorm_forward(...) -> (y, cache), layernorm_backward(dy, cache) -> gradients        or by hand
 
 The backward pass returns a gradient for each argument that is a floating array or a dict of them (parameters
-by name), in their order; a bias that is None has none. The other arguments are settings. Names may stand at
-the head of the module:
+by name), in their order; a bias that is None has none. The other arguments are settings. All are left as they
+were given: who calls a component may need them again. Names may stand at the head of the module:
 
     ARRAYS = "torch"                       what arrays it takes: "torch" (if it says nothing), "numpy", or a
                                            function that makes one from DLPack, such as jax.numpy.from_dlpack
@@ -219,6 +219,8 @@ class Backend:
                     y, gradients = _run_by_autograd(getattr(self.module, component), placed, dy)
         except NotImplementedError as error:
             raise NotOffered(str(error) or "it declines") from error
+        if dtype == "float64":  # once is enough
+            _require_unchanged({**placed, "dy": dy}, map_arrays(place, {**arguments, "dy": cotangent}))
         return Result(
             received(y, "y", dtype),
             {name: received(value, f"the gradient of {name}", dtype) for name, value in gradients.items()},
@@ -229,12 +231,24 @@ class Backend:
         import torch
 
         self.require("float64", device)
-        placed = map_arrays(sender(self.arrays, "float64", device), arguments)
+        place = sender(self.arrays, "float64", device)
+        placed = map_arrays(place, arguments)
         try:
             with torch.device(device):
-                return leaves(getattr(self.module, component)(*placed.values()))
+                found = leaves(getattr(self.module, component)(*placed.values()))
         except NotImplementedError as error:
             raise NotOffered(str(error) or "it declines") from error
+        _require_unchanged(placed, map_arrays(place, arguments))
+        return found
+
+
+def _require_unchanged(placed: Mapping[str, Any], again: Mapping[str, Any]) -> None:
+    """Raises Misfit where an argument is no longer what was given."""
+    given = flat(again)
+    for name, value in flat(placed).items():
+        if hasattr(value, "dtype") and hasattr(value, "shape"):
+            now, before = received(value, name), received(given[name], name)
+            require(np.array_equal(now, before, equal_nan=now.dtype.kind == "f"), f"{name} was changed")
 
 
 def leaves(value: Any, name: str = "result") -> dict[str, np.ndarray]:

@@ -189,6 +189,7 @@ def offered(target):
         if not target.backend.offers(component):
             tally.declined(component, "", "")
             pytest.skip(f"{component} is not offered by {target.backend.name}")
+        tally.asked(component)
         return target
 
     return require
@@ -225,6 +226,9 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function):
     except NotOffered as refusal:
         failed = False
         pytest.skip(f"not offered: {refusal}")
+    except pytest.skip.Exception:
+        failed = False
+        raise
     finally:
         pyfuncitem.user_properties.append(("parity", tally.as_lines(failed)))
     asked = set(pyfuncitem.config.getoption("--dtype") or ())

@@ -158,6 +158,9 @@ def _units(value: np.ndarray, exact: np.ndarray, bound: Any) -> float:
     return float(np.where(np.isnan(units), np.inf, units).max(initial=0.0))
 
 
+_KINDS = {"f": "floating numbers", "i": "integers", "u": "integers", "b": "truth values"}
+
+
 def _require(target: Target, case: Case, precision: str, got: Arrays, want: Arrays, bounds: Arrays) -> None:
     """Records the judgement, and raises Disagreement where an error exceeds its bound. NaN never passes.
 
@@ -170,6 +173,8 @@ def _require(target: Target, case: Case, precision: str, got: Arrays, want: Arra
         for name, exact in want.items():
             if got[name].shape != exact.shape:
                 raise Misfit(f"{name} has shape {got[name].shape}, not {exact.shape}")
+            if (kind := _KINDS[got[name].dtype.kind]) != (wanted := _KINDS[exact.dtype.kind]):
+                raise Misfit(f"{name} holds {kind}, not {wanted}")
     units = {name: _units(got[name], exact, bounds[name]) for name, exact in want.items()}
     device = target.runs_on(case.component, precision)
     target.record(Judgement(case.component, precision, device, units))

@@ -6,7 +6,8 @@ A tally travels with the test's report, from the process that ran it to the one 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
-# (component, precision) of the judgements in the running test; what was declined, with the reason.
+# Of the running test: what it asked for, (component, precision) of its judgements, what was declined and why.
+_asked: set[str] = set()
 _judged: Counter[tuple[str, str]] = Counter()
 _declined: Counter[tuple[str, str, str]] = Counter()
 
@@ -15,8 +16,14 @@ Line = tuple[str, str, str, int]  # component, precision, "passed", "failed" or 
 
 def begin() -> None:
     """A new test."""
+    _asked.clear()
     _judged.clear()
     _declined.clear()
+
+
+def asked(component: str) -> None:
+    """Of a component that is offered."""
+    _asked.add(component)
 
 
 def judged(component: str, precision: str) -> None:
@@ -29,8 +36,12 @@ def declined(component: str, precision: str, reason: str) -> None:
 
 
 def as_lines(failed: bool) -> list[Line]:
-    """The running test's tally. Of a test that failed, all that it judged is in doubt."""
+    """The running test's tally. Of a test that failed, all that it judged is in doubt, and what it asked for
+    and did not come to judge has failed, in no precision."""
     lines = [(*key, "failed" if failed else "passed", cases) for key, cases in _judged.items()]
+    if failed:
+        silent = _asked - {component for component, _ in _judged} - {found[0] for found in _declined}
+        lines += [(component, "", "failed", 1) for component in sorted(silent)]
     return lines + [(component, p, f"- {why}", cases) for (component, p, why), cases in _declined.items()]
 
 
@@ -47,11 +58,14 @@ def summary(lines: Iterable[Line], device: str) -> list[str]:
     cases: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     for component, precision, outcome, count in lines:
         cases[component, precision][outcome] += count
+    wholly = {
+        component for (component, precision), found in cases.items() if not precision and found["failed"]
+    }
     passed, failed, partly, lacking = (defaultdict(list) for _ in range(4))
     for (component, precision), outcomes in sorted(cases.items()):
         refused = [outcome.removeprefix("- ") for outcome in outcomes if outcome.startswith("- ")]
-        if outcomes["failed"]:
-            failed[component].append(precision)
+        if outcomes["failed"] or (component in wholly and outcomes["passed"]):
+            failed[component] += [precision] * bool(precision)
         elif not outcomes["passed"]:
             lacking[precision, refused[0]].append(component)
         else:
@@ -76,4 +90,4 @@ def _together(precisions: dict[str, list[str]]) -> list[str]:
     together = defaultdict(list)
     for component, found in precisions.items():
         together[", ".join(found)].append(component)
-    return [f"{', '.join(names)} (in {found})" for found, names in together.items()]
+    return [", ".join(names) + (f" (in {found})" if found else "") for found, names in together.items()]

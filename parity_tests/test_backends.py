@@ -258,6 +258,46 @@ def test_gradients_by_hand_are_looked_at(returned, message, write):
         judge(backend, "relu")
 
 
+@pytest.mark.parametrize(
+    ("component", "source", "message"),
+    [
+        (
+            "relu",
+            "def relu_forward(x): return x.clamp_(min=0), x.clone()\n"
+            "def relu_backward(dy, x): return dy * (x > 0)\n",
+            "relu of .*: x was changed",
+        ),
+        (
+            "relu",
+            "def relu_forward(x): return x.clamp(min=0), x\n"
+            "def relu_backward(dy, x): return dy.mul_(x > 0)\n",
+            "relu of .*: dy was changed",
+        ),
+        (
+            "adam",
+            "from parity_tests.backends.fast import adam as right\n"
+            "def adam(param, *rest): found = right(param, *rest); param.zero_(); return found\n",
+            "adam of .*: param was changed",
+        ),
+    ],
+)
+def test_arguments_are_left_alone(component, source, message, write):
+    """A residual stream is read again. Such a relu passed, for it had been given a copy."""
+    with pytest.raises(Misfit, match=message):
+        judge(write(source), component)
+
+
+def test_a_mask_of_numbers_is_none(write):
+    """Added to scores, as PyTorch adds them, it would hide nothing."""
+    backend = write(
+        "from torch_impl import masks\n"
+        "def causal_mask(length, before): return masks.causal_mask(length, before).double()\n"
+    )
+    target = parity.target(backend, "cpu", ())
+    with pytest.raises(Misfit, match=r"causal_mask of .*: result holds floating numbers, not truth values"):
+        require_parity(target, Case("causal_mask", {"length": 3, "before": 1}))
+
+
 def test_nan_never_passes(write):
     with pytest.raises(Disagreement, match="1 are NaN"):
         judge(write(f"{BODY}    y = y.clone(); y[1, 2] = float('nan'); return y\n"))
@@ -321,6 +361,15 @@ def test_what_is_not_offered_is_listed_and_not_passed():
         "not offered  block",
         "not offered  silu in bfloat16: NumPy has no bfloat16",
     ]
+
+
+def test_what_fails_before_it_is_judged_has_failed():
+    """It was in no line, and passed where other tests had judged it."""
+    tally.begin()
+    tally.asked("silu")
+    assert tally.as_lines(failed=False) == []
+    lines = [*tally.as_lines(failed=True), ("gelu", "", "failed", 1), ("gelu", "float64", "passed", 9)]
+    assert tally.summary(lines, "cpu")[:-1] == ["failed       gelu (in float64)", "failed       silu"]
 
 
 def test_a_test_in_which_a_precision_was_declined_throughout_counts_as_skipped():

@@ -49,7 +49,7 @@ def cross_entropy_forward(
     each = -(1 - label_smoothing) * at_target
     if label_smoothing:
         each = each - label_smoothing * log_p.mean(axis=-1)
-    loss = (each * counted).sum() / max(count, 1)
+    loss = np.where(counted, each, 0).sum() / max(count, 1)
     return loss, CrossEntropyCache(log_p, t, label_smoothing, count, logits.shape)
 
 
@@ -66,5 +66,5 @@ def cross_entropy_backward(
     places = np.arange(targets.size)
     dlogits = np.exp(log_p) - s / shape[-1]  # (1), and the smoothed part of (2)
     dlogits[places, np.where(counted, targets, 0)] -= 1 - s  # (2)
-    dlogits *= (dloss / max(count, 1) * counted)[:, None]
+    dlogits = np.where(counted[:, None], dloss / max(count, 1) * dlogits, 0)
     return dlogits.reshape(shape)

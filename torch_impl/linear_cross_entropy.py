@@ -35,13 +35,16 @@ def linear_cross_entropy(
 
     The products are in the precision of x, softmax and loss in at least float32. By default so many places
     come at once as make 4 million logits on the CPU, 268 on CUDA and 134 elsewhere. A target that is neither
-    a token nor IGNORE raises RuntimeError on the CPU and is undefined on a GPU.
+    a token nor IGNORE raises RuntimeError on the CPU and is undefined on a GPU; at_once below 1 raises
+    ValueError.
     """
     if count is None:
         count = (targets != IGNORE).sum()
     if at_once is None:
         logits = LOGITS_AT_ONCE.get(x.device.type, _LOGITS_ELSEWHERE)
         at_once = max(logits // weight.shape[0] // 64 * 64, 64)
+    if at_once < 1:
+        raise ValueError(f"{at_once} places at once are none; it must be at least 1")
     rows, flat = x.flatten(0, -2), targets.flatten()
     total = _LinearCrossEntropy.apply(rows, weight, flat, label_smoothing, at_once, torch.is_grad_enabled())
     return total / torch.as_tensor(count).clamp(min=1)
@@ -122,7 +125,7 @@ def _of_some(
     dlogits = log_p.exp_()  # p, less the smoothed targets
     if label_smoothing:
         dlogits[:, :V] -= label_smoothing / V
-    dlogits = dlogits.mul_(counted).to(rows.dtype)
+    dlogits = dlogits.masked_fill_(~counted, 0).to(rows.dtype)
     # Written last, the places of the targets keep torch.compile from rounding in a pass of its own.
     at_targets = of_targets.exp() - (1 - label_smoothing) - label_smoothing / V
     dlogits.scatter_(1, targets, (at_targets * counted).to(rows.dtype))

@@ -168,7 +168,7 @@ BUGS = [
         (
             "ignored_places_push",
             "The gradient of a place that does not count is not set to zero.",
-            "dlogits.mul_(counted).to(rows.dtype)",
+            "dlogits.masked_fill_(~counted, 0).to(rows.dtype)",
             "dlogits.to(rows.dtype)",
         ),
         (
@@ -201,8 +201,8 @@ BUGS = [
         (
             "ignored_tokens_push",
             "Places that do not count have a gradient.",
-            "max(count, 1) * counted)[:, None]",
-            "max(count, 1) * np.ones(targets.size))[:, None]",
+            "np.where(counted[:, None], dloss / max(count, 1) * dlogits, 0)",
+            "dloss / max(count, 1) * dlogits",
         ),
         (
             "smoothing_not_differentiated",

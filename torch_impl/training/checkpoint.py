@@ -181,7 +181,8 @@ def _check_progress(values: dict[str, Any]) -> None:
     )
     if not whole or not known or not isinstance(values["corpus"], str):
         raise ConfigError("a value is of the wrong kind")
-    numbers = [values["best_val_loss"] or 0.0, values["loss_sum"], values["seconds"]]
+    best = values["best_val_loss"]
+    numbers = [0.0 if best is None else best, values["loss_sum"], values["seconds"]]
     numbers += (values["loss_scale"] or {}).values()
     owed = (values["owed"] or {}).values()
     if not all(type(number) in (int, float) for number in numbers) or not all(
