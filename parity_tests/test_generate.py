@@ -35,6 +35,21 @@ def test_parity(agree, config, seed, prompt, sampling):
     agree("generate", **case, sampling=sampling, seed=seed)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("same_work", [True, False])
+def test_no_token_is_chosen_where_logits_are_not_numbers(temperature, same_work):
+    """The likeliest of NaN was a token. And with same_work the next step looked up what is none, before it
+    was read: on a GPU that ends the process."""
+    config = ModelConfig(vocab_size=7, context_length=8, n_layer=1, n_head=1, d_model=4)
+    params, sampling = model_params(config, 0), SamplingConfig(temperature, repetition_penalty=1.3)
+    params["norm.weight"][:] = np.nan
+    with pytest.raises(ValueError, match="logits are not numbers"):
+        list(generate(params, np.array([1, 2]), config, 3, sampling))
+    prompts = [torch.tensor([1, 2])]
+    with pytest.raises(ValueError, match="logits are not numbers"):
+        list(fast.generate_batch(model_of(config, params), prompts, 3, sampling, same_work=same_work))
+
+
 @given(config=decoders, seed=seeds, sampling=sampling_configs())
 @settings(max_examples=8)
 def test_a_batch_of_prompts_gives_what_each_gives_alone(config, seed, sampling):

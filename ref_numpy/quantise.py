@@ -2,7 +2,7 @@
 
 Shapes: O outputs (channels), I inputs, g group size along the inputs, G = ceil(I / g) groups in a row; the
 leading axes of x are rows. Absmax quantisation as in Dettmers et al. 2022 (LLM.int8(), section 2), with a
-scale per channel, or per group of g inputs as in Frantar et al. 2023 (GPTQ, section 4).
+scale per channel, or per group of g inputs as in Frantar et al. 2023 (GPTQ, section 5).
 
     s_og = max(max_i |W_oi| / L, t)  over the inputs i of group g,    L = 127 (8 bits) or 7 (4 bits)
     q_oi = round(W_oi / s_og)        from -L to L; a half goes to the even neighbour

@@ -19,7 +19,8 @@ from ref_numpy.config import SamplingConfig
 def penalise_repetition(
     logits: Float64[Array, "V"], seen: Sequence[int], penalty: float
 ) -> Float64[Array, "V"]:
-    """Each token seen, once: x / penalty where x > 0, else x penalty (Keskar et al. 2019, section 4.1)."""
+    """Each token seen, once: x / penalty where x > 0 (Keskar et al. 2019, section 4.1), else x penalty, as in
+    Hugging Face's version: divided, a negative logit would rise."""
     penalised = logits.copy()
     ids = np.unique(np.array(seen, dtype=np.int64))
     penalised[ids] = np.where(logits[ids] > 0, logits[ids] / penalty, logits[ids] * penalty)
@@ -39,7 +40,7 @@ def forbid(logits: Float64[Array, "V"], forbidden: Sequence[int]) -> Float64[Arr
 
 
 def keep_top_k(logits: Float64[Array, "V"], k: int) -> Float64[Array, "V"]:
-    """The k largest logits (Fan, Lewis, Dauphin 2018, section 5.1), and what is equal to the last of them."""
+    """The k largest logits (Fan, Lewis, Dauphin 2018, section 5.4), and what is equal to the last of them."""
     smallest_kept = np.sort(logits)[-min(k, logits.size)]
     return np.where(logits >= smallest_kept, logits, -np.inf)
 
@@ -69,7 +70,10 @@ def filtered_logits(
     logits: Float[Array, "V"], seen: Sequence[int], config: SamplingConfig
 ) -> Float64[Array, "V"]:
     """The logits of what may be drawn, in this order. At temperature 0 that is the likeliest token alone, the
-    first of equals. Raises ValueError where every token is forbidden, or one that does not exist."""
+    first of equals. Raises ValueError where every token is forbidden, or one that does not exist, and for
+    logits that are not numbers."""
+    if not logits.max() < np.inf:
+        raise ValueError("the logits are not numbers, so no token can be chosen")
     x = logits.astype(np.float64)
     if config.repetition_penalty != 1:
         x = penalise_repetition(x, seen, config.repetition_penalty)

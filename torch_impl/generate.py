@@ -82,7 +82,7 @@ def generate_batch(
 
     def read(tokens: Integer[Tensor, "B 1"]) -> list[int]:
         for text, token in zip(texts, found := tokens[:, 0].tolist(), strict=True):
-            if token >= config.vocab_size:  # no cumulative probability exceeds u: they are NaN
+            if token >= config.vocab_size:
                 raise ValueError("the model's logits are not numbers, so no token can be chosen")
             text.append(token)
         return found
@@ -141,13 +141,16 @@ class _Writing:
     @torch.inference_mode()
     def step(self, new: Integer[Tensor, "B T"], documents: Integer[Tensor, "B S"] | None = None) -> None:
         """Reads new tokens and chooses those after them: they stand in `last`, their logits in `logits`."""
-        device = self.last.device
+        device, largest = self.last.device, self.model.config.vocab_size - 1
         documents = None if documents is None else documents.to(device)
-        self.logits = self.model(new.to(device), documents=documents, past=self.past, last_only=True)[:, 0]
+        new = new.to(device).clamp(
+            max=largest
+        )  # what is no token is told when it is read, perhaps after this
+        self.logits = self.model(new, documents=documents, past=self.past, last_only=True)[:, 0]
         u = first_uniform(self.key, self.streams) if self.sampling.temperature else 0.0
         tokens = choose(self.logits.to(self.draws_on), self.seen, self.forbidden, self.sampling, u)
         if self.seen is not None:
-            self.seen.scatter_(1, tokens[:, None], True)
+            self.seen.scatter_(1, tokens[:, None].clamp(max=largest), True)
         self.last.copy_(tokens[:, None])
         self.key.step.add_(1)
 

@@ -71,7 +71,7 @@ def likely_logits(x: Float64[Tensor, "*B V"], config: SamplingConfig) -> Float64
 
 
 def draw(logits: Float64[Tensor, "*B V"], u: Float64[Tensor, "*B"] | float) -> Integer[Tensor, "*B"]:
-    """The least token whose cumulative probability exceeds u, a number in [0, 1)."""
+    """The least token whose cumulative probability exceeds u, a number in [0, 1). NaN exceeds nothing."""
     u = torch.as_tensor(u, dtype=torch.float64, device=logits.device)
     cumulative = (logits - logits.amax(-1, keepdim=True)).exp().cumsum(-1)
     return torch.searchsorted(cumulative, u[..., None] * cumulative[..., -1:], right=True)[..., 0]
@@ -84,10 +84,11 @@ def choose(
     config: SamplingConfig,
     u: Float64[Tensor, "*B"] | float,
 ) -> Integer[Tensor, "*B"]:
-    """The next token of each row. Where repetition is penalised, it needs what was seen."""
+    """The next token of each row; V where its logits are not numbers. Where repetition is penalised, it needs
+    what was seen."""
     x = allowed_logits(logits, seen, forbidden, config)
-    if config.temperature == 0:
-        return x.argmax(-1)  # the first of equals
+    if config.temperature == 0:  # the first of equals
+        return torch.where(x.amax(-1) < inf, x.argmax(-1), x.shape[-1])
     return draw(likely_logits(x, config), u)
 
 
@@ -118,8 +119,10 @@ def filtered_logits(
 ) -> Float64[Tensor, "V"]:
     """The logits of what may be drawn; at temperature 0 those of the likeliest token alone.
 
-    Raises ValueError where every token is forbidden, or one that does not exist.
+    Raises ValueError where every token is forbidden, or one that does not exist, and for logits that are not
+    numbers.
     """
+    _require_numbers(bool(logits.amax() < inf))
     x = allowed_logits(logits, *_rules(logits, seen, config), config)
     if config.temperature == 0:
         return x.masked_fill(torch.arange(x.numel(), device=x.device) != x.argmax(), -inf)
@@ -128,7 +131,14 @@ def filtered_logits(
 
 def sample_token(logits: Float[Tensor, "V"], seen: Sequence[int], config: SamplingConfig, u: float) -> int:
     """The next token after those seen, u being a uniform number in [0, 1). Raises as filtered_logits."""
-    return int(choose(logits, *_rules(logits, seen, config), config, u))
+    token = int(choose(logits, *_rules(logits, seen, config), config, u))
+    _require_numbers(token < logits.numel())
+    return token
+
+
+def _require_numbers(they_are: bool) -> None:
+    if not they_are:
+        raise ValueError("the logits are not numbers, so no token can be chosen")
 
 
 def _rules(logits: Tensor, seen: Sequence[int], config: SamplingConfig) -> tuple[Tensor, Tensor | None]:

@@ -133,8 +133,8 @@ BUGS = [
         (
             "last_of_equals",
             "At temperature 0 the last of the likeliest tokens is taken.",
-            "return x.argmax(-1)",
-            "return x.shape[-1] - 1 - x.flip(-1).argmax(-1)",
+            "x.argmax(-1), x.shape",
+            "x.shape[-1] - 1 - x.flip(-1).argmax(-1), x.shape",
         ),
         (
             "share_of_exactly_p_dropped",
@@ -235,7 +235,7 @@ BUGS = [
         (
             "own_words_not_penalised",
             "The repetition penalty knows the prompt, and not what was written since.",
-            "self.seen.scatter_(1, tokens[:, None], True)",
+            "self.seen.scatter_(1, tokens[:, None].clamp(max=largest), True)",
             "pass",
         ),
         (
