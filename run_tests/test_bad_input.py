@@ -1,6 +1,7 @@
 """What a user or a machine can get wrong: one line, a non-zero exit, and nothing lost."""
 
 import errno
+import json
 import os
 import re
 import shutil
@@ -204,6 +205,15 @@ def test_a_loss_scale_from_a_stranger(small_run, cli):
     path = Path("run/last/training.json")
     path.write_bytes(path.read_bytes().replace(b'"growth_factor"', b'"grow"'))
     assert "training.json: a value is of the wrong kind" in cli("--resume", "run").error
+
+
+@pytest.mark.parametrize("odd", ["", [], {}, False, "1.5"])
+def test_a_best_loss_that_is_no_number(small_run, cli, odd):
+    """What is empty passed for none, and the run failed at its next evaluation."""
+    small_run("--out", "run")
+    path = Path("run/last/training.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "best_val_loss": odd}), encoding="utf-8")
+    assert "training.json: a value is no number" in cli("--resume", "run", "--steps", 20).error
 
 
 @pytest.mark.parametrize("damage", [b"{}", b'{"format_version": 1}', b"[1]"])
