@@ -18,7 +18,7 @@ from ref_numpy.dropout import DropoutKey
 from ref_numpy.masks import causal_mask, window_mask
 
 LENGTHS = (17, 65, 130, 1030)
-SHORT = (17, 65, 130)  # where time grows with the square
+SHORT = (17, 65, 130)  # of what is made of other components, and where time grows with the square
 
 KEY = DropoutKey(5, 6, 7)
 Case = dict[str, Any]

@@ -59,7 +59,8 @@ def generate_batch(
     """Yields the next token of each prompt, n_tokens times: what each would give alone.
 
     Token i of prompt b takes its u from (seed, i, streams[b]), by default from stream 0. Shorter texts have
-    padding before them. Raises ValueError for an empty prompt, or a model that is no decoder.
+    padding before them. Raises ValueError for an empty prompt, a model that is no decoder, or logits that are
+    not numbers.
     """
     if config.architecture != "decoder":
         raise ValueError(f"an {config.architecture} does not continue a text; only a decoder does")
@@ -111,7 +112,8 @@ def answer(
     """Yields the target that an encoder-decoder writes for a source, up to its end, which is left out.
 
     It has at most n_tokens, and at most as many as the context is long. Token i takes its u from (seed, i,
-    stream). Raises ValueError for a source that is empty or longer than the context length.
+    stream). Raises ValueError for a source that is empty or longer than the context length, or logits that
+    are not numbers.
     """
     if not 0 < source.size <= config.context_length:
         raise ValueError(f"the source has {source.size} tokens, not 1 to {config.context_length}")

@@ -101,5 +101,5 @@ def draw(logits: Float64[Array, "V"], u: float) -> int:
 
 
 def sample_token(logits: Float[Array, "V"], seen: Sequence[int], config: SamplingConfig, u: float) -> int:
-    """The next token after those seen, u being a uniform number in [0, 1)."""
+    """The next token after those seen, u being a uniform number in [0, 1). Raises as filtered_logits."""
     return draw(filtered_logits(logits, seen, config), u)

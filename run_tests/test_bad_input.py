@@ -212,7 +212,7 @@ def test_a_best_loss_that_is_no_number(small_run, cli, odd):
     """What is empty passed for none, and the run failed at its next evaluation."""
     small_run("--out", "run")
     path = Path("run/last/training.json")
-    path.write_text(json.dumps({**json.loads(path.read_text()), "best_val_loss": odd}), encoding="utf-8")
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), "best_val_loss": odd}), encoding="utf-8")
     assert "training.json: a value is no number" in cli("--resume", "run", "--steps", 20).error
 
 

@@ -209,7 +209,8 @@ def answer(
     """Yields the target that an encoder-decoder writes for a source, up to its end, which is left out.
 
     It has at most n_tokens, and at most as many as the context is long. Token i takes its u from (seed, i,
-    stream). Raises ValueError for a source that is empty or longer than the context length.
+    stream). Raises ValueError for a source that is empty or longer than the context length, or logits that
+    are not numbers.
     """
     config, device = model.config, model.token_embedding.weight.device
     if not 0 < source.numel() <= config.context_length:
