@@ -125,6 +125,33 @@ def test_patience_may_end_with_an_evaluation_that_was_owed(small_run, cli, stop_
     assert [row["step"] for row in metrics(Path("run"))] == [0, 4]
 
 
+_WEARY = ("--learning-rate", 3, "--warmup-steps", 0, "--steps", 40, "--checkpoint-every", 3)
+
+
+def test_a_run_that_patience_ended_trains_no_further(small_run, cli, monkeypatch):
+    """One that was killed while it wrote its sample used to go on training when it was resumed."""
+    assert small_run("--out", "whole", "--patience", 2, *_WEARY).code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "_write_sample", mock.Mock(side_effect=KeyboardInterrupt))
+        assert small_run("--out", "killed", "--patience", 2, *_WEARY).code == 130
+    for _ in range(2):
+        resumed = cli("--resume", "killed")
+        assert "stopped early" in resumed.out and "going on" not in resumed.out and resumed.code == 0
+        assert content(Path("killed")) == content(Path("whole"))
+        assert json.loads(Path("killed/report.json").read_bytes())["ended"] == "stopped early"
+    more = cli("--resume", "killed", "--patience", 3)
+    assert more.code == 0 and [row["step"] for row in metrics(Path("killed"))] == [0, 4, 8, 12]
+
+
+def test_patience_counts_evaluations_however_far_apart(small_run, cli, stop_at):
+    """It used to divide steps by the eval_every of today, and so to end a run at once, or late."""
+    stop_at(8)
+    assert small_run("--out", "run", "--patience", 4, *_WEARY).code == 130
+    stop_at(None)
+    assert cli("--resume", "run", "--eval-every", 1).code == 0
+    assert [row["step"] for row in metrics(Path("run"))] == [0, 4, 8, 9, 10]
+
+
 @pytest.mark.parametrize("precision", ["float16", "bfloat16", "float8"])
 def test_low_precision_resumes_bit_for_bit_with_its_loss_scale(small_run, cli, stop_at, precision):
     assert small_run("--out", "whole", "--precision", precision).code == 0

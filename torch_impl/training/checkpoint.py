@@ -51,6 +51,7 @@ class Progress:
     step: int = 0  # finished steps
     best_step: int = 0
     best_val_loss: float | None = None  # before the first evaluation, None
+    no_better: int = 0  # evaluations since the best one
     loss_sum: float = 0.0  # of the steps since the last evaluation ...
     loss_count: int = 0  # ... and how many they are
     seconds: float = 0.0  # spent so far, in all sessions
@@ -61,6 +62,11 @@ class Progress:
     def next_row(self) -> int:
         """The step of the first evaluation that is still to be written."""
         return self.step if self.best_val_loss is None or self.owed is not None else self.step + 1
+
+    def is_weary(self, patience: int, steps: int) -> bool:
+        """Whether so many evaluations in a row were no better that the run ends before its last step; a
+        patience of 0 has no end."""
+        return 0 < patience <= self.no_better and self.owed is None and self.step < steps
 
 
 class LoadedModel(NamedTuple):
@@ -159,7 +165,8 @@ def load_progress(folder: Path) -> Progress:
     try:
         values = parse_json(path.read_bytes())
         del values["format_version"]
-        values.setdefault("owed", None)  # which older checkpoints do not name
+        for name, value in (("owed", None), ("no_better", 0)):  # which older checkpoints do not name
+            values.setdefault(name, value)
         _check_progress(values)
     except FileNotFoundError as error:
         raise InputError(f"{folder} is incomplete: no {path.name}") from error
@@ -172,7 +179,8 @@ def _check_progress(values: dict[str, Any]) -> None:
     if set(values) != {field.name for field in fields(Progress)}:
         raise ConfigError("values are missing or unknown")
     whole = all(
-        type(values[name]) is int and values[name] >= 0 for name in ("step", "best_step", "loss_count")
+        type(values[name]) is int and values[name] >= 0
+        for name in ("step", "best_step", "no_better", "loss_count")
     )
     objects = ("loss_scale", _LOSS_SCALE), ("owed", set(OWED))
     known = all(

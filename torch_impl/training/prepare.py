@@ -291,10 +291,11 @@ def _tell(run: Run, place: Place, resumed: bool) -> None:
                 "float32; --precision float32 is faster"
             )
     print(run.objective.describe())
-    if resumed and run.progress.step == run.config.training.steps and run.progress.owed is None:
-        print(f"finished already, at step {run.progress.step}; a larger --steps trains on")
-    elif resumed:
-        print(f"going on after step {run.progress.step} of {run.config.training.steps}")
+    progress, steps = run.progress, run.config.training.steps
+    if resumed and progress.step == steps and progress.owed is None:
+        print(f"finished already, at step {progress.step}; a larger --steps trains on")
+    elif resumed and not progress.is_weary(run.config.run.patience, steps):  # which is told where it ends
+        print(f"going on after step {progress.step} of {steps}")
 
 
 def _attention_paths(run: Run, place: Place) -> str:

@@ -104,12 +104,12 @@ def _train(run: Run, stop: StopRequest, profile: bool) -> bool:
         _save(run, "last")  # from here on, a killed run can be resumed
         _evaluate(run, stop, dict.fromkeys(OWED), None)
     elif progress.owed is not None:
-        evaluated = _evaluate(run, stop, progress.owed, None)
+        _evaluate(run, stop, progress.owed, None)
         _save(run, "last")
-        if evaluated and _weary(run):
-            return True
     elif run.state.ranks.first:
         keep_newest(run.folder, progress.step, settings.keep_checkpoints)
+    if _weary(run):
+        return True
     if stop.signal is not None:
         return False
     tokens_per_step = config.batch_size * run.objective.tokens_per_sequence
@@ -132,11 +132,10 @@ def _train(run: Run, stop: StopRequest, profile: bool) -> bool:
             training_seconds += time.perf_counter() - mark
             speed = (step - steps_before) * tokens_per_step / training_seconds
             bar.show(step, loss, speed)
-            weary = False
             if evaluating:
-                weary = _evaluate(run, stop, _numbers(metrics), speed) and _weary(run)
+                _evaluate(run, stop, _numbers(metrics), speed)
                 training_seconds, steps_before = 0.0, step
-            stopping = stop.signal is not None
+            weary, stopping = _weary(run), stop.signal is not None
             if saving or weary or stopping:
                 _save(run, "last")
             if weary or stopping:
@@ -220,10 +219,12 @@ def _diverged(run: Run, step: int, what: str) -> Diverged:
 
 def _weary(run: Run) -> bool:
     """Whether patience is at its end, which is said."""
-    progress, settings = run.progress, run.config.run
-    since_best = (progress.step - progress.best_step) / settings.eval_every  # evaluations
-    if weary := 0 < settings.patience <= since_best:
-        tqdm.write(f"no evaluation was better than that of step {progress.best_step}: stopped early")
+    config, progress = run.config, run.progress
+    if weary := progress.is_weary(config.run.patience, config.training.steps):
+        tqdm.write(
+            f"no evaluation was better than that of step {progress.best_step}: stopped early; to train on, "
+            f"--resume with --patience above {config.run.patience}, or 0"
+        )
     return weary
 
 
@@ -235,12 +236,11 @@ def _numbers(metrics: StepMetrics) -> dict[str, float | None]:
 
 def _evaluate(
     run: Run, stop: StopRequest, numbers: dict[str, float | None], tokens_per_second: float | None
-) -> bool:
+) -> None:
     """Measure the held-out text, write it down with the numbers of the last step, and keep the model in best/
     if none was better.
 
-    False where somebody asks to stop meanwhile: the run then owes the evaluation, and begins with it when it
-    goes on.
+    Where somebody asks to stop meanwhile, the run owes the evaluation, and begins with it when it goes on.
     """
     progress, config, ranks = run.progress, run.config, run.state.ranks
 
@@ -257,7 +257,7 @@ def _evaluate(
             )
     except PutOff:
         progress.owed = numbers
-        return False
+        return
     progress.owed = None
     loss = faces["val_loss"]
     if not math.isfinite(loss):
@@ -278,11 +278,12 @@ def _evaluate(
     known = f"; ln V = {math.log(config.model.vocab_size):.3f}" if progress.step == 0 else ""
     tqdm.write(f"step {progress.step}: held-out text {in_words(faces)}{known}")
     if progress.best_val_loss is None or loss < progress.best_val_loss:
-        progress.best_step, progress.best_val_loss = progress.step, loss
+        progress.best_step, progress.best_val_loss, progress.no_better = progress.step, loss, 0
         _save(run, "best")
+    else:
+        progress.no_better += 1
     if look_is_due(progress.step, config.training.steps, config.run):
         _look(run, run.events)
-    return True
 
 
 def _look(run: Run, events: TensorBoardEvents | None) -> None:
