@@ -1,7 +1,12 @@
 """The tokenizer on files: parts, processes, the command line, and what is said about bad input."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from pydoc_data.topics import topics
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -42,6 +47,29 @@ def corpus(tmp_path):
     path = tmp_path / "corpus.txt"
     path.write_text(CORPUS, encoding="utf-8", newline="")
     return path
+
+
+def test_workers_leave_when_their_parent_is_killed(tmp_path):
+    """They used to wait for work for ever, and with them whoever read the program's output to its end."""
+    script = tmp_path / "program.py"
+    script.write_text(
+        "from torch_impl.training.bpe_corpus import ordered_map\n"
+        "if __name__ == '__main__':\n"
+        "    for _ in ordered_map(print, iter(int, 1), workers=2):\n"
+        "        print('working', flush=True)\n",
+        encoding="utf-8",
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(bpe_corpus.__file__).parents[2])}
+    process = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, env=environment)
+    while b"working" not in process.stdout.readline():
+        pass
+    process.kill()
+    process.wait()
+    ended = Thread(target=process.stdout.read, daemon=True)  # that is, all who could write are gone
+    ended.start()
+    ended.join(60)
+    assert not ended.is_alive()
+    process.stdout.close()
 
 
 @given(

@@ -10,10 +10,13 @@ needs the usual `if __name__ == "__main__":`.
 """
 
 import math
+import multiprocessing
+import os
 import signal
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
+from threading import Thread
 from typing import Literal
 
 import numpy as np
@@ -91,9 +94,9 @@ def ordered_map(
         yield from map(function, items)
         return
     from concurrent.futures import ProcessPoolExecutor  # slow to import, and seldom needed
-    from multiprocessing import get_context
 
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start, (initializer, arguments)) as pool:
+    spawning = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawning, _start, (initializer, arguments)) as pool:
         waiting = deque()
         try:
             for item in items:
@@ -109,8 +112,15 @@ def ordered_map(
 
 def _start(initializer: Callable | None, arguments: tuple) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    Thread(target=_leave_with_parent, daemon=True).start()
     if initializer:
         initializer(*arguments)
+
+
+def _leave_with_parent() -> None:
+    """A parent that is killed cannot end its workers, which would wait for work for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def worth_spawning(texts: Iterable[Text], workers: int) -> int:
