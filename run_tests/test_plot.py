@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from matplotlib.colors import to_hex
 
 from torch_impl.training import plot
 
@@ -56,11 +57,27 @@ def test_each_curve_has_the_numbers_of_its_run(x, y):
         assert axes.lines[1].get_ydata().tolist() == pytest.approx([3.9, 2.9])
 
 
+@pytest.mark.parametrize("runs", [10, 11, 40, 95])
+def test_many_curves_have_a_colour_each_and_are_not_hidden(runs):
+    """The legend used to lie over the curves, and to leave them no room at all where there were forty."""
+    rows = plot.read_curve(run_of("run", [5.0, 4.0, 3.0]), "run").rows
+    figure = plot.draw([plot.Curve(f"run-{i}", rows) for i in range(runs)], "step", "perplexity", log=False)
+    figure.savefig("many.png")
+    (axes,) = figure.axes
+    lines = [line for line in axes.lines if line.get_label().startswith("run-")]
+    assert len({to_hex(line.get_color()) for line in lines}) == runs
+    curves = axes.get_window_extent()
+    assert curves.width > 0.8 * 9 * 120 and curves.height > 0.8 * 5.5 * 120
+    for legend in figure.legends:
+        assert legend.get_window_extent().x0 >= curves.x1 and legend.get_window_extent().y0 >= 0
+
+
 def test_names_are_as_long_as_tells_them_apart():
     paths = [Path(path) for path in ("a/seed/run", "b/seed/run", "c")]
     assert plot.names_of(paths[:2]) == ["a/seed/run", "b/seed/run"]
     assert plot.names_of([paths[0], paths[2]]) == ["run", "c"]
     assert plot.names_of(paths[:1] * 2) == ["run", "run"]
+    assert plot.names_of([Path()]) == [Path.cwd().name]
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,19 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import tyro
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 
 from torch_impl.training.files import InputError, write_file
 from torch_impl.training.flags import parse_flags
 from torch_impl.training.telemetry import MetricsLog, Row
 
+_SIZE = (9.0, 5.5)  # inches
+_DPI = 120
+_FEW = 10  # curves, of which each has one of matplotlib's own colours
+_IN_A_COLUMN = 40  # names of runs, where the legend stands beside the curves
 _AXES = {
     "step": "step",
     "tokens": "tokens trained on",
@@ -67,7 +73,8 @@ def read_curve(folder: Path, name: str) -> Curve:
 
 
 def names_of(folders: list[Path]) -> list[str]:
-    """The last parts of the paths, as many as tell them apart."""
+    """The last parts of the paths, as many as tell them apart; the folder where one is has its name too."""
+    folders = [folder if folder.name else folder.absolute() for folder in folders]
     parts = 1
     while parts < max(len(folder.parts) for folder in folders):
         names = ["/".join(folder.parts[-parts:]) for folder in folders]
@@ -79,12 +86,13 @@ def names_of(folders: list[Path]) -> list[str]:
 
 def draw(curves: list[Curve], x: str, y: str, log: bool) -> Figure:
     """The curves in one picture, each in a colour of its own, its best evaluation marked."""
-    figure = Figure(figsize=(9, 5.5), dpi=120, layout="constrained")
+    figure = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     measured = "val_loss" if y == "loss" else y
-    for number, (name, rows) in enumerate(curves):
-        colour = f"C{number % 10}"
+    few = len(curves) <= _FEW
+    colours = [f"C{i}" if few else colormaps["turbo"](i / (len(curves) - 1)) for i in range(len(curves))]
+    for colour, (name, rows) in zip(colours, curves, strict=True):
         shown = [row for row in rows if row.get(measured) is not None]
         best = min(rows, key=lambda row: row["val_loss"])
         label = f"{name}: best {best['val_loss']:.3f} at step {best['step']:,}"
@@ -104,9 +112,20 @@ def draw(curves: list[Curve], x: str, y: str, log: bool) -> Figure:
     if log:
         axes.set(xscale="log", yscale="log")
     axes.grid(alpha=0.3, which="both")
-    for label in axes.legend(fontsize="small").get_texts():
+    legend = axes.legend(fontsize="small") if few else _legend_beside(figure)
+    for label in legend.get_texts():
         label.set_parse_math(False)  # a name may have dollars
     return figure
+
+
+def _legend_beside(figure: Figure) -> Legend:
+    """A legend that would hide the curves stands beside them, in a figure as much larger."""
+    columns = -(-len(figure.axes[0].get_legend_handles_labels()[1]) // _IN_A_COLUMN)
+    legend = figure.legend(loc="outside right upper", fontsize="small", ncols=columns)
+    needed = legend.get_window_extent()
+    width, height = _SIZE
+    figure.set_size_inches(width + needed.width / _DPI, max(height, needed.height / _DPI + 0.2))
+    return legend
 
 
 def table(curves: list[Curve]) -> str:
