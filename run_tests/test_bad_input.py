@@ -49,6 +49,15 @@ def test_a_held_out_text_that_cannot_be_used(small_run):
     assert "folder is a folder" in small_run("--valid-file", "folder", "--out", "run").error
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes in its folders")
+def test_a_text_that_can_be_read_only_once(small_run):
+    """A pipe was read to its end to see whether it is text, and then there was nothing left to train on."""
+    os.mkfifo("pipe")
+    for flags in (("--train-file", "pipe"), ("--valid-file", "pipe")):
+        error = small_run(*flags, "--out", "run").error
+        assert "pipe is a pipe or a device, and a text is read more than once; save it in a file" in error
+
+
 def test_a_run_is_never_overwritten(small_run):
     small_run("--out", "run")
     before = content(Path("run"))

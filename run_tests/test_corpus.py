@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from torch_impl.training.cache import cached
 from torch_impl.training.files import InputError
-from torch_impl.training.text import Text
+from torch_impl.training.text import Text, file_text
 
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
 
@@ -23,6 +23,23 @@ def test_a_text_is_split_by_characters_whatever_the_blocks(text, tenths, size):
     cut = len(text) * tenths // 10
     assert "".join(first.parts(size)) == text[:cut] and "".join(rest.parts(size)) == text[cut:]
     assert first.size() + rest.size() == sum(told) == len(text.encode("utf-8"))
+
+
+@given(texts, texts, texts, st.integers(0, 10), st.integers(1, 9))
+def test_a_stretch_of_a_text_is_split_as_if_it_stood_alone(before, text, after, tenths, size):
+    start, end = len(before.encode()), len((before + text).encode())
+    first, rest = Text(f"{before}{text}{after}".encode(), start, end).split(tenths, block_size=size)
+    cut = len(text) * tenths // 10
+    assert "".join(first.parts()) == text[:cut] and "".join(rest.parts()) == text[cut:]
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 7])
+def test_an_editors_mark_is_no_part_of_a_text(blocks):
+    Path("marked.txt").write_bytes(b"\xef\xbb\xbfa text")
+    text = file_text("marked.txt")
+    assert "".join(text.parts(blocks)) == "a text" and text.size() == 6
+    first, rest = text.split(5, block_size=blocks)
+    assert "".join(first.parts()) == "a t" and "".join(rest.parts()) == "ext"
 
 
 @given(st.binary(min_size=1), st.integers(1, 5))

@@ -16,6 +16,7 @@ from torch_impl.generate import answer
 from torch_impl.training import generate_command, quantise_command
 from torch_impl.training import run as run_module
 from torch_impl.training.checkpoint import load_model
+from torch_impl.training.pair_file import load_pairs
 from torch_impl.training.ranks import Ranks
 
 WORDS = ("one", "two", "three", "four", "five", "six", "seven")
@@ -154,6 +155,11 @@ def test_a_file_of_pairs_that_cannot_be_used(run, lines, message):
     outcome = run("encoder-decoder", "--train-file", "bad.tsv", "--out", "run")
     assert outcome.code == 2 and re.search(message, outcome.error)
     assert not Path("run").exists()
+
+
+def test_an_editors_mark_is_no_part_of_the_first_pair():
+    Path("marked.tsv").write_bytes(b"\xef\xbb\xbfa\tb\nc\td\n")
+    assert "".join(load_pairs("marked.tsv", "").train.parts()) == "a\tb"
 
 
 def test_lines_of_a_held_out_file_have_its_own_numbers(run):

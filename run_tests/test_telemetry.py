@@ -118,6 +118,18 @@ def test_a_terminal_that_lacks_a_character_does_not_end_the_run(small_run, monke
     assert "\ufffd" in Path("run/sample.txt").read_text(encoding="utf-8")
 
 
+def test_a_sample_does_nothing_to_a_terminal(small_run, monkeypatch):
+    """A model of bytes writes controls, which cleared the screen that the run was watched on."""
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stdout", terminal)
+    assert small_run("--out", "run", "--steps", 1, "--sample-tokens", 200).code == 0
+    terminal.flush()
+    controls = {chr(code) for code in range(32)} - {"\n", "\t"}
+    assert controls & set(Path("run/sample.txt").read_text(encoding="utf-8"))
+    assert not controls & set(terminal.buffer.getvalue().decode("utf-8"))
+
+
 @given(st.floats(0, 20), st.floats(0.1, 1))
 def test_faces_of_a_loss(loss, tokens_per_byte):
     faces = faces_of_loss(loss, tokens_per_byte)

@@ -23,9 +23,9 @@ from ref_numpy.conversation import (
     to_record,
 )
 from torch_impl.bpe import BPETokenizer
-from torch_impl.training.corpus import Corpus, readable
+from torch_impl.training.corpus import Corpus
 from torch_impl.training.files import InputError
-from torch_impl.training.text import Text
+from torch_impl.training.text import Text, readable
 
 _SPACE = re.compile(r"[ \t\r\n]*")  # what JSON allows between values
 _DECODER = json.JSONDecoder()

@@ -17,7 +17,7 @@ from torch_impl.training.bpe_corpus import byte_bar, encode_texts, read_parts, t
 from torch_impl.training.cache import cached
 from torch_impl.training.config import DEFAULT_VOCAB_SIZE, TOKENIZERS, RunConfig, TokenizerSettings
 from torch_impl.training.files import InputError
-from torch_impl.training.text import Text
+from torch_impl.training.text import Text, file_text
 from torch_impl.training.tokenizer import (
     ByteTokenizer,
     CharacterTokenizer,
@@ -45,10 +45,10 @@ class Corpus:
 def load_corpus(train_file: str, valid_file: str) -> Corpus:
     """The two texts. Without a training file, the embedded one; without a held-out file, the last tenth.
 
-    Raises InputError for a file that is missing, a folder, empty, or not UTF-8 text.
+    Raises InputError for what is missing, no file, empty, or not UTF-8 text.
     """
-    whole = Text(readable(train_file) if train_file else python_reference().encode("utf-8"))
-    other = [Text(readable(valid_file))] if valid_file else []
+    whole = file_text(train_file) if train_file else Text(python_reference().encode("utf-8"))
+    other = [file_text(valid_file)] if valid_file else []
     with byte_bar([whole, *other] * 2, "reading") as bar:
         if valid_file:  # ten tenths of either: looked through, and kept whole
             (train, _), (valid, _) = whole.split(10, bar.update), other[0].split(10, bar.update)
@@ -62,18 +62,6 @@ def python_reference() -> str:
     from pydoc_data.topics import topics
 
     return "\n".join(topics.values())
-
-
-def readable(file: str) -> Path:
-    """The path of a file. Raises InputError for one that is missing or a folder."""
-    path = Path(file)
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; name a text file in it")
-    try:
-        path.open("rb").close()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    return path
 
 
 def make_tokenizer(settings: TokenizerSettings, corpus: Corpus, cache: Path) -> Tokenizer:

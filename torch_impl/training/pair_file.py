@@ -9,9 +9,9 @@ from torch import Tensor
 from ref_numpy.dates import date_pairs
 from torch_impl.training.bpe_corpus import byte_bar
 from torch_impl.training.config import RunConfig
-from torch_impl.training.corpus import Corpus, readable
+from torch_impl.training.corpus import Corpus
 from torch_impl.training.files import InputError
-from torch_impl.training.text import Text
+from torch_impl.training.text import Text, file_text
 from torch_impl.training.tokenizer import Tokenizer
 
 Side = tuple[list[Tensor], list[Tensor]]  # ids of sources, and of their targets
@@ -42,7 +42,7 @@ def load_pairs(train_file: str, valid_file: str) -> Corpus:
 
 def _lines(file: str) -> list[str]:
     """The lines of a file, each of them a pair."""
-    whole, _ = Text(readable(file)).split(10)  # looks through it: is it text at all?
+    whole, _ = file_text(file).split(10)  # looks through it: is it text at all?
     *lines, last = b"".join(whole.blocks()).decode("utf-8").split("\n")
     lines = [line.removesuffix("\r") for line in [*lines, *([last] if last else [])]]
     for number, line in enumerate(lines, 1):

@@ -5,6 +5,7 @@ best/, then last/. A resumed run goes on from last/ and drops the lines beyond i
 """
 
 import math
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
@@ -31,6 +32,7 @@ from torch_impl.training.repeating import as_typed
 from torch_impl.training.report import in_short, write_report
 from torch_impl.training.stopping import Diverged, PutOff, StopRequest, stop_requests
 from torch_impl.training.telemetry import in_words
+from torch_impl.training.terminal import visible
 
 _KEPT_FROM_BEFORE = 2  # leaps of the loss
 _TOLD = 4  # gradients at each
@@ -310,5 +312,5 @@ def _write_sample(run: Run) -> str | None:
     example = run.objective.example(run.state.model, length)
     if run.state.ranks.first:
         write_file(run.folder / "sample.txt", example.encode("utf-8"))
-    print(f"\n{example}\n")
+    print(f"\n{visible(example) if sys.stdout.isatty() else example}\n")
     return example

@@ -75,16 +75,16 @@ class Text:
     def split(
         self, tenths: int, progress: Callable[[int], object] = untold, block_size: int = _BLOCK
     ) -> tuple["Text", "Text"]:
-        """The first so many tenths of the characters of a whole file, and the rest.
+        """The first so many tenths of the characters, and the rest.
 
-        Raises InputError for a file that is empty, holds a NUL, or is not UTF-8.
+        Raises InputError for a text that is empty, holds a NUL, or is not UTF-8.
         """
         characters = []  # in each block: as many as there are bytes that begin one
 
         def counted() -> Iterator[bytes]:
             for block in _told(self.blocks(block_size), progress):
                 if (place := block.find(0)) >= 0:
-                    place += len(characters) * block_size
+                    place += self.start + len(characters) * block_size
                     raise InputError(f"{self.source} is not text: byte {place} is NUL")
                 characters.append(len(block) if block.isascii() else _beginnings(block).size)
                 yield block
@@ -93,15 +93,43 @@ class Text:
             pass
         if not characters:
             raise InputError(f"{self.source} is empty")
-        left, cut = sum(characters) * tenths // 10, self.size()
+        left, end = sum(characters) * tenths // 10, self.start + self.size()
+        cut = end
         for number, n in enumerate(characters):
             if left < n:
-                start = number * block_size
-                block = next(Text(self.source, start).blocks(block_size))
+                start = self.start + number * block_size
+                block = next(Text(self.source, start, end).blocks(block_size))
                 cut = start + int(_beginnings(block)[left])
                 break
             left -= n
-        return Text(self.source, 0, cut), Text(self.source, cut, self.size())
+        return Text(self.source, self.start, cut), Text(self.source, cut, end)
+
+
+def file_text(file: str) -> Text:
+    """All of a file but the byte order mark that some editors begin it with.
+
+    Raises InputError where it is not readable.
+    """
+    path = readable(file)
+    with path.open("rb") as opened:
+        marked = opened.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8
+    return Text(path, len(codecs.BOM_UTF8) if marked else 0)
+
+
+def readable(file: str | Path) -> Path:
+    """The path of a file that can be read, and again. Raises InputError for what is none."""
+    path = Path(file)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; name a text file in it")
+    if path.exists() and not path.is_file():
+        raise InputError(
+            f"{path} is a pipe or a device, and a text is read more than once; save it in a file"
+        )
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    return path
 
 
 def _told(blocks: Iterable[bytes], progress: Callable[[int], object]) -> Iterator[bytes]:

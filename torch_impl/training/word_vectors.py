@@ -20,7 +20,7 @@ from torch import Tensor
 
 from torch_impl.training.bpe_corpus import byte_bar
 from torch_impl.training.files import InputError
-from torch_impl.training.text import Text
+from torch_impl.training.text import Text, readable
 
 _NUMBER = b"0123456789.+-eE "  # what numbers are written with
 _NAMED = 8  # words without a vector
@@ -75,11 +75,8 @@ class _Format(NamedTuple):
 
 def vector_width(path: Path) -> int:
     """How many numbers a word has, by the first line. Raises InputError for a file that is none of these."""
-    try:
-        with path.open("rb") as file:
-            return _format(path, file.readline()).width
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    with readable(path).open("rb") as file:
+        return _format(path, file.readline()).width
 
 
 def read_word_vectors(path: Path, rows: Mapping[str, int]) -> WordVectors:
