@@ -28,7 +28,8 @@ def _train(arguments: list[str]) -> int:
     try:
         request = parse(arguments)
     except (InputError, ConfigError) as error:
-        return _fail(f"{error}; see --help", 2) if os.environ.get("RANK", "0") == "0" else 2
+        alone = "WORLD_SIZE" not in os.environ  # of the processes of a run, the first one speaks
+        return _fail(f"{error}; see --help", 2) if alone or os.environ.get("RANK", "0") == "0" else 2
     from torch_impl.training.ranks import AnotherFailed  # imports torch, which --help can do without
     from torch_impl.training.run import train
 

@@ -38,7 +38,7 @@ def test_the_default_width_of_the_feed_forward_layer_is_four_times_the_models():
         ({"dropout": 1.0}, "dropout is 1.0, but must lie in [0, 0.99]"),
         ({"dropout": 0.999999}, "dropout is 0.999999, but must lie in [0, 0.99]"),  # 1 in sixteen bits
         ({"norm_epsilon": 0.0}, "norm_epsilon is 0.0, but must be above 0"),
-        ({"norm_epsilon": float("nan")}, "norm_epsilon is nan, but must be above 0"),
+        ({"norm_epsilon": float("nan")}, "norm_epsilon is nan, but must be a finite number"),
         ({"d_ff": -1}, "d_ff is -1, but must be 0 (meaning 4 * d_model) or more"),
         ({"n_kv_head": -1}, "n_kv_head is -1, but must be 0 (meaning n_head) or more"),
         ({"n_kv_head": 3}, "n_head 4 does not divide into n_kv_head 3 groups; try n_head 6"),
@@ -117,13 +117,13 @@ def test_a_contradiction_in_a_training_is_refused(wrong, message):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"temperature": -0.5}, "temperature is -0.5, but must be 0 (greedy) or more"),
-        ({"temperature": float("nan")}, "temperature is nan, but must be 0 (greedy) or more"),
+        ({"temperature": -0.5}, "temperature is -0.5, but must be 0 (greedy) or at least 1e-9"),
+        ({"temperature": float("nan")}, "temperature is nan, but must be a finite number"),
         ({"top_k": -1}, "top_k is -1, but must be 0 (all tokens) or more"),
         ({"top_p": 0.0}, "top_p is 0.0, but must lie in (0, 1]"),
         ({"top_p": 1.5}, "top_p is 1.5, but must lie in (0, 1]"),
         ({"min_p": 2.0}, "min_p is 2.0, but must lie in [0, 1]"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0, but must be above 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty is 0.0, but must lie in [1e-9, 1e9]"),
     ],
 )
 def test_a_contradiction_in_sampling_is_refused(wrong, message):
@@ -137,7 +137,7 @@ def test_a_contradiction_in_sampling_is_refused(wrong, message):
     [
         ({"width": 0}, "width is 0, but must be at least 1"),
         ({"width": 2, "n_best": 3}, "n_best is 3, but must lie in [1, width 2]"),
-        ({"length_penalty": float("nan")}, "length_penalty is nan, but must lie in [-10, 10]"),
+        ({"length_penalty": float("nan")}, "length_penalty is nan, but must be a finite number"),
         ({"phrases": ((1,),) * 9}, "there are 9 phrases, but at most 8 are possible"),
         ({"phrases": ((),)}, "phrases holds an empty one; take it out"),
         ({"stop_sequences": ((1,), ())}, "stop_sequences holds an empty one; take it out"),
@@ -183,6 +183,8 @@ FRACTIONS = ("beta1", "beta2", "muon_momentum", "label_smoothing")
         (TrainConfig, "steps", 100, 0),
         (TrainConfig, "learning_rate", 1e-4, 0.0),
         (TrainConfig, "learning_rate", 1e9, -1.0),
+        (TrainConfig, "learning_rate", 1e300, inf),
+        (TrainConfig, "clip", 1e300, inf),
         (TrainConfig, "muon_learning_rate", 1e-9, 0.0),
         (TrainConfig, "muon_learning_rate", 1e9, -1.0),
         (TrainConfig, "min_learning_rate", 0.0, -1e-9),
@@ -236,14 +238,26 @@ def test_the_last_value_allowed_and_the_first_refused(config, name, allowed, ref
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ("vocab_size=2.5", "vocab_size is 2.5, but must be a int"),
-        ("bias=1", "bias is 1, but must be a bool"),
-        ("norm='batch'", "norm is 'batch', but must be one of layernorm, rmsnorm"),
+        ("ModelConfig(vocab_size=2.5)", "vocab_size is 2.5, but must be a int"),
+        ("ModelConfig(bias=1)", "bias is 1, but must be a bool"),
+        ("ModelConfig(norm='batch')", "norm is 'batch', but must be one of layernorm, rmsnorm"),
+        ("SamplingConfig(top_k=1.5)", "top_k is 1.5, but must be a int"),
+        ("SamplingConfig(forbidden=(1, 2.0))", "forbidden is (1, 2.0), but must be a tuple[int, ...]"),
+        ("BeamConfig(width='4')", "width is '4', but must be a int"),
+        ("BeamConfig(end_token='.')", "end_token is '.', but must be a int | None"),
+        (
+            "BeamConfig(phrases=((1,), [2]))",
+            "phrases is ((1,), [2]), but must be a tuple[tuple[int, ...], ...]",
+        ),
+        (
+            "BeamConfig(early_stopping='soon')",
+            "early_stopping is 'soon', but must be one of exact, estimate, full",
+        ),
     ],
 )
 def test_a_value_of_the_wrong_kind_is_refused(wrong, message):
     """In a process of its own: here the test run's shape checker would be faster."""
-    code = f"from ref_numpy.config import ModelConfig; ModelConfig({wrong})"
+    code = f"from ref_numpy.config import BeamConfig, ModelConfig, SamplingConfig; {wrong}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 1 and done.stderr.strip().endswith(f"ConfigError: {message}")
 

@@ -5,6 +5,7 @@ All classes refuse a contradiction when they are made, so that nothing downstrea
 
 from dataclasses import dataclass, fields
 from math import inf
+from types import GenericAlias, UnionType
 from typing import Literal, get_args, get_origin
 
 
@@ -18,15 +19,25 @@ def _require(holds: bool, message: str) -> None:
 
 
 def _check_types(config: object) -> None:
-    """Every field holds what its annotation says; a whole number may stand for a float."""
+    """Every field holds what its annotation says; a whole number may stand for a float, which is finite."""
     for field in fields(config):
         value, kind = getattr(config, field.name), field.type
         if get_origin(kind) is Literal:
             choices = get_args(kind)
             _require(value in choices, f"{field.name} is {value!r}, but must be one of {', '.join(choices)}")
         else:
-            fits = type(value) is kind or (kind is float and type(value) is int)
-            _require(fits, f"{field.name} is {value!r}, but must be a {kind.__name__}")
+            wanted = kind if get_origin(kind) else kind.__name__
+            _require(_fits(value, kind), f"{field.name} is {value!r}, but must be a {wanted}")
+            finite = kind is not float or -inf < value < inf
+            _require(finite, f"{field.name} is {value}, but must be a finite number")
+
+
+def _fits(value: object, kind: type | GenericAlias | UnionType) -> bool:
+    if get_origin(kind) is tuple:
+        return type(value) is tuple and all(_fits(item, get_args(kind)[0]) for item in value)
+    if get_origin(kind) is UnionType:
+        return any(_fits(value, one) for one in get_args(kind))
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
 @dataclass(frozen=True)
@@ -134,8 +145,8 @@ class ModelConfig:
                 value == default or self.positions == "rope",
                 f"{name} is {value}, but positions are {self.positions}; set positions to rope",
             )
-        _require(1 < self.rope_base < inf, f"rope_base is {self.rope_base}, but must be above 1")
-        _require(0 < self.rope_scale < inf, f"rope_scale is {self.rope_scale}, but must be above 0")
+        _require(self.rope_base > 1, f"rope_base is {self.rope_base}, but must be above 1")
+        _require(self.rope_scale > 0, f"rope_scale is {self.rope_scale}, but must be above 0")
         _require(
             self.positions != "rope" or self.head_width % 2 == 0,
             f"rope turns pairs of features, but a head is {self.head_width} wide (d_model {self.d_model} / "
@@ -297,9 +308,9 @@ class SamplingConfig:
     """Token ids that are never chosen."""
 
     def __post_init__(self) -> None:
-        # Comparisons that NaN fails. Where a logit of float32 could become infinite, softmax has no value.
+        _check_types(self)
+        # Where a logit of float32 could become infinite, softmax has no value.
         temperature, penalty = self.temperature, self.repetition_penalty
-        _require(0 <= temperature < inf, f"temperature is {temperature}, but must be 0 (greedy) or more")
         _require(
             temperature == 0 or temperature >= 1e-9,
             f"temperature is {temperature}, but must be 0 (greedy) or at least 1e-9",
@@ -307,7 +318,6 @@ class SamplingConfig:
         _require(self.top_k >= 0, f"top_k is {self.top_k}, but must be 0 (all tokens) or more")
         _require(0 < self.top_p <= 1, f"top_p is {self.top_p}, but must lie in (0, 1]")
         _require(0 <= self.min_p <= 1, f"min_p is {self.min_p}, but must lie in [0, 1]")
-        _require(0 < penalty < inf, f"repetition_penalty is {penalty}, but must be above 0")
         _require(1e-9 <= penalty <= 1e9, f"repetition_penalty is {penalty}, but must lie in [1e-9, 1e9]")
 
 
@@ -334,7 +344,7 @@ class BeamConfig:
     """Token ids in a row that must appear, at most 8 such phrases; they may overlap."""
 
     def __post_init__(self) -> None:
-        choices = ("exact", "estimate", "full")
+        _check_types(self)
         _require(self.width >= 1, f"width is {self.width}, but must be at least 1")
         _require(
             1 <= self.n_best <= self.width,
@@ -343,10 +353,6 @@ class BeamConfig:
         _require(
             -10 <= self.length_penalty <= 10,
             f"length_penalty is {self.length_penalty}, but must lie in [-10, 10]",
-        )
-        _require(
-            self.early_stopping in choices,
-            f"early_stopping is {self.early_stopping!r}, but must be one of {', '.join(choices)}",
         )
         _require(len(self.phrases) <= 8, f"there are {len(self.phrases)} phrases, but at most 8 are possible")
         for name in ("stop_sequences", "phrases"):

@@ -44,7 +44,11 @@ def test_a_text_that_cannot_be_used(small_run, content, message):
 def test_a_held_out_text_that_cannot_be_used(small_run):
     Path("short.txt").write_bytes(b"short")
     error = small_run("--valid-file", "short.txt", "--out", "run").error
-    assert "the held-out text has 5 tokens, but context_length 8 needs at least 9" in error
+    assert (
+        "the held-out text has 5 tokens, but context_length 8 needs at least 9; use a longer text or" in error
+    )
+    Path("short.txt").write_bytes(b"s")
+    assert small_run("--valid-file", "short.txt", "--out", "run").error.endswith("; use a longer text")
     Path("folder").mkdir()
     assert "folder is a folder" in small_run("--valid-file", "folder", "--out", "run").error
 

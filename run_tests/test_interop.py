@@ -1,5 +1,7 @@
 """Runs that begin from other models, and end as models that others load."""
 
+import errno
+import io
 import json
 import re
 import shutil
@@ -158,16 +160,30 @@ def test_a_folder_that_is_no_model(begin, capsys):
         (["--model", "run", "--out", "run"], "run exists, and is not overwritten"),
         (["--model", "run", "--to", "hf"], "unknown flag --to"),
         (["--model", "post", "--out", "hf"], "norm_placement is post, but Hugging Face's gpt2 layout"),
+        (["--model", "gaps", "--out", "hf"], "architecture is encoder, but"),
     ],
 )
 def test_an_export_that_cannot_be_is_one_line(small_run, capsys, arguments, message):
     assert small_run("--out", "run").code == 0
     assert small_run("--out", "post", "--norm-placement", "post").code == 0
+    assert small_run("--out", "gaps", "--architecture", "encoder").code == 0
     capsys.readouterr()
     assert interop.main(arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith("interop: error: ") and message in error and len(error.splitlines()) == 1
     assert not Path("hf").exists()
+
+
+def test_an_export_that_nobody_hears_of_is_written(small_run, monkeypatch):
+    """A reader of its output that had left made it say that nothing was written, when all was."""
+    assert small_run("--out", "run").code == 0
+
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("sys.stdout", Gone())
+    assert interop.main(["--model", "run", "--out", "hf"]) == 0 and Path("hf/config.json").is_file()
 
 
 def test_an_export_that_is_interrupted_or_fails_leaves_nothing(small_run, capsys, monkeypatch):

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import multiprocessing
+import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -199,6 +200,22 @@ def test_a_mistake_is_told_once(torchrun, flags, message):
     told = "".join(err for _, _, err in answers)
     assert message in told and told.count("error: ") == 1
     assert all(code in (1, 2) for code, _, _ in answers) and not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("surroundings", "told"),
+    [
+        ({"WORLD_SIZE": "2"}, r"WORLD_SIZE is 2, but its processes cannot meet \(.*RANK expected.*torchrun"),
+        ({"WORLD_SIZE": "two", "RANK": "0"}, "WORLD_SIZE is two, but its processes cannot meet"),
+        ({"RANK": "1"}, "batch_size is 0"),
+    ],
+)
+def test_half_of_what_torchrun_says(small_run, monkeypatch, surroundings, told):
+    """It was a traceback, and a RANK that something else had set silenced all mistakes."""
+    for name, value in surroundings.items():
+        monkeypatch.setenv(name, value)
+    wrong = ("--batch-size", 0) if "WORLD_SIZE" not in surroundings else ()
+    assert re.search(told, small_run("--out", "run", *wrong).error)
 
 
 def test_a_process_that_dies_does_not_hang_the_others(torchrun, family):

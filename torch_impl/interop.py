@@ -23,6 +23,7 @@ from torch_impl.training.flags import parse_flags
 from torch_impl.training.hf_config import hf_config, read_hf_config
 from torch_impl.training.hf_tensors import read_hf_tensors, to_hf_tensors
 from torch_impl.training.tensor_files import write_tensors
+from torch_impl.training.terminal import lasting_output
 from torch_impl.training.tokenizer import Tokenizer
 from torch_impl.transformer import Transformer
 
@@ -57,16 +58,16 @@ def to_hf(model: Transformer, folder: Path | str, tokenizer: Tokenizer | None = 
     params = {name: value.detach().cpu() for name, value in model.state_dict().items()}
     dtype = str(params["token_embedding.weight"].dtype).removeprefix("torch.")
     special = getattr(tokenizer, "special_tokens", {})
-    if tokenizer is not None and tokenizer.vocab_size != model.config.vocab_size:
-        raise InputError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, but the model {model.config.vocab_size}: "
-            "they do not belong together"
-        )
     described = hf_config(model.config) | {
         "torch_dtype": dtype,
         "bos_token_id": special.get(_END_OF_TEXT),
         "eos_token_id": special.get(END_OF_TURN, special.get(_END_OF_TEXT)),
     }
+    if tokenizer is not None and tokenizer.vocab_size != model.config.vocab_size:
+        raise InputError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but the model {model.config.vocab_size}: "
+            "they do not belong together"
+        )
     with new_folder(Path(folder)) as new:
         _write_json(new / "config.json", described)
         write_tensors(new / "model.safetensors", to_hf_tensors(params, model.config))
@@ -119,7 +120,8 @@ def export(arguments: list[str]) -> None:
 def main(arguments: list[str]) -> int:
     """The exit code: 0; 2 for a request that cannot be met, 1 for a failure, each with one line on stderr."""
     try:
-        export(arguments)
+        with lasting_output():  # who reads what was written need not read what is said
+            export(arguments)
     except InputError as error:
         print(f"interop: error: {error}", file=sys.stderr)
         return 2

@@ -120,9 +120,10 @@ def encode_corpus(
         ids = encoded(text, digest, tokenizer, config.tokenizer.special_tokens, cache)
         if ids.size <= length:
             held_out = "" if file or name == "training text" else " (the last tenth of the training text)"
+            shorter = f" or a --context-length below {ids.size}" if ids.size > 1 else ""
             raise InputError(
                 f"the {name}{held_out} has {ids.size} tokens, but context_length {length} needs at least "
-                f"{length + 1}; use a longer text or a --context-length below {max(ids.size, 2)}"
+                f"{length + 1}; use a longer text{shorter}"
             )
         ids_of_both.append(ids)
     return ids_of_both

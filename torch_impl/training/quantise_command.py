@@ -20,6 +20,7 @@ from torch_impl.training.corpus import encoded, load_corpus
 from torch_impl.training.device import Place, place_to_read
 from torch_impl.training.files import InputError, find_checkpoint
 from torch_impl.training.flags import parse_flags
+from torch_impl.training.repeating import as_typed
 from torch_impl.training.telemetry import faces_of_loss
 from torch_impl.training.token_ids import tokens_on
 from torch_impl.training.tokenizer import WordLevel, WordTokenizer
@@ -41,7 +42,8 @@ class QuantiseFlags:
     group_size: int = QuantisationSettings.group_size
     """Inputs of a linear layer that share a scale; 0 means all of them, a scale per output channel."""
     valid_file: str = ""
-    """UTF-8 text to measure bits per byte on; without it, the held-out text of the run."""
+    """Text to measure bits per byte on, or conversations where the run has them; without it, what the run
+    held out."""
     tokens: int = 200
     """Tokens to write for measuring speed; 0 leaves that out."""
     device: str = "auto"
@@ -115,10 +117,9 @@ def carry_out(request: Request) -> None:
     print(f"measured on {place}, {held_out.ids.numel():,} tokens of held-out text:")
     _measure("before", original.model, held_out, original, flags.tokens)
     _measure("after", load_model(out, place.dtype, place.device).model, held_out, original, flags.tokens)
-    if config.run.content == "conversations":
-        print(f"talk to it: python -m torch_impl.chat --model {flags.out}")
-    else:
-        print(f"write with it: python -m torch_impl.generate --model {flags.out} --prompt TEXT")
+    talks = config.run.content == "conversations"
+    program = ["python", "-m", f"torch_impl.{'chat' if talks else 'generate'}", "--model", flags.out]
+    print(f"{'talk to' if talks else 'write with'} it: {as_typed(program)}" + " --prompt TEXT" * (not talks))
 
 
 def _held_out_text(loaded: LoadedModel, flags: QuantiseFlags, place: Place) -> HeldOut:

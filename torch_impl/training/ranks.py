@@ -141,12 +141,20 @@ def joined(on_cuda: bool) -> Iterator[Ranks]:
 
     Where several fail, one says why: AnotherFailed is raised in the others. A process that is gone without a
     word is noticed by the next that waits for it, at the latest when PATIENCE is at its end.
+
+    Raises InputError where the environment has WORLD_SIZE, but not all that torchrun puts beside it.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         yield ALONE
         return
-    store, rank, size = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
-    local_rank, local_size = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    try:
+        store, rank, size = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
+        local_rank, local_size = (int(os.environ.get(n, "0")) for n in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    except ValueError as error:
+        raise InputError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but its processes cannot meet ({error}); start them "
+            "with torchrun, or unset it"
+        ) from None
     backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     _groups.append(dist.group.WORLD)
