@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -151,7 +152,13 @@ def _written(folder: Path | None) -> Iterator[Callable[[tuple], None]]:
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{os.environ.get('PYTEST_XDIST_WORKER', 'main')}.jsonl"
     with (folder / name).open("a", encoding="utf-8") as file:
-        yield lambda judgement: print(json.dumps(judgement._asdict()), file=file)
+        yield lambda judgement: print(_as_json(judgement), file=file)
+
+
+def _as_json(judgement) -> str:
+    """JSON has no infinity: null stands for it."""
+    units = {name: unit if math.isfinite(unit) else None for name, unit in judgement.units.items()}
+    return json.dumps({**judgement._asdict(), "units": units}, allow_nan=False)
 
 
 @pytest.fixture(scope="session")
@@ -244,7 +251,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
     script = getattr(call.excinfo.value, "script", None) if call.excinfo else None
     if script:
         report.sections.append(("The case, as a script for the folder of parity_tests", script))
-        if item.config.getoption("--keep"):
+        if item.config.getoption("--keep") and item.path.stem != "test_kept":  # which are kept already
             name = f"{item.originalname}_{hashlib.sha256(script.encode()).hexdigest()[:8]}.py"
             (Path(__file__).parent / "kept" / name).write_text(script + "\n", encoding="utf-8")
     return report

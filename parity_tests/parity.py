@@ -158,7 +158,13 @@ def _units(value: np.ndarray, exact: np.ndarray, bound: Any) -> float:
     return float(np.where(np.isnan(units), np.inf, units).max(initial=0.0))
 
 
-_KINDS = {"f": "floating numbers", "i": "integers", "u": "integers", "b": "truth values"}
+_KINDS = {
+    "f": "floating numbers",
+    "i": "integers",
+    "u": "integers",
+    "b": "truth values",
+    "c": "complex numbers",
+}
 
 
 def _require(target: Target, case: Case, precision: str, got: Arrays, want: Arrays, bounds: Arrays) -> None:

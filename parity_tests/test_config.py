@@ -268,9 +268,19 @@ class Kinds:
     real: float = 1.0
     truth: bool = True
     choice: Literal["a", "b"] = "a"
+    perhaps: int | None = None
+    several: tuple[int, ...] = ()
 
 
-@pytest.mark.parametrize("right", [{}, {"real": 2}, {"whole": 7, "real": 0.5, "truth": False, "choice": "b"}])
+@pytest.mark.parametrize(
+    "right",
+    [
+        {},
+        {"real": 2},
+        {"whole": 7, "real": 0.5, "truth": False, "choice": "b"},
+        {"perhaps": 1, "several": (2, 3)},
+    ],
+)
 def test_a_whole_number_may_stand_for_a_real_one(right):
     _check_types(Kinds(**right))
 
@@ -283,11 +293,17 @@ def test_a_whole_number_may_stand_for_a_real_one(right):
         ({"real": "1"}, "float"),
         ({"real": True}, "float"),
         ({"truth": 1}, "bool"),
+        ({"real": inf}, "finite number"),
+        ({"real": -inf}, "finite number"),
+        ({"real": nan}, "finite number"),
+        ({"perhaps": "1"}, "int | None"),
+        ({"several": [1]}, "tuple[int, ...]"),
+        ({"several": (1, 2.0)}, "tuple[int, ...]"),
     ],
 )
 def test_nothing_else_stands_for_another_kind(wrong, kind):
     ((name, value),) = wrong.items()
-    with pytest.raises(ConfigError, match=f"{name} is {value!r}, but must be a {kind}"):
+    with pytest.raises(ConfigError, match=re.escape(f"{name} is {value!r}, but must be a {kind}")):
         _check_types(Kinds(**wrong))
 
 

@@ -172,12 +172,12 @@ def test_a_context_holds_at_least_half_of_what_it_could(length, context_length):
 def test_an_encoder_does_not_write():
     config = ModelConfig(architecture="encoder", vocab_size=3, context_length=4, n_head=1, d_model=2)
     params, message = model_params(config, 0), "an encoder does not continue a text; only a decoder does"
-    for texts in (
-        generate(params, np.array([1]), config, 1),
-        fast.generate(model_of(config, params), torch.tensor([1]), 1),
-    ):
+    model = model_of(config, params)
+    for texts in (generate(params, np.array([1]), config, 1), fast.generate(model, torch.tensor([1]), 1)):
         with pytest.raises(ValueError, match=message):
             next(texts)
+    with pytest.raises(ValueError, match="this encoder does not answer; only an encoder-decoder does"):
+        next(answer(params, np.array([1]), config, 1))
 
 
 def test_an_empty_prompt_is_refused():
@@ -188,6 +188,12 @@ def test_an_empty_prompt_is_refused():
         fast.generate(model_of(config, params), torch.tensor([], dtype=torch.long), 1),
     ):
         with pytest.raises(ValueError, match="the prompt is empty"):
+            next(texts)
+    for texts in (
+        generate_batch(params, [], config, 1),
+        fast.generate_batch(model_of(config, params), [], 1),
+    ):
+        with pytest.raises(ValueError, match="there are no prompts"):
             next(texts)
 
 

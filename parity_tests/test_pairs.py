@@ -97,6 +97,8 @@ def test_pairs_that_do_not_fit_are_refused_on_both_sides(source, target, message
             make([fine, odd], [fine, end], MODEL)
         with pytest.raises(ValueError, match="shorter"):  # a source without its target
             make([fine, fine], [fine], MODEL)
+        with pytest.raises(ValueError, match="there are no pairs"):
+            make([], [], MODEL)
 
 
 def test_thirty_steps_agree(ours):

@@ -60,7 +60,7 @@ def test_text_from_outside_stays_text():
 
 
 def test_records_of_all_processes_are_put_together(tmp_path: Path):
-    """The worst result of a case is that case's; infinity, which is NaN somewhere, stays the largest."""
+    """The worst result of a case is that case's; null, which is NaN somewhere, is the largest."""
     lines = [
         {
             "component": "rope",
@@ -74,14 +74,16 @@ def test_records_of_all_processes_are_put_together(tmp_path: Path):
             "device": "cpu",
             "units": {"y": 0.2, "gradient of x": 0.7},
         },
-        {"component": "alibi", "precision": "float64", "units": {"y": float("inf")}},
+        {"component": "alibi", "precision": "float64", "units": {"y": None, "gradient of x": 2.0}},
     ]
     lines = [{"device": "cpu", **line} for line in lines]
     (tmp_path / "gw0.jsonl").write_text("\n".join(map(json.dumps, lines[:1])) + "\n", encoding="utf-8")
     (tmp_path / "gw1.jsonl").write_text("\n".join(map(json.dumps, lines[1:])) + "\n", encoding="utf-8")
     alibi, rope = read_records(tmp_path)
     assert rope.units.tolist() == [0.5, 0.7] and rope.worst == "gradient of x"
-    assert alibi.units.tolist() == [np.inf] and overview([alibi, rope])[:4] == b"\x89PNG"
+    assert (
+        alibi.units.tolist() == [np.inf] and alibi.worst == "y" and overview([alibi, rope])[:4] == b"\x89PNG"
+    )
 
 
 def test_results_of_tests_are_counted_by_file(tmp_path: Path):

@@ -28,7 +28,7 @@ def _check_types(config: object) -> None:
         else:
             wanted = kind if get_origin(kind) else kind.__name__
             _require(_fits(value, kind), f"{field.name} is {value!r}, but must be a {wanted}")
-            finite = kind is not float or -inf < value < inf
+            finite = kind is not float or abs(value) < inf
             _require(finite, f"{field.name} is {value}, but must be a finite number")
 
 

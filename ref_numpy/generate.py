@@ -64,6 +64,8 @@ def generate_batch(
     """
     if config.architecture != "decoder":
         raise ValueError(f"an {config.architecture} does not continue a text; only a decoder does")
+    if not prompts:
+        raise ValueError("there are no prompts, but the model needs at least one to go on from")
     if any(prompt.size == 0 for prompt in prompts):
         raise ValueError("the prompt is empty, but the model needs at least one token to go on from")
     texts, streams = [prompt.tolist() for prompt in prompts], streams or [0] * len(prompts)
@@ -112,9 +114,11 @@ def answer(
     """Yields the target that an encoder-decoder writes for a source, up to its end, which is left out.
 
     It has at most n_tokens, and at most as many as the context is long. Token i takes its u from (seed, i,
-    stream). Raises ValueError for a source that is empty or longer than the context length, or logits that
-    are not numbers.
+    stream). Raises ValueError for a source that is empty or longer than the context length, a model that is
+    no encoder-decoder, or logits that are not numbers.
     """
+    if config.architecture != "encoder-decoder":
+        raise ValueError(f"this {config.architecture} does not answer; only an encoder-decoder does")
     if not 0 < source.size <= config.context_length:
         raise ValueError(f"the source has {source.size} tokens, not 1 to {config.context_length}")
     present = np.ones((1, source.size), dtype=bool)

@@ -70,6 +70,8 @@ def generate_batch(
     config = model.config
     if config.architecture != "decoder":
         raise ValueError(f"an {config.architecture} does not continue a text; only a decoder does")
+    if not prompts:
+        raise ValueError("there are no prompts, but the model needs at least one to go on from")
     if any(prompt.numel() == 0 for prompt in prompts):
         raise ValueError("the prompt is empty, but the model needs at least one token to go on from")
     texts = [prompt.tolist() for prompt in prompts]

@@ -53,9 +53,11 @@ def make_pairs(
     config: ModelConfig,
     device: torch.device | str = "cpu",
 ) -> Pairs:
-    """Pairs out of the ids of texts. Raises ValueError for an empty source, and for one that is longer than
-    the context length, which a target has to be shorter than."""
+    """Pairs out of the ids of texts. Raises ValueError where there are none, for an empty source, and for one
+    that is longer than the context length, which a target has to be shorter than."""
     limit = config.context_length
+    if not len(sources):
+        raise ValueError("there are no pairs to learn from")
     for number, (source, target) in enumerate(zip(sources, targets, strict=True), 1):
         if not 0 < len(source) <= limit:
             raise ValueError(f"the source of pair {number} has {len(source)} tokens, not 1 to {limit}")

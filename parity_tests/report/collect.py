@@ -73,8 +73,9 @@ def read_records(folder: Path) -> list[Row]:
         for line in path.read_text(encoding="utf-8").splitlines():
             judgement = json.loads(line)
             place = judgement["component"], judgement["precision"], judgement["device"]
-            result = max(judgement["units"], key=judgement["units"].get)
-            largest = judgement["units"][result]
+            errors = {name: np.inf if unit is None else unit for name, unit in judgement["units"].items()}
+            result = max(errors, key=errors.get)
+            largest = errors[result]
             units[place].append(largest)
             worst[place] = max(worst.get(place, (-1.0, "")), (largest, result))
     return [Row(*place, np.sort(found), worst[place][1]) for place, found in sorted(units.items())]
