@@ -64,12 +64,13 @@ def test_a_step_of_k_is_a_rotation(width, t, k):
     np.testing.assert_allclose(table[t + k, 1::2], cos_t * cos_k - sin_t * sin_k, rtol=0, atol=1e-12)
 
 
-def test_a_place_beyond_the_table_is_refused():
-    for place in (3, 4):
-        with pytest.raises(ValueError, match=f"place {place} lies beyond the context length of 3"):
-            learned_positions_forward(np.arange(place + 1), np.zeros((3, 2)))
+@pytest.mark.parametrize("place", [3, 4, -1, -3])
+def test_a_place_outside_the_table_is_refused(place):
+    places, weight = np.array([0, place, 2]), np.zeros((3, 2))
+    with pytest.raises(ValueError, match=f"place {place} lies outside the context length of 3"):
+        learned_positions_forward(places, weight)
     with pytest.raises(IndexError):
-        fast.learned_positions(torch.arange(4), torch.zeros(3, 2))
+        fast.learned_positions(torch.from_numpy(places), torch.from_numpy(weight))
 
 
 def test_a_table_that_can_be_computed_is_not_saved():

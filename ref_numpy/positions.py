@@ -34,9 +34,10 @@ class LearnedPositionsCache(NamedTuple):
 def learned_positions_forward(
     places: Integer[Array, "*B T"], weight: Float[Array, "N C"]
 ) -> tuple[Float[Array, "*B T C"], LearnedPositionsCache]:
-    """y_t = W_t, a row of a trained table. Raises ValueError for a place at or beyond N."""
-    if places.size and places.max() >= weight.shape[0]:
-        raise ValueError(f"place {places.max()} lies beyond the context length of {weight.shape[0]}")
+    """y_t = W_t, a row of a trained table. Raises ValueError for a place outside [0, N)."""
+    if places.size and not (0 <= places.min() and places.max() < weight.shape[0]):
+        outside = places.min() if places.min() < 0 else places.max()
+        raise ValueError(f"place {outside} lies outside the context length of {weight.shape[0]}")
     return weight[places], LearnedPositionsCache(places, weight)
 
 

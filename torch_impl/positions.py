@@ -20,7 +20,7 @@ def sinusoidal_positions(
 def learned_positions(
     places: Integer[Tensor, "*B T"], weight: Float[Tensor, "N C"]
 ) -> Float[Tensor, "*B T C"]:
-    """y_t = W_t. A place at or beyond N raises IndexError on the CPU and is undefined on a GPU."""
+    """y_t = W_t. A place outside [0, N) raises IndexError on the CPU and is undefined on a GPU."""
     return F.embedding(places, weight)
 
 
