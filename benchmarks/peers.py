@@ -154,10 +154,14 @@ def nanogpts_loop(
                     loss.item()
                 yield
 
-    class WithLoss:
+    class WithLoss(nn.Module):
         """The model as evaluate() asks one."""
 
         config = SimpleNamespace(context_length=T)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
 
         def loss(self, batch: tuple[Tensor, Tensor], count: int) -> Tensor:
             ids, targets = batch

@@ -1,14 +1,19 @@
 """Benchmarks of training: what is on the clock, what becomes of sides that fail, and what is beside what."""
 
+import math
 from contextlib import contextmanager
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import time_to_loss, turns
+from benchmarks.peers import peer_side
 from benchmarks.rows import Measured, paired, row
 from benchmarks.time_to_loss import Flags, Runner, seconds_to
+from torch_impl.training.presets import PRESETS
 
 
 class FakePipe:
@@ -92,6 +97,52 @@ def test_a_loss_is_reached_between_the_looks_around_it(losses, loss):
         assert low[0] <= reached <= low[0] + 1
         fell = (losses[low[0] - 1] - loss) / (losses[low[0] - 1] - losses[low[0]])
         assert reached == pytest.approx(low[0] + fell)
+
+
+NANOGPT = """
+from dataclasses import dataclass
+import torch
+from torch import nn
+
+@dataclass
+class GPTConfig:
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float
+    bias: bool
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.table = nn.Embedding(config.vocab_size, config.vocab_size)
+        nn.init.zeros_(self.table.weight)
+
+    def forward(self, ids, targets):
+        logits = self.table(ids)
+        return logits, nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def configure_optimizers(self, decay, rate, betas, device):
+        return torch.optim.AdamW(self.parameters(), lr=rate, betas=betas, weight_decay=decay)
+"""
+
+
+def test_a_peer_trains_and_is_asked_for_its_loss(tmp_path):
+    """Evaluations had come to ask a model for its device, which this one could not tell: in time_to_loss
+    nanoGPT failed, and was left out."""
+    (tmp_path / "model.py").write_text(NANOGPT, encoding="utf-8")
+    text = np.frombuffer(b"abab" * 50, np.uint8).copy()
+    config = PRESETS["nanogpt-cpu"]
+    model = replace(config.model, vocab_size=128, context_length=8)
+    training = replace(config.training, steps=40, warmup_steps=1, learning_rate=0.5)
+    config = replace(config, model=model, training=training)
+    side = peer_side(text[:160], text[160:], str(tmp_path), config)
+    assert side.held_out_loss() == pytest.approx(math.log(128))
+    for _ in side.steps:
+        pass
+    assert side.held_out_loss() < 0.1
 
 
 def test_turns_time_every_side_alike_and_leave_out_those_that_fail(capsys):

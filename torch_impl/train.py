@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Integer
-from torch import Tensor
+from torch import Tensor, nn
 
 from ref_numpy.config import TrainConfig
 from ref_numpy.dropout import DropoutKey
@@ -19,7 +19,7 @@ from ref_numpy.loss import IGNORE
 from torch_impl.optim import clip_by_global_norm, learning_rates, make_optimizer, set_learning_rate
 from torch_impl.training.captured import Recorder, captured
 from torch_impl.training.ranks import ALONE, Engine, Ranks, make_engine
-from torch_impl.transformer import Embedded, Transformer
+from torch_impl.transformer import Embedded
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of glibc's malloc.h
 
@@ -185,13 +185,14 @@ def sequences_at_once(length: int, logits: int = 1, most: int = 64) -> int:
 
 @torch.no_grad()
 def evaluate(
-    model: Transformer,
+    model: nn.Module,
     tokens: Integer[Tensor, "N"],
     batch_size: int | None = None,
     max_tokens: int | None = None,
     ranks: Ranks = ALONE,
 ) -> float:
-    """Mean loss over a text in nats per token, without dropout.
+    """Mean loss over a text in nats per token, without dropout: of a Transformer, or of what has a config and
+    a loss like one.
 
     Every token but the first is predicted once, from at most a window's worth of text before it; with
     max_tokens, about that many. Several processes divide the batches among them, and all get the mean.
