@@ -7,12 +7,16 @@ import errno
 import os
 import re
 import sys
+import time
 
 from ref_numpy.config import ConfigError
 from torch_impl.training.command_line import Request, parse
 from torch_impl.training.files import InputError
 from torch_impl.training.stopping import Diverged
 from torch_impl.training.terminal import lasting_output
+
+_LISTENING = 3.0
+"""Seconds for the first process of a run to say what is wrong: torchrun ends it as soon as another leaves."""
 
 
 def main(arguments: list[str]) -> int:
@@ -28,8 +32,10 @@ def _train(arguments: list[str]) -> int:
     try:
         request = parse(arguments)
     except (InputError, ConfigError) as error:
-        alone = "WORLD_SIZE" not in os.environ  # of the processes of a run, the first one speaks
-        return _fail(f"{error}; see --help", 2) if alone or os.environ.get("RANK", "0") == "0" else 2
+        if "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0":
+            return _fail(f"{error}; see --help", 2)
+        time.sleep(_LISTENING)
+        return 2
     from torch_impl.training.ranks import AnotherFailed  # imports torch, which --help can do without
     from torch_impl.training.run import train
 
@@ -90,8 +96,8 @@ def _explain(error: Exception, request: Request) -> str | None:
     gone = re.search(r"[Cc]onnection (closed|reset)|[Tt]imed? ?out|Broken pipe", str(error))
     if gone and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return (
-            "another process of the run is gone, or does not answer; what was saved before is whole, and "
-            "--resume goes on"
+            "another process of the run is gone, or does not answer; whatever was saved before is whole, and "
+            "--resume goes on from it"
         )
     return None
 

@@ -156,7 +156,9 @@ def _local(tensors: Iterable[torch.Tensor]) -> int:
 def command(
     rank: int, arguments: list[str], stop: tuple[int, int] | None = None, die: tuple[int, int] | None = None
 ) -> tuple[int, str, str]:
-    """train_gpu.py's exit code and what it says. Ctrl-C, or a sudden death, at (rank, step)."""
+    """train_gpu.py's exit code and what it says. Ctrl-C, or a sudden death, at (rank, step). {rank} in an
+    argument is the process's own."""
+    arguments = [argument.replace("{rank}", str(rank)) for argument in arguments]
     train_steps_undisturbed = run_module.train_steps
 
     def disturbed(state, sample, config):

@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from run_tests import rank_worker
 from run_tests.conftest import SMALL, metrics
 from torch_impl.training.ranks import Ranks
+from torch_impl.training.tokenizer import CharacterTokenizer
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.xdist_group("ranks")  # one process of the suite starts them, once
@@ -110,6 +111,7 @@ def torchrun(family: Family, text: Path) -> Callable[..., list[Any]]:
         (False, {"architecture": "encoder-decoder", "micro_batches": 2}),
         (True, {"positions": "rope", "norm": "rmsnorm"}),
         (True, {"architecture": "encoder", "micro_batches": 2}),
+        (True, {"architecture": "encoder-decoder"}),  # which used to fail: its parameters were gone halfway
         (True, {"optimizer": "muon"}),
     ],
 )
@@ -216,6 +218,26 @@ def test_half_of_what_torchrun_says(small_run, monkeypatch, surroundings, told):
         monkeypatch.setenv(name, value)
     wrong = ("--batch-size", 0) if "WORLD_SIZE" not in surroundings else ()
     assert re.search(told, small_run("--out", "run", *wrong).error)
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "characters"])
+def test_a_text_that_differs_between_machines_is_refused(torchrun, tmp_path, tokenizer):
+    """Two texts were trained on as if they were one, or the processes waited for each other for an hour."""
+    for rank in range(2):
+        (tmp_path / f"text-{rank}.txt").write_text(f"This is text {rank}. " * (20 + rank), encoding="utf-8")
+    flags = ("--out", "run", "--train-file", tmp_path / "text-{rank}.txt", "--tokenizer", tokenizer)
+    answers = torchrun(2, *flags)
+    told = "".join(err for _, _, err in answers)
+    assert "the text of process 1 is not that of process 0; give all machines the same file" in told
+    assert told.count("error: ") == 1 and not Path("run").exists()
+
+
+def test_a_tokenizer_that_differs_between_machines_is_refused(torchrun, tmp_path):
+    for rank in range(2):
+        CharacterTokenizer("abcdefghijklmnopqrstuvwxyz"[: 20 + rank]).save(tmp_path / f"{rank}.json")
+    answers = torchrun(2, "--out", "run", "--tokenizer", tmp_path / "{rank}.json")
+    told = "".join(err for _, _, err in answers)
+    assert "the tokenizer of process 1 is not that of process 0" in told and not Path("run").exists()
 
 
 def test_a_process_that_dies_does_not_hang_the_others(torchrun, family):

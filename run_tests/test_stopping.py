@@ -15,7 +15,7 @@ import train_gpu
 from run_tests import rank_worker
 from run_tests.conftest import SMALL
 from run_tests.test_ranks import forking
-from torch_impl.training import anomaly
+from torch_impl.training import anomaly, stopping
 from torch_impl.training import run as run_module
 from torch_impl.training.stopping import stop_requests
 from torch_impl.training.terminal import lasting_output
@@ -36,6 +36,22 @@ def test_a_signal_that_comes_while_processes_agree_is_not_forgotten():
         assert stop.signal is None
         stop.agree(lambda asked: asked)
         assert stop.signal == signal.SIGTERM and stop.exit_code == 143
+
+
+@on_posix
+def test_a_request_that_comes_from_two_at_once_is_one(monkeypatch):
+    """Who ends a job sends SIGTERM to all of its processes, and torchrun, which is one, passes it on: the
+    second one killed the run before it had saved."""
+    killed = []
+    with stop_requests() as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        stop.agree(lambda asked: asked)
+        assert stop.signal == signal.SIGTERM and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+        monkeypatch.setattr(stopping, "_AT_ONCE", -1.0)
+        monkeypatch.setattr(stopping.signal, "raise_signal", killed.append)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert killed == [signal.SIGTERM] and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 @on_posix

@@ -92,7 +92,9 @@ class Seq2Seq(Embedded):
         key: DropoutKey | None = None,
     ) -> Float[Tensor, "B T C"]:
         """What the output projection reads; the arguments are those of forward."""
-        return self.read(target, self.encode(source, present, key), present, key)
+        # Not self.encode: an engine that shards the model wraps that, to let go of all parameters at its end.
+        memory = type(self).encode(self, source, present, key)
+        return self.read(target, memory, present, key)
 
 
 def make_model(config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> Embedded:

@@ -1,5 +1,6 @@
 """Everything before the first step of a run: text, tokenizer, model and folder, new or from a checkpoint."""
 
+import hashlib
 import os
 import time
 import warnings
@@ -103,6 +104,7 @@ def prepare(request: Request, ranks: Ranks) -> Run:
     home = torch.device("cpu") if sharded else place.device  # of the model while it is whole
     saved = _load(request.resume, place.dtype, home, ranks) if request.resume else None
     corpus = load_for(config)
+    ranks.require_the_same("text", corpus.sha256())
     if saved is None:
         with ranks.machine_by_machine():
             tokenizer = make_tokenizer(config.tokenizer, corpus, request.cache)
@@ -120,6 +122,7 @@ def prepare(request: Request, ranks: Ranks) -> Run:
     else:
         _check_goes_on(request, saved.progress, corpus)
         tokenizer = saved.tokenizer
+    ranks.require_the_same("tokenizer", hashlib.sha256(tokenizer.to_json().encode("utf-8")).hexdigest())
     with ranks.machine_by_machine():
         objective = make_objective(corpus, tokenizer, config, request.cache, place.device)
     if config.run.cuda_graph and isinstance(objective.sample, FromHost):

@@ -111,6 +111,16 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
+    def require_the_same(self, what: str, name: str) -> None:
+        """Raises InputError where processes have found something of another name: a file that each machine
+        has for itself may be an older one on some."""
+        first, *others = self.gathered(name)
+        for rank, other in enumerate(others, 1):
+            if other != first:
+                raise InputError(
+                    f"the {what} of process {rank} is not that of process 0; give all machines the same file"
+                )
+
     @contextmanager
     def machine_by_machine(self) -> Iterator[None]:
         """On each machine one process does what is in the block, and then the others."""

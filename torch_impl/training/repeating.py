@@ -39,5 +39,10 @@ def _flag(name: str, value: Any) -> list[str]:
 
 def command_of(config: RunConfig, processes: int = 1) -> str:
     """The command that repeats a run, among as many processes."""
-    program = ["python"] if processes == 1 else ["torchrun", "--nproc-per-node", str(processes)]
-    return as_typed([*program, "train_gpu.py", *arguments_of(config)])
+    return as_typed([*program(processes), *arguments_of(config)])
+
+
+def program(processes: int) -> list[str]:
+    """How a command begins that trains among so many processes."""
+    starts = ["python"] if processes == 1 else ["torchrun", "--nproc-per-node", str(processes)]
+    return [*starts, "train_gpu.py"]

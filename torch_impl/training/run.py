@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -28,7 +27,7 @@ from torch_impl.training.memory import OutOfMemory, accounted, ran_out
 from torch_impl.training.prepare import Run, prepare
 from torch_impl.training.progress import ProgressBar
 from torch_impl.training.ranks import joined
-from torch_impl.training.repeating import as_typed
+from torch_impl.training.repeating import as_typed, program
 from torch_impl.training.report import in_short, write_report
 from torch_impl.training.stopping import Diverged, PutOff, StopRequest, stop_requests
 from torch_impl.training.telemetry import in_words
@@ -52,21 +51,20 @@ def train(request: Request) -> int:
             held.callback(run.events.close)
             if not request.resume:
                 held.enter_context(locked(run.folder))
-        try:
-            with stop_requests() as stop, accounted(run.config, run.place, ranks):
-                early = _train(run, stop, request.profile)
-        except (Diverged, OutOfMemory) as error:
-            if ranks.first:
-                kind = "diverged" if isinstance(error, Diverged) else "out of memory"
-                with suppress(OSError):  # what is told already is worse
-                    write_report(run, kind, str(error))
-            raise
-        step, steps = run.progress.step, run.config.training.steps
-        if stop.signal is not None and (step < steps or run.progress.owed is not None):
-            told = f"stopped after step {step}; to go on: {how_to_resume(run.folder)}"
-            _report(run, "stopped", told)
-            print(told)
-            return stop.exit_code
+        with stop_requests() as stop:
+            try:
+                with accounted(run.config, run.place, ranks):
+                    early = _train(run, stop, request.profile)
+            except (Diverged, OutOfMemory) as error:
+                _report_failure(run, error)
+                raise
+            step, steps = run.progress.step, run.config.training.steps
+            if stop.signal is not None and (step < steps or run.progress.owed is not None):
+                told = f"stopped after step {step}; to go on: {_how_to_resume(run)}"
+                _report(run, "stopped", told)
+                print(told)
+                ranks.wait()  # torchrun ends all processes as soon as one has left so
+                return stop.exit_code
         sample = _write_sample(run)
         if run.seen is None and run.config.run.looks:  # there was nothing left to train
             _look(run, None)
@@ -76,9 +74,9 @@ def train(request: Request) -> int:
         return 0
 
 
-def how_to_resume(folder: Path) -> str:
-    """The command that goes on with a run."""
-    return as_typed(["python", "train_gpu.py", "--resume", str(folder)])
+def _how_to_resume(run: Run) -> str:
+    """The command that goes on with a run, among as many processes."""
+    return as_typed([*program(run.state.ranks.size), "--resume", str(run.folder)])
 
 
 def _how_to_talk(run: Run) -> str:
@@ -94,6 +92,18 @@ def _report(run: Run, ended: str, told: str, sample: str | None = None) -> None:
     if run.state.ranks.first:
         found = write_report(run, ended, told, sample)
         print(f"{in_short(found)}\nreport: {run.folder / 'report.html'}")
+
+
+def _report_failure(run: Run, error: Diverged | OutOfMemory) -> None:
+    """Write the report of a run that failed. All processes find that it diverged, and wait for the first one
+    to say so, for torchrun ends them as soon as one has left."""
+    diverged, ranks = isinstance(error, Diverged), run.state.ranks
+    if ranks.first:
+        with suppress(OSError):  # what is told already is worse
+            write_report(run, "diverged" if diverged else "out of memory", str(error))
+    if diverged:
+        with suppress(RuntimeError):  # another one is gone already
+            ranks.wait()
 
 
 def _train(run: Run, stop: StopRequest, profile: bool) -> bool:

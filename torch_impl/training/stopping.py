@@ -3,9 +3,12 @@
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+
+_AT_ONCE = 2.0  # seconds
 
 
 class Diverged(ArithmeticError):
@@ -40,16 +43,25 @@ class StopRequest:
 def stop_requests() -> Iterator[StopRequest]:
     """Within the block, the first SIGINT, SIGTERM or SIGHUP is a request; the second ends the process.
 
-    SIGHUP tells that the terminal is gone, and comes twice, from the shell and the system: the second does
-    nothing. Where it is ignored already, as nohup arranges, so it stays.
+    SIGTERM may come from several at once: who sends it to all processes of a job sends it to torchrun too,
+    which passes it on. So one that follows within _AT_ONCE does nothing. SIGHUP tells that the terminal is
+    gone, and comes twice, from the shell and the system: the second does nothing. Where it is ignored
+    already, as nohup arranges, so it stays.
     """
-    request = StopRequest()
-    seconds = {signal.SIGINT: signal.SIG_DFL, signal.SIGTERM: signal.SIG_DFL}  # what a second one does
+    request, asked_at = StopRequest(), 0.0
+
+    def again(number: int, frame: FrameType | None) -> None:
+        if time.monotonic() - asked_at > _AT_ONCE:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    seconds = {signal.SIGINT: signal.SIG_DFL, signal.SIGTERM: again}  # what a second one does
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         seconds[signal.SIGHUP] = signal.SIG_IGN
 
     def handle(number: int, frame: FrameType | None) -> None:
-        request.asked = number
+        nonlocal asked_at
+        request.asked, asked_at = number, time.monotonic()
         for watched, second in seconds.items():
             signal.signal(watched, second)
         # Not by print, which the signal may have interrupted; and who reads may be gone by the same Ctrl-C.
