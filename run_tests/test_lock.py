@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from run_tests.conftest import content
+from run_tests.conftest import SMALL, content
+from torch_impl.training import prepare
 from torch_impl.training.files import InputError
 from torch_impl.training.lock import locked
 
@@ -54,6 +55,20 @@ def test_a_run_that_another_process_trains_is_not_resumed(small_run, cli, holder
     assert cli("--resume", "run", "--steps", "16").code == 0
 
 
+def test_a_sweep_leaves_a_run_alone_that_another_process_trains(cli, text, tmp_path):
+    """A run outlives a sweep that is killed. The same sweep, begun again, called it failed."""
+    run = tmp_path / "swept" / "learning_rate=1e-3,seed=0"
+    run.mkdir(parents=True)
+    command = [sys.executable, "-c", HOLDER, str(run)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline().strip() == b"locked"
+        (tmp_path / "swept" / "results.json").write_bytes(b"{}")
+        flags = ("--train-file", text, "--vary", "learning_rate=1e-3", "--out", "swept")
+        outcome = cli("sweep", *SMALL.split(), *flags)
+        assert outcome.code == 2 and f"is in use: process {process.pid} on" in outcome.error and run.is_dir()
+        process.kill()
+
+
 def test_a_lock_of_which_nothing_is_known(tmp_path, holder):
     (tmp_path / "run").mkdir()
     holder()
@@ -64,17 +79,15 @@ def test_a_lock_of_which_nothing_is_known(tmp_path, holder):
 
 
 def test_a_run_holds_its_folder_from_the_start(small_run, monkeypatch):
-    from torch_impl.training import run as run_module
-
+    """A sweep that was begun again removed the folder of a run which had nothing to save yet."""
     refused = []
 
-    def train_while_another_tries(run, stop, profile):
+    def while_another_tries(run, place, resumed):
         with pytest.raises(InputError, match="is in use"), locked(run.folder):
             pass
         refused.append(run.folder)
-        return False
 
-    monkeypatch.setattr(run_module, "_train", train_while_another_tries)
+    monkeypatch.setattr(prepare, "_tell", while_another_tries)
     assert small_run("--out", "run").code == 0
     assert refused == [Path("run")]
     with locked(Path("run")):

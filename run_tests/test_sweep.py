@@ -4,6 +4,7 @@ import json
 import signal
 from pathlib import Path
 from statistics import mean, stdev
+from unittest import mock
 
 import pytest
 
@@ -173,3 +174,15 @@ def test_values_with_commas_and_switches_and_paths_have_folders_of_their_own(tex
 def test_a_run_is_a_process_of_its_own(capfd):
     assert launch(["cpu", "--n-layer", "0"]) == 2
     assert "n_layer is 0" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="there is no SIGHUP")
+def test_what_asks_a_sweep_to_stop_asks_its_run(monkeypatch):
+    """A terminal that was closed ended the sweep, and left its run training."""
+    passed_on, asked = [], (signal.SIGTERM, signal.SIGHUP)
+    process = mock.Mock(send_signal=passed_on.append)
+    process.wait = lambda: [signal.raise_signal(number) for number in asked] and 143
+    monkeypatch.setattr(sweep_module.subprocess, "Popen", lambda command: process)
+    before = [signal.getsignal(number) for number in asked]
+    assert launch([]) == 143 and passed_on == list(asked)
+    assert [signal.getsignal(number) for number in asked] == before

@@ -4,6 +4,7 @@ import hashlib
 import os
 import time
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +34,7 @@ from torch_impl.training.device import Place, choose_place, products_beside_floa
 from torch_impl.training.events import TensorBoardEvents
 from torch_impl.training.files import InputError, settle_folder
 from torch_impl.training.growth import with_chat_tokens, with_new_rows
+from torch_impl.training.lock import locked
 from torch_impl.training.looks import Look
 from torch_impl.training.memory import fitted, refuse_what_cannot_fit
 from torch_impl.training.objectives import Objective, load_for, make_objective
@@ -80,11 +82,11 @@ class _Saved(NamedTuple):
     progress: Progress
 
 
-def prepare(request: Request, ranks: Ranks) -> Run:
+def prepare(request: Request, ranks: Ranks, held: ExitStack) -> Run:
     """The run that the request describes. Raises InputError or ConfigError where it cannot be.
 
-    A new run's folder is made when nothing can be wrong with the request any more. Of several processes the
-    first one writes, before the others read.
+    A new run's folder is made, and locked for as long as `held` is, when nothing can be wrong with the
+    request any more. Of several processes the first one writes, before the others read.
     """
     _settle_order_of_sums(request.config.run.deterministic)
     config, place = request.config, choose_place(request.config.run, ranks)
@@ -142,6 +144,8 @@ def prepare(request: Request, ranks: Ranks) -> Run:
         progress = Progress(corpus.sha256())
         state = _start(model, config, place, ranks)
         folder = ranks.told(_create_folder(request.out, config) if ranks.first else None)
+        if ranks.first:
+            held.enter_context(locked(folder))
         metrics = MetricsLog(folder / "metrics.jsonl")
     else:
         progress, folder = saved.progress, request.resume

@@ -46,11 +46,9 @@ def train(request: Request) -> int:
         if request.resume and ranks.first:
             refuse_links(request.resume)
             held.enter_context(locked(request.resume))
-        run = prepare(request, ranks)
+        run = prepare(request, ranks, held)
         if ranks.first:
             held.callback(run.events.close)
-            if not request.resume:
-                held.enter_context(locked(run.folder))
         with stop_requests() as stop:
             try:
                 with accounted(run.config, run.place, ranks):

@@ -29,7 +29,8 @@ _OWN_FILES = {"lock", "lock.json", "results.json", "table.md", "curves.png"}
 def sweep(arguments: list[str]) -> int:
     """Carry out a sweep; the exit code: 0, 1 where no run came to its end, or that of a run that was stopped.
 
-    Raises InputError for a mistake in any of the runs, before the first one.
+    Raises InputError for a mistake in any of the runs, before the first one, and for a run that another
+    process trains.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("a sweep starts its runs by itself, each in one process; start it without torchrun")
@@ -87,6 +88,9 @@ def _run_all(plan: Plan) -> int:
         folder = plan.folder / trial.name
         if (ending(folder) or {}).get("ended") in FINAL:
             continue
+        if folder.is_dir() and not folder.is_symlink():
+            with locked(folder):  # a run outlives a sweep that was killed
+                pass
         print(f"\nrun {number} of {len(plan.trials)}: {trial.name}", flush=True)
         with interrupt_only_noted() as interrupt:  # the run hears it as well, saves and leaves
             code = launch(_arguments(trial, folder))
@@ -121,11 +125,18 @@ def _why(code: int, folder: Path) -> str:
 
 
 def launch(arguments: list[str]) -> int:
-    """Run train_gpu.py and wait for it; its exit code, or a signal's number below 0. SIGTERM is passed on."""
+    """Run train_gpu.py and wait for it; its exit code, or a signal's number below 0.
+
+    SIGTERM is passed on, and so is SIGHUP, unless nohup or its like has it ignored.
+    """
     program = Path(__file__).parents[2] / "train_gpu.py"
     process = subprocess.Popen([sys.executable, str(program), *arguments])
-    before = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
+    passed_on = [signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        passed_on.append(signal.SIGHUP)
+    before = {n: signal.signal(n, lambda number, _: process.send_signal(number)) for n in passed_on}
     try:
         return process.wait()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
