@@ -15,15 +15,16 @@ import torch
 from tqdm import tqdm
 
 from torch_impl.train import StepMetrics, train_steps
-from torch_impl.training.anomaly import not_finite, offenders
+from torch_impl.training.anomaly import not_finite
 from torch_impl.training.checkpoint import OWED, save_checkpoint
 from torch_impl.training.command_line import Request
+from torch_impl.training.divergence import diverged, read_pending
 from torch_impl.training.events import TensorBoardEvents
 from torch_impl.training.files import refuse_links, write_file
 from torch_impl.training.keeping import keep_newest
 from torch_impl.training.lock import locked
 from torch_impl.training.looks import look, look_is_due
-from torch_impl.training.memory import OutOfMemory, accounted, ran_out
+from torch_impl.training.memory import OutOfMemory, accounted
 from torch_impl.training.prepare import Run, prepare
 from torch_impl.training.progress import ProgressBar
 from torch_impl.training.ranks import joined
@@ -33,8 +34,6 @@ from torch_impl.training.stopping import Diverged, PutOff, StopRequest, stop_req
 from torch_impl.training.telemetry import in_words
 from torch_impl.training.terminal import visible
 
-_KEPT_FROM_BEFORE = 2  # leaps of the loss
-_TOLD = 4  # gradients at each
 _SILENT = 2  # seconds, for which an evaluation has no bar
 
 
@@ -138,7 +137,7 @@ def _train(run: Run, stop: StopRequest, profile: bool) -> bool:
             if not (evaluating or saving or step % settings.log_every == 0 or stop.signal is not None):
                 continue
 
-            loss = _read_pending(run, stop)
+            loss = read_pending(run, stop)
             training_seconds += time.perf_counter() - mark
             speed = (step - steps_before) * tokens_per_step / training_seconds
             bar.show(step, loss, speed)
@@ -163,68 +162,6 @@ def _profiled(run: Run, steps: Iterator[StepMetrics]) -> Iterator[StepMetrics]:
         done, run.config.training.steps, (settings.eval_every, settings.checkpoint_every)
     )
     return profiled(steps, watched.start - 1 - done, len(watched), run.folder, run.place.device)
-
-
-def _read_pending(run: Run, stop: StopRequest) -> float:
-    """Read the metrics of the steps since the last reading, and return the last loss.
-
-    Raises Diverged at the first step whose loss is no finite number, or whose gradient is none where no loss
-    scaler watches over it.
-    """
-    progress, pending, scaler = run.progress, run.pending, run.state.scaler
-    losses = torch.stack([metrics.loss for metrics in pending]).tolist()
-    norms = torch.stack([metrics.grad_norm for metrics in pending]).tolist()
-    for step, (loss, norm) in enumerate(zip(losses, norms, strict=True), progress.step + 1):
-        if not math.isfinite(loss):
-            raise _diverged(run, step, f"the loss is {loss}: {_cause(run, step, stop)}")
-        if not math.isfinite(norm) and not scaler.is_enabled():
-            raise _diverged(run, step, f"the norm of the gradient is {norm}: {_cause(run, step, stop)}")
-    if scaler.is_enabled() and scaler.get_scale() == 0:
-        raise _diverged(run, run.state.step, "the gradient overflows float16 at any loss scale")
-    for step, loss in enumerate(losses, progress.step + 1):
-        if run.spikes.leaps(loss):
-            _tell_spike(run, step, loss)
-    run.spikes.remember_gradients(run.state)
-    progress.loss_sum += sum(losses)
-    progress.loss_count += len(losses)
-    progress.step = run.state.step
-    pending.clear()
-    return losses[-1]
-
-
-def _tell_spike(run: Run, step: int, loss: float) -> None:
-    """Say that the loss leaps and which gradients do, and keep the checkpoint from before."""
-    grown = ", ".join(f"{name} {times:.1f} times" for name, times in run.spikes.grown(run.state)[:_TOLD])
-    kept = f"is kept as {run.folder / f'before-step-{step}'}"
-    if run.state.ranks.first:
-        try:
-            keep_newest(run.folder, step, _KEPT_FROM_BEFORE, "before-step")
-        except OSError as error:  # a full disk does not end a run that has nothing to save now
-            kept = f"could not be kept: {error.strerror}"
-    tqdm.write(
-        f"step {step}: the loss leaps to {loss:.3f} from about {run.spikes.mean:.3f}; going on. The "
-        f"gradients that grew most: {grown or 'not known yet'}. The checkpoint from before {kept}"
-    )
-
-
-def _cause(run: Run, step: int, stop: StopRequest) -> str:
-    """Which component and which tensors are to blame, found by repeating the step."""
-    tqdm.write(f"step {step} failed; repeating it from the last checkpoint to see where (Ctrl-C leaves)")
-    try:
-        return offenders(run, step, stop)
-    except (MemoryError, RuntimeError) as error:  # it needs more than the step did, where that was compiled
-        if not ran_out(error):
-            raise
-        return "the search for the cause ran out of memory"
-
-
-def _diverged(run: Run, step: int, what: str) -> Diverged:
-    config = run.config.training
-    clip = "" if 0 < config.clip <= 1 else ", --clip 1"
-    return Diverged(
-        f"step {step}: {what}; stopped. The last good checkpoint is {run.folder / 'last'}. Try a run with "
-        f"--learning-rate below {config.learning_rate}, --warmup-steps above {config.warmup_steps}{clip}"
-    )
 
 
 def _weary(run: Run) -> bool:
@@ -271,7 +208,7 @@ def _evaluate(
     progress.owed = None
     loss = faces["val_loss"]
     if not math.isfinite(loss):
-        raise _diverged(run, progress.step, f"the loss on the held-out text is {loss}")
+        raise diverged(run, progress.step, f"the loss on the held-out text is {loss}")
     row = {
         "step": progress.step,
         "train_loss": progress.loss_sum / progress.loss_count if progress.loss_count else None,
@@ -304,7 +241,7 @@ def _save(run: Run, name: str) -> None:
     """Write the checkpoint of that name, unless a weight is no finite number."""
     bad = not_finite(dict(run.state.model.named_parameters()))
     if run.state.ranks.largest(len(bad)):
-        raise _diverged(run, run.progress.step, f"weights are not finite: {', '.join(bad[:8])}")
+        raise diverged(run, run.progress.step, f"weights are not finite: {', '.join(bad[:8])}")
     run.progress.seconds = run.seconds()
     run.progress.loss_scale = run.state.scaler.state_dict() or None
     save_checkpoint(run.folder / name, run.config, run.tokenizer, run.state, run.progress)
