@@ -8,7 +8,9 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from math import log
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
@@ -153,8 +155,12 @@ def test_beams_write_the_n_best_with_their_scores(write):
 
 
 def test_a_beam_of_width_1_writes_what_temperature_0_does(write):
-    flags = ("--model", "run", "--prompt", "long " * 5, "--max-new-tokens", 12)
-    assert write(*flags, "--beams", 1)[1] == write(*flags, "--temperature", 0)[1]
+    """Also beyond the context, of 8 tokens, where it used to see others than drawing does."""
+    flags = ("--model", "run", "--prompt", "The", "--max-new-tokens", 40, "--json")
+    beam = json.loads(write(*flags, "--beams", 1)[1])
+    drawn = json.loads(write(*flags, "--temperature", 0, "--show-probabilities")[1])
+    assert beam["tokens"] == drawn["tokens"]
+    assert beam["score"] == pytest.approx(mean(map(log, drawn["probabilities"])), abs=1e-6)
 
 
 def test_a_stop_text_ends_a_beam_and_is_not_written(write):

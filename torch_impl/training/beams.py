@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ref_numpy.config import BeamConfig, ConfigError
 from torch_impl.beam import beam_search
+from torch_impl.generate import context_start
 from torch_impl.kv_cache import KVCache
 from torch_impl.training.checkpoint import LoadedModel
 from torch_impl.training.files import InputError
@@ -76,13 +77,15 @@ def continuations(
     model, tokenizer = loaded.model, loaded.tokenizer
     device, limit = model.token_embedding.weight.device, model.config.context_length
 
-    past = KVCache(model.config, 1, model.compute_dtype, device)
+    past, start = KVCache(model.config, 1, model.compute_dtype, device), 0
 
     def next_logits(tokens: Integer[Tensor, "B T"], parents: Integer[Tensor, "B"]) -> Float[Tensor, "B V"]:
-        if tokens.shape[1] > limit:  # the oldest fall out of sight, one by one, and every place changes
-            return model(tokens[:, -limit:].to(device), last_only=True)[:, 0]
+        nonlocal start
+        before, start = start, context_start(tokens.shape[1], limit)
+        if start != before:  # the oldest fall out of sight, as where tokens are drawn, and all places change
+            past.clear()
         past.reorder(parents)
-        return model(tokens[:, past.length :].to(device), past=past, last_only=True)[:, 0]
+        return model(tokens[:, start + past.length :].to(device), past=past, last_only=True)[:, 0]
 
     ends = tuple((token,) for token in end_tokens(tokenizer))
     try:
