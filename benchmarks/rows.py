@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 from statistics import median
 
-from torch_impl.training.files import write_file
+from torch_impl.training.files import replace_file
 
 OURS = ("torch_impl", "ref_numpy")
 """What the names of our sides begin with."""
@@ -25,7 +25,7 @@ def row(name: str, ours: float, peer: float, unit: str, ratio: float | None = No
 def write_rows(path: str, rows: Sequence[dict]) -> None:
     """Into the file that --json names, where it names one. Raises OSError where it cannot be written."""
     if path:
-        write_file(Path(path), json.dumps(rows, indent=1).encode("utf-8"))
+        replace_file(Path(path), json.dumps(rows, indent=1).encode("utf-8"))
 
 
 def table(rows: Sequence[dict]) -> str:

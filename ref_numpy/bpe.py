@@ -29,6 +29,7 @@ Not here: speed (each word that a merge touches is rebuilt), corpora beyond memo
 """
 
 import heapq
+import secrets
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import pairwise
@@ -261,9 +262,12 @@ def decode(
 
 def save(vocabulary: Vocabulary, path: Path) -> None:
     """Write tokenizer.json, beside and then renamed into place: a reader sees the old file or the new one."""
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(to_json(vocabulary), encoding="utf-8")
-    temporary.replace(path)
+    new = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")  # beside it may be files of the user's
+    try:
+        new.write_text(to_json(vocabulary), encoding="utf-8")
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def load(path: Path) -> Vocabulary:

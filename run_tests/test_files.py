@@ -7,15 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from ref_numpy import bpe as ref_bpe
 from torch_impl.training import files
 from torch_impl.training.files import (
     InputError,
     refuse_links,
+    replace_file,
     replaced_folder,
     settle_folder,
     whole_folder,
     write_file,
 )
+from torch_impl.training.tokenizer import BYTES
 
 ROOT = Path(__file__).parents[1]
 
@@ -129,10 +132,11 @@ def test_a_failed_first_save_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+@pytest.mark.parametrize("write", [write_file, replace_file])
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, write):
     path = tmp_path / "file"
-    write_file(path, b"old")
-    write_file(path, b"new")
+    write(path, b"old")
+    write(path, b"new")
     assert path.read_bytes() == b"new"
 
     def full(self, target):
@@ -140,9 +144,25 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(OSError):
-        write_file(path, b"newer")
+        write(path, b"newer")
     assert path.read_bytes() == b"new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_stands_beside_a_path_that_the_user_names_stays(tmp_path):
+    """NAME.new was written over and removed, whoever it belonged to."""
+    (tmp_path / "file.new").write_bytes(b"the user's")
+    replace_file(tmp_path / "file", b"content")
+    ref_bpe.save(BYTES, tmp_path / "file")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "file.new"]
+    assert (tmp_path / "file.new").read_bytes() == b"the user's"
+
+
+def test_a_killed_writer_of_a_folder_of_ours_leaves_what_the_next_one_takes_away(tmp_path):
+    """A run is killed many times, and its folder must not fill with halves of files."""
+    (tmp_path / "file.new").write_bytes(b"half")
+    write_file(tmp_path / "file", b"content")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_link_out_of_the_folder_is_refused(tmp_path):

@@ -117,7 +117,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(quantised, arguments, message)
     last = error.splitlines()[-1]
     assert code == 2 and out == ""
     assert last.startswith("quantise: error: ") and message in last and "Traceback" not in error
-    assert not Path("small").exists() and not Path("small.new").exists()
+    assert not list(Path().glob("small*"))
 
 
 def test_weights_that_are_no_numbers_are_refused(quantised):
@@ -130,16 +130,27 @@ def test_weights_that_are_no_numbers_are_refused(quantised):
     assert not Path("small").exists()
 
 
+def test_folders_of_like_names_are_the_users(quantised):
+    """small.old and small.new were taken for what a killed writer had left, and removed."""
+    for name in ("small.old", "small.new"):
+        Path(name).mkdir()
+        Path(name, "thesis.txt").write_text(name, encoding="utf-8")
+    assert quantised("run", "--out", "small", "--tokens", 0)[0] == 0
+    for name in ("small.old", "small.new"):
+        assert Path(name, "thesis.txt").read_text(encoding="utf-8") == name
+    assert sorted(path.name for path in Path().glob("small*")) == ["small", "small.new", "small.old"]
+
+
 def test_a_full_disk_leaves_nothing(quantised, on_file_operation):
     def full(event, path):
-        if path.name == "tokenizer.json" and "small.new" in path.parts:
+        if path.name == "tokenizer.json" and path.parent.name.startswith("small."):
             raise OSError(28, "No space left on device", str(path))
 
     on_file_operation(full)
     code, _, error = quantised("run", "--out", "small")
     on_file_operation(None)
     assert code == 1 and "No space left" in error and "Traceback" not in error
-    assert not Path("small").exists() and not Path("small.new").exists()
+    assert not list(Path().glob("small*"))
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from numpy import ndarray as Array
 from ref_numpy.bpe_format import SPLITS, TokenizerError, Vocabulary, new_vocabulary, to_json
 from torch_impl.training.bpe_merges import learn_merges
 from torch_impl.training.bpe_table import MergeTable
-from torch_impl.training.files import write_file
+from torch_impl.training.files import replace_file
 from torch_impl.training.pieces import Pieces
 
 _PART = 1 << 16  # characters that are split, or ids that are decoded, before the next ones
@@ -269,7 +269,7 @@ class BPETokenizer:
 
     def save(self, path: Path) -> None:
         """Write tokenizer.json, in one piece."""
-        write_file(Path(path), self.to_json().encode("utf-8"))
+        replace_file(Path(path), self.to_json().encode("utf-8"))
 
 
 if __name__ == "__main__":

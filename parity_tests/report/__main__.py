@@ -11,7 +11,7 @@ from parity_tests.report.collect import HOUSE, Unfinished, read_kills, run_suite
 from parity_tests.report.draw import overview
 from parity_tests.report.environment import environment
 from parity_tests.report.page import Report, html, markdown
-from torch_impl.training.files import InputError, write_file
+from torch_impl.training.files import InputError, replace_file
 from torch_impl.training.flags import parse_flags
 
 DEFAULT_BACKEND = "parity_tests.backends.fast"
@@ -58,9 +58,9 @@ def make(options: Options) -> bool:
     report = Report(options.backend, command, findings, kills, environment(options.device))
     picture = overview(findings.rows)
     options.out.mkdir(parents=True, exist_ok=True)
-    write_file(options.out / "report.png", picture)
-    write_file(options.out / "report.md", markdown(report, "report.png").encode("utf-8"))
-    write_file(options.out / "report.html", html(report, picture).encode("utf-8"))
+    replace_file(options.out / "report.png", picture)
+    replace_file(options.out / "report.md", markdown(report, "report.png").encode("utf-8"))
+    replace_file(options.out / "report.html", html(report, picture).encode("utf-8"))
     return findings.is_well
 
 

@@ -29,7 +29,7 @@ from torch_impl.training.costs import (
     sent_bytes,
     training_bytes,
 )
-from torch_impl.training.files import InputError, find_checkpoint, write_file
+from torch_impl.training.files import InputError, find_checkpoint, replace_file
 from torch_impl.training.flags import parse_flags
 from torch_impl.training.presets import PRESETS
 
@@ -294,7 +294,7 @@ def main(arguments: list[str]) -> int:
             config |= {"precision": request.precision, "device": request.device}
             numbers = account(*request[1:7])
             content = json.dumps({**config, **numbers}, indent=1)
-            write_file(request.json, content.encode("utf-8"))
+            replace_file(request.json, content.encode("utf-8"))
         print(told, flush=True)
     except (InputError, ConfigError) as error:
         message, code = f"{error}; see --help", 2

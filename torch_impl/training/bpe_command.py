@@ -15,7 +15,7 @@ from ref_numpy.bpe_format import SPLITS, TokenizerError, to_gpt2_files, to_json
 from torch_impl.bpe import check_training
 from torch_impl.training.bpe_corpus import byte_bar, encode_texts, train_on_texts
 from torch_impl.training.bpe_inspect import Files, Inspect, Source, texts
-from torch_impl.training.files import InputError, write_file
+from torch_impl.training.files import InputError, replace_file, unused_name
 from torch_impl.training.flags import one_line_errors
 
 _DECODED_AT_ONCE = 1 << 20  # ids
@@ -68,10 +68,10 @@ class Train:
             _workers(self.workers),
             self.sample,
         )
-        write_file(self.out, to_json(vocabulary).encode("utf-8"))
+        replace_file(self.out, to_json(vocabulary).encode("utf-8"))
         if self.out_gpt2 is not None:
             for target, content in zip(targets[1:], to_gpt2_files(vocabulary), strict=True):
-                write_file(target, content.encode("utf-8"))
+                replace_file(target, content.encode("utf-8"))
         print(f"{self.out}: {len(vocabulary.tokens)} tokens, {len(vocabulary.merges)} merges")
 
 
@@ -148,7 +148,7 @@ class Decode:
             except UnicodeDecodeError as error:
                 raise InputError(f"{self.ids} decodes to bytes that are not UTF-8: {error}") from None
         if self.out is not None:
-            write_file(self.out, text)
+            replace_file(self.out, text)
         else:
             sys.stdout.buffer.write(text)
 
@@ -167,7 +167,7 @@ def _refuse_existing(path: Path | None, force: bool) -> None:
 @contextmanager
 def _npy_rows(path: Path, dtype: np.dtype) -> Iterator:
     """Writes arrays one after the other into one .npy file, renamed into place when it is whole."""
-    temporary = path.with_name(path.name + ".new")
+    new = unused_name(path)
     n = 0
 
     def header() -> None:
@@ -180,14 +180,14 @@ def _npy_rows(path: Path, dtype: np.dtype) -> Iterator:
         n += ids.size
 
     try:
-        with temporary.open("wb") as file:
+        with new.open("wb") as file:
             header()
             yield write
             file.seek(0)
             header()
-        temporary.replace(path)
+        new.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
 
 
 def _id_writer(path: Path | None, dtype: np.dtype):

@@ -7,12 +7,11 @@ Several processes can make the same file at once: each writes one of its own, an
 
 import hashlib
 import json
-import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from torch_impl.training.files import InputError, flush_to_disk
+from torch_impl.training.files import InputError, flush_to_disk, unused_name
 
 _FORMAT = 1  # of the files; another number makes all of them anew
 _DIGITS = 40  # of the hash, in a file's name
@@ -59,7 +58,7 @@ def _write(path: Path, content: Iterable[bytes]) -> None:
                 stale.unlink()
         except OSError:
             pass  # another process was faster, or has it open
-    new = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
+    new = unused_name(path)
     digest = hashlib.sha256(path.name.encode("utf-8"))
     try:
         with new.open("xb") as file:

@@ -28,7 +28,7 @@ from torch_impl.quantise import Header, load_quantised, quantised_shapes
 from torch_impl.seq2seq import make_model
 from torch_impl.train import TrainState
 from torch_impl.training.config import FORMAT_VERSION, RunConfig, parse_json, read_config
-from torch_impl.training.files import InputError, replaced_folder, whole_folder
+from torch_impl.training.files import InputError, new_folder, replaced_folder, whole_folder
 from torch_impl.training.hf_config import is_hf
 from torch_impl.training.hf_tensors import read_hf_tensors
 from torch_impl.training.ranks import part_of, whole
@@ -108,8 +108,11 @@ def _gathered(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
 
 
 def save_model(folder: Path, config: RunConfig, tokenizer: Tokenizer, model: Embedded) -> None:
-    """Write a model that is not trained any more, in one piece. Raises OSError where it cannot."""
-    with replaced_folder(folder) as new:
+    """Write a model that is not trained any more to a new folder, in one piece.
+
+    Raises InputError where the name is taken, and OSError where the folder cannot be written.
+    """
+    with new_folder(folder) as new:
         _write_model(new, config, tokenizer, model.state_dict())
 
 

@@ -41,17 +41,35 @@ def patiently(act: Callable[..., object], *arguments: object) -> None:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Put content at path, in one piece: a reader sees the old file or the new one, and never a half.
+    """Put content at a path in a folder that is the program's own, in one piece: a reader sees the old file
+    or the new one, and never a half. What a killed writer leaves is overwritten by the next.
 
     Raises OSError where the disk is full or not writable; the old file is then still there.
     """
-    temporary = path.with_name(path.name + ".new")
+    _write_by_way_of(path.with_name(path.name + ".new"), path, content)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Put content at a path that the user names, in one piece, as write_file does; whatever its name, no file
+    beside it is touched.
+
+    Raises OSError where the disk is full or not writable; the old file is then still there.
+    """
+    _write_by_way_of(unused_name(path), path, content)
+
+
+def unused_name(path: Path) -> Path:
+    """A name beside a path, for what is to be renamed to it, that nobody else has taken."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
+
+
+def _write_by_way_of(new: Path, path: Path, content: bytes) -> None:
     try:
-        temporary.write_bytes(content)
-        flush_to_disk(temporary)
-        patiently(temporary.replace, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
+        new.write_bytes(content)
+        flush_to_disk(new)
+        patiently(new.replace, path)
+    except BaseException:
+        new.unlink(missing_ok=True)
         raise
     flush_to_disk(path.parent)
 
@@ -63,7 +81,7 @@ def write_new_file(path: Path, content: bytes) -> None:
     """
     if path.is_dir():
         raise InputError(f"{path} is a folder; name a file in it")
-    new = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
+    new = unused_name(path)
     try:
         new.write_bytes(content)
         flush_to_disk(new)
@@ -115,7 +133,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """
     if folder.exists() or folder.is_symlink():
         raise InputError(f"{folder} exists, and is not overwritten; name another folder")
-    new = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.new")
+    new = unused_name(folder)
     try:
         new.mkdir(parents=True)
         yield new

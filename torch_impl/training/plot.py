@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 
-from torch_impl.training.files import InputError, write_file
+from torch_impl.training.files import InputError, replace_file
 from torch_impl.training.flags import parse_flags
 from torch_impl.training.telemetry import MetricsLog, Row
 
@@ -178,7 +178,7 @@ def main(arguments: list[str]) -> int:
             raise InputError(f"--y {flags.y}: these runs have none; use --y loss")
         picture = io.BytesIO()
         draw(curves, flags.x, flags.y, flags.log).savefig(picture, format=kind)
-        write_file(out, picture.getvalue())
+        replace_file(out, picture.getvalue())
         print(f"{table(curves)}\n{out}")
     except InputError as error:
         message, code = str(error), 2

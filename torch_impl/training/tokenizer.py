@@ -18,7 +18,7 @@ from numpy import ndarray as Array
 
 from ref_numpy.bpe_format import TokenizerError, Vocabulary, from_json, to_json
 from torch_impl.bpe import BPETokenizer
-from torch_impl.training.files import InputError, write_file
+from torch_impl.training.files import InputError, replace_file
 
 
 @runtime_checkable
@@ -77,7 +77,7 @@ class ByteTokenizer:
 
     def save(self, path: Path) -> None:
         """Write tokenizer.json, in one piece."""
-        write_file(Path(path), self.to_json().encode("utf-8"))
+        replace_file(Path(path), self.to_json().encode("utf-8"))
 
 
 BYTES = Vocabulary([bytes([byte]) for byte in range(256)], [], {}, None)
@@ -139,7 +139,7 @@ class WordLevel:
 
     def save(self, path: Path) -> None:
         """Write tokenizer.json, in one piece."""
-        write_file(Path(path), self.to_json().encode("utf-8"))
+        replace_file(Path(path), self.to_json().encode("utf-8"))
 
 
 class CharacterTokenizer(WordLevel):
