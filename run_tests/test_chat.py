@@ -378,6 +378,16 @@ def test_a_model_that_was_not_tuned_is_told_from_one_that_was(small_run, talk):
         Dialogue(initialised(ModelConfig(vocab_size=2), 0), CharacterTokenizer("a"))
 
 
+def test_a_model_whose_logits_are_not_numbers_is_named(tuned, talk, monkeypatch):
+    """There was a traceback."""
+    monkeypatch.setattr(
+        "torch_impl.transformer.Transformer.logits",
+        lambda model, x: torch.full((*x.shape[:-1], model.config.vocab_size), torch.nan),
+    )
+    code, _, err = talk("hello\n", "--model", tuned)
+    assert code == 2 and f"{tuned}: the logits are not numbers" in err and len(err.splitlines()) == 1
+
+
 def test_the_library_loads_what_the_program_talks_to(tuned):
     loaded = load_model(Path(tuned) / "best", torch.float32, torch.device("cpu"))
     assert loaded.tokenizer.special_tokens[END_OF_TURN] == Dialogue(loaded.model, loaded.tokenizer).end

@@ -17,6 +17,7 @@ import torch
 
 from ref_numpy.config import SamplingConfig
 from torch_impl.generate import generate
+from torch_impl.sampling import sample_token
 from torch_impl.training import generate_command
 from torch_impl.training.checkpoint import load_model
 from torch_impl.training.tokenizer import parse_tokenizer
@@ -268,6 +269,20 @@ def test_a_model_whose_logits_are_not_numbers_is_named(write, monkeypatch):
     )
     code, _, err = write("--model", "run", "--prompt", "a")
     assert code == 2 and "run: the model's logits are not numbers" in err and len(err.splitlines()) == 1
+
+
+def test_an_answer_whose_logits_are_not_numbers_is_told(write, monkeypatch):
+    """Of an encoder-decoder there was a traceback."""
+
+    def answer(model, source, n_tokens, sampling, seed, stream, observe):
+        yield sample_token(torch.full((256,), torch.nan), [], sampling, 0.5)
+
+    monkeypatch.setattr(generate_command, "answer", answer)
+    monkeypatch.setattr(generate_command, "_answers", lambda loaded: True)
+    monkeypatch.setattr("ref_numpy.config.ModelConfig.begin_token", 254, raising=False)
+    monkeypatch.setattr("ref_numpy.config.ModelConfig.padding_token", 255, raising=False)
+    code, _, err = write("--model", "run", "--prompt", "a")
+    assert code == 2 and "run: the logits are not numbers" in err and len(err.splitlines()) == 1
 
 
 def test_a_prompt_may_come_through_a_pipe(write, monkeypatch):

@@ -20,7 +20,7 @@ from ref_numpy.conversation import Conversation, Message, to_record, well_formed
 from torch_impl.training.files import InputError, find_checkpoint, write_new_file
 from torch_impl.training.flags import parse_flags
 from torch_impl.training.terminal import Lines, interrupt_only_noted, visible
-from torch_impl.training.writing import ANSWERING, SamplingFlags, TextStream, check_forbidden
+from torch_impl.training.writing import ANSWERING, SamplingFlags, TextStream, check_forbidden, chosen
 
 if TYPE_CHECKING:  # imports torch, which --help can do without
     from torch_impl.training.dialogue import Dialogue
@@ -129,7 +129,8 @@ class Chat:
         return [*([Message("system", self.system)] if self.system else []), *self.messages, *more]
 
     def say(self, text: str) -> bool:
-        """Have a message answered, and keep both; whether there was an answer."""
+        """Have a message answered, and keep both; whether there was an answer. Raises InputError as answer
+        does."""
         message = Message("user", text)
         try:
             prompt, hidden = self.dialogue.prompt(self.conversation(message), self.flags.max_new_tokens)
@@ -150,7 +151,9 @@ class Chat:
         return True
 
     def answer(self, prompt: list[int]) -> tuple[str, str]:
-        """Write the answer as it comes; all of it, and why it ended other than by itself."""
+        """Write the answer as it comes; all of it, and why it ended other than by itself.
+
+        Raises InputError where the model's logits are not numbers."""
         n_tokens, limit = self.flags.max_new_tokens, self.dialogue.model.config.context_length
         tokens = self.dialogue.answer(prompt, n_tokens, self.sampling, self.flags.seed, self.attempts)
         self.attempts += 1
@@ -161,7 +164,7 @@ class Chat:
             print(visible(text), end="", flush=True)
 
         with interrupt_only_noted() as interrupt:
-            for token in tokens:
+            for token in chosen(tokens, self.flags.model):
                 if interrupt.pressed:
                     how = "stopped"
                     break

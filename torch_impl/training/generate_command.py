@@ -22,7 +22,7 @@ from torch_impl.training.files import InputError, find_checkpoint
 from torch_impl.training.flags import dashed, parse_flags
 from torch_impl.training.memory import ran_out
 from torch_impl.training.text import Text
-from torch_impl.training.writing import Printer, SamplingFlags, Writer, check_forbidden, end_tokens
+from torch_impl.training.writing import Printer, SamplingFlags, Writer, check_forbidden, chosen, end_tokens
 
 _SAMPLING = SamplingFlags(temperature=0.8)
 
@@ -216,7 +216,8 @@ def _drawn(
     if answers:  # one by one: each ends where the model ends it
         for writer, (ids, sample) in zip(writers, rows, strict=True):
             likelihoods.clear()  # those of an end, which is not yielded
-            for token in answer(model, ids, count, request.sampling, seed, sample, watch):
+            tokens = answer(model, ids, count, request.sampling, seed, sample, watch)
+            for token in chosen(tokens, flags.model):
                 writer.feed(token, _probability(likelihoods, 0, token))
                 del likelihoods[:1]
                 yield writers
@@ -229,7 +230,7 @@ def _drawn(
         tokens = generate_batch(
             model, [ids for ids, _ in rows], count, request.sampling, seed, streams, watch
         )
-        for step in _numbers(tokens, flags.model):
+        for step in chosen(tokens, flags.model):
             for row, (writer, token) in enumerate(zip(writers, step, strict=True)):
                 if not writer.written.ended_by:
                     writer.feed(token, _probability(likelihoods, row, token))
@@ -240,14 +241,6 @@ def _drawn(
         for writer in writers:
             writer.end("length")
     yield writers
-
-
-def _numbers(tokens: Iterator[list[int]], name: str) -> Iterator[list[int]]:
-    """The tokens. Raises InputError where the model's logits are not numbers."""
-    try:
-        yield from tokens
-    except ValueError as error:
-        raise InputError(f"{name}: {error}") from error
 
 
 def _probability(logits: list[Float[Tensor, "B V"]], row: int, token: int) -> float | None:

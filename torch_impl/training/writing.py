@@ -6,12 +6,15 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from ref_numpy.config import SamplingConfig
 from ref_numpy.conversation import END_OF_TURN
 from torch_impl.training.files import InputError
 from torch_impl.training.terminal import visible
 from torch_impl.training.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 _ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", END_OF_TURN)
 
@@ -28,6 +31,14 @@ def check_forbidden(forbidden: Sequence[int], vocab_size: int, never: Sequence[i
             raise InputError(f"--forbidden {id} is no token; ids run from 0 to {vocab_size - 1}")
     if len({*forbidden, *never}) == vocab_size:
         raise InputError("--forbidden rules out every token that could be written; leave one")
+
+
+def chosen(tokens: Iterator[T], model: str) -> Iterator[T]:
+    """The tokens that a model of this name chooses. Raises InputError where its logits are not numbers."""
+    try:
+        yield from tokens
+    except ValueError as error:
+        raise InputError(f"{model}: {error}") from error
 
 
 # How answers are drawn where nothing else is said: closer to the likeliest than what is written freely.
