@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from run_tests.conftest import content, metrics
+from torch_impl import interop
 from torch_impl.quantise import dequantise, quantise
 from torch_impl.training import generate_command, quantise_command
 from torch_impl.training.checkpoint import load_model
@@ -128,6 +129,35 @@ def test_weights_that_are_no_numbers_are_refused(quantised):
     code, _, error = quantised("run", "--out", "small")
     assert code == 2 and "model.safetensors: a weight is no finite number" in error
     assert not Path("small").exists()
+
+
+def test_a_model_in_shards_is_quantised(quantised):
+    """Its size was asked of a model.safetensors that is not there, when the smaller model was written."""
+    assert interop.main(["--model", "run", "--out", "hf"]) == 0
+    tensors = load_file("hf/model.safetensors")
+    Path("hf/model.safetensors").unlink()
+    places = {name: f"model-0000{i % 2 + 1}-of-00002.safetensors" for i, name in enumerate(tensors)}
+    for file in set(places.values()):
+        save_file({name: tensors[name] for name in places if places[name] == file}, Path("hf", file))
+    index = Path("hf/model.safetensors.index.json")
+    index.write_text(json.dumps({"weight_map": places}), encoding="utf-8")
+    Path("own.txt").write_text("The lazy dog jumps over the quick brown fox.\n", encoding="utf-8")
+    code, out, _ = quantised("hf", "--out", "small", "--valid-file", "own.txt", "--tokens", 3)
+    size = sum(path.stat().st_size for path in Path("hf").glob("*.safetensors"))
+    assert code == 0 and f"{size:,} bytes are now" in out
+
+
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_a_model_whose_logits_are_not_numbers_is_told_and_not_written(quantised, tokens):
+    """A norm is not quantised, so nothing looked at it: there was a traceback, and a model in --out."""
+    path = Path("run/best/model.safetensors")
+    tensors = load_file(path)
+    tensors["norm.weight"][:] = float("nan")
+    save_file(tensors, path)
+    code, _, error = quantised("run", "--out", "small", "--tokens", tokens)
+    assert code == 2 and len(error.splitlines()) == 1
+    assert "run, before it is quantised: the model's logits are not numbers" in error
+    assert not list(Path().glob("small*"))
 
 
 def test_folders_of_like_names_are_the_users(quantised):

@@ -112,8 +112,9 @@ def save_model(folder: Path, config: RunConfig, tokenizer: Tokenizer, model: Emb
 
     Raises InputError where the name is taken, and OSError where the folder cannot be written.
     """
+    weights = {name: value.cpu() for name, value in model.state_dict().items()}
     with new_folder(folder) as new:
-        _write_model(new, config, tokenizer, model.state_dict())
+        _write_model(new, config, tokenizer, weights)
 
 
 def _write_model(folder: Path, config: RunConfig, tokenizer: Tokenizer, weights: dict[str, Tensor]) -> None:

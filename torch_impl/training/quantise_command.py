@@ -1,5 +1,6 @@
 """The command line of quantisation: a trained run in, a smaller model out, and what that costs."""
 
+import math
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -18,12 +19,13 @@ from torch_impl.training.config import ConfigError, QuantisationSettings, read_c
 from torch_impl.training.conversation_file import load_conversations
 from torch_impl.training.corpus import encoded, load_corpus
 from torch_impl.training.device import Place, place_to_read
-from torch_impl.training.files import InputError, find_checkpoint
+from torch_impl.training.files import InputError, find_checkpoint, whole_folder
 from torch_impl.training.flags import parse_flags
 from torch_impl.training.repeating import as_typed
 from torch_impl.training.telemetry import faces_of_loss
 from torch_impl.training.token_ids import tokens_on
 from torch_impl.training.tokenizer import WordLevel, WordTokenizer
+from torch_impl.training.writing import chosen
 from torch_impl.transformer import Transformer
 
 _WARM_UP = 5  # tokens
@@ -91,7 +93,10 @@ def parse(arguments: list[str]) -> Request:
 
 
 def carry_out(request: Request) -> None:
-    """Quantise, save, and measure the model before and the one that was saved. Prints as it goes."""
+    """Quantise, measure the model before and after, and save it. Prints as it goes.
+
+    Raises InputError for a model that cannot be quantised or measured: then nothing is written.
+    """
     flags, out = request.flags, request.out
     config = read_config(request.checkpoint)
     if config.quantisation is not None:
@@ -110,16 +115,25 @@ def carry_out(request: Request) -> None:
         quantise_model(smaller, **asdict(request.quantisation))
     except ValueError as error:
         raise InputError(f"{request.checkpoint / 'model.safetensors'}: {error}") from error
-    save_model(out, replace(config, quantisation=request.quantisation), original.tokenizer, smaller)
-    before, after = ((folder / "model.safetensors").stat().st_size for folder in (request.checkpoint, out))
-    print(f"{out}: {before:,} bytes are now {after:,}, {after / before:.1%}")
 
     print(f"measured on {place}, {held_out.ids.numel():,} tokens of held-out text:")
-    _measure("before", original.model, held_out, original, flags.tokens)
-    _measure("after", load_model(out, place.dtype, place.device).model, held_out, original, flags.tokens)
+    for when, model in (("before", original.model), ("after", smaller.to(place.device))):
+        _measure(when, model, held_out, original, flags)
+    before = _bytes_of_weights(whole_folder(request.checkpoint))  # which a run may replace at any time
+    save_model(out, replace(config, quantisation=request.quantisation), original.tokenizer, smaller)
+    after = _bytes_of_weights(out)
+    print(f"{out}: {before:,} bytes are now {after:,}, {after / before:.1%}")
     talks = config.run.content == "conversations"
     program = ["python", "-m", f"torch_impl.{'chat' if talks else 'generate'}", "--model", flags.out]
     print(f"{'talk to' if talks else 'write with'} it: {as_typed(program)}" + " --prompt TEXT" * (not talks))
+
+
+def _bytes_of_weights(folder: Path) -> int:
+    """Of model.safetensors, or of the shards that Hugging Face's layout has in its place."""
+    single = folder / "model.safetensors"
+    return sum(
+        path.stat().st_size for path in ([single] if single.exists() else folder.glob("*.safetensors"))
+    )
 
 
 def _held_out_text(loaded: LoadedModel, flags: QuantiseFlags, place: Place) -> HeldOut:
@@ -138,15 +152,20 @@ def _held_out_text(loaded: LoadedModel, flags: QuantiseFlags, place: Place) -> H
     return HeldOut(tokens_on(place.device, ids), None if lossy else ids.size / corpus.valid.size())
 
 
-def _measure(when: str, model: Transformer, held_out: HeldOut, loaded: LoadedModel, n_tokens: int) -> None:
-    """Print loss, bits per byte and speed of writing."""
+def _measure(
+    when: str, model: Transformer, held_out: HeldOut, loaded: LoadedModel, flags: QuantiseFlags
+) -> None:
+    """Print loss, bits per byte and speed of writing. Raises InputError where the logits are not numbers."""
+    n_tokens, name = flags.tokens, f"{flags.run_folder}, {when} it is quantised"
     loss = evaluate(model, held_out.ids, max_tokens=loaded.config.run.eval_tokens or None)
+    if math.isnan(loss):
+        raise InputError(f"{name}: the model's logits are not numbers, so there is nothing to measure")
     bits = faces_of_loss(loss, held_out.tokens_per_byte)["bits_per_byte"]
     shown = f"{when:>6}: {loss:.4f} nats per token" + (f", {bits:.4f} bits per byte" if bits else "")
     if n_tokens:
         prompt = torch.from_numpy(loaded.tokenizer.encode(loaded.tokenizer.opening))
         started = 0.0
-        for i, _ in enumerate(generate(model, prompt, _WARM_UP + n_tokens)):
+        for i, _ in enumerate(chosen(generate(model, prompt, _WARM_UP + n_tokens), name)):
             if i + 1 == _WARM_UP:
                 started = time.perf_counter()
         shown += f", {n_tokens / (time.perf_counter() - started):,.1f} tokens written per second"
