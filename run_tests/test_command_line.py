@@ -11,6 +11,16 @@ import pytest
 
 from ref_numpy.config import ConfigError, ModelConfig, TrainConfig
 from ref_numpy.parameters import parameter_shapes
+from torch_impl import chat, interop
+from torch_impl.training import (
+    account,
+    bpe_command,
+    command_line,
+    generate_command,
+    plot,
+    quantise_command,
+    sweep,
+)
 from torch_impl.training.command_line import parse
 from torch_impl.training.config import RunConfig, RunSettings, TokenizerSettings
 from torch_impl.training.files import InputError
@@ -29,6 +39,28 @@ def test_help_needs_neither_torch_nor_numpy():
     finished = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, encoding="utf-8")
     assert finished.returncode == 0, finished.stderr
     assert "--learning-rate" in finished.stdout
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        account.parse,
+        bpe_command.main,
+        chat.parse,
+        command_line.parse,
+        generate_command.parse,
+        interop.export,
+        plot.main,
+        quantise_command.parse,
+        sweep.sweep,
+    ],
+)
+def test_help_is_for_people(program, capsys):
+    """A comment for the linter was the description of the flags of a search."""
+    with pytest.raises(SystemExit):
+        program(["--help"])
+    text = capsys.readouterr().out
+    assert "--help" in text and "noqa" not in text
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -24,7 +24,7 @@ from torch_impl.training.memory import ran_out
 from torch_impl.training.text import Text
 from torch_impl.training.writing import Printer, SamplingFlags, Writer, check_forbidden, chosen, end_tokens
 
-_SAMPLING = SamplingFlags(temperature=0.8)
+_SAMPLING, _SEARCH = SamplingFlags(temperature=0.8), BeamFlags()
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class GenerateFlags:
     device: str = "auto"
     """auto (CUDA, else MPS, else the CPU), cpu, cuda, cuda:1, mps."""
     sampling: SamplingFlags = _SAMPLING
-    search: BeamFlags = BeamFlags()  # noqa: RUF009 (it is frozen)
+    search: BeamFlags = _SEARCH
 
 
 class Request(NamedTuple):
