@@ -122,9 +122,10 @@ def _prompts(flags: GenerateFlags) -> list[str]:
         if sys.stdin is None:
             raise InputError("--prompt - reads stdin, and there is none")
         try:
-            prompt = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
+            text = sys.stdin.buffer.read().decode("utf-8")
         except UnicodeDecodeError as error:
             raise InputError(f"stdin is not UTF-8 text: byte {error.start}") from None
+        prompt = text.removeprefix("\ufeff").removesuffix("\n").removesuffix("\r")  # an editor's mark
         if not prompt:
             raise InputError("--prompt - reads stdin, which is empty")
         return [prompt]
