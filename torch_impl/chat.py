@@ -105,7 +105,8 @@ class Chat:
             if line.strip():
                 self.say(well_formed(line.removeprefix("/") if line.startswith("//") else line))
             return True
-        name, _, argument = line[1:].strip().partition(" ")
+        name, *rest = line[1:].split(maxsplit=1) or [""]
+        argument = rest[0].strip() if rest else ""
         if name == "quit":
             return False
         if name not in COMMANDS:
