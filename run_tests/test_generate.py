@@ -115,7 +115,7 @@ def test_the_prompt_is_cut_to_the_context(write):
         (["--model", "run", "--device", "cuda:99"], "CUDA finds"),
         (["--model", "run", "--prompt", "\udcff"], "--prompt is not valid text"),
         (["--model", "run", "--temp", "1"], "did you mean --temperature?"),
-        (["--model", "run", "--beams", "-1"], "width is -1, but must be at least 1"),
+        (["--model", "run", "--beams", "-1"], "--beams is -1, but must be 0, to draw, or more"),
         (["--model", "run", "--beams", "2", "--n-best", "3"], "n_best is 3, but must lie in [1, width 2]"),
         (["--model", "run", "--beams", "2", "--length-penalty", "nan"], "length_penalty is nan"),
         (["--model", "run", "--beams", "2", "--max-new-tokens", "0"], "a beam needs at least 1"),
@@ -128,6 +128,10 @@ def test_the_prompt_is_cut_to_the_context(write):
         (
             ["--model", "run", "--beams", "2", "--max-new-tokens", "3", "--phrases", "abcd"],
             "the phrases take 4 tokens, but max_new_tokens is 3",
+        ),
+        (
+            ["--model", "run", "--prompt", "--hello you"],
+            "a value that begins with dashes is given as --prompt=--hello you",
         ),
         (["--model", "run", "--stop", ""], "--stop '' is empty, and would end a text before it begins"),
         (["--model", "run", "--stop", "\udcff"], "--stop is not valid text"),
@@ -143,6 +147,13 @@ def test_a_mistake_is_one_line(write, arguments, message):
     code, out, err = write(*arguments)
     assert code == 2 and out == ""
     assert err.startswith("generate: error: ") and message in err and len(err.splitlines()) == 1
+
+
+def test_a_value_may_begin_with_dashes(write):
+    flags = ("--model", "run", "--max-new-tokens", 3)
+    assert write(*flags, "--prompt=--hello")[1].startswith("--hello")
+    for before in ("--json", "--prompt=a"):  # no value was to follow
+        assert "a value" not in write(*flags, before, "--hello")[2]
 
 
 def test_beams_write_the_n_best_with_their_scores(write):

@@ -44,6 +44,8 @@ def beam_of(flags: BeamFlags, n_tokens: int, forbidden: tuple[int, ...]) -> Beam
             if getattr(flags, field.name) != field.default:
                 raise InputError(f"--{dashed(field.name)} is for a search; add --beams 4")
         return None
+    if flags.beams < 0:
+        raise InputError(f"--beams is {flags.beams}, but must be 0, to draw, or more")
     if n_tokens < 1:
         raise InputError(f"--max-new-tokens is {n_tokens}, but a beam needs at least 1")
     return BeamConfig(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import fields, is_dataclass
-from itertools import dropwhile, takewhile
+from itertools import dropwhile, pairwise, takewhile
 from typing import TypeVar
 
 import tyro
@@ -50,25 +50,29 @@ def dashed(name: str) -> str:
     return name.replace("_", "-")
 
 
-def _flag_names(kind: type) -> Iterator[str]:
+def _known_flags(kind: type) -> Iterator[tuple[str, bool]]:
+    """Names, and whether a value follows."""
     for field in fields(kind):
         if is_dataclass(field.type):
-            yield from _flag_names(field.type)
+            yield from _known_flags(field.type)
         elif tyro.conf.Suppress not in getattr(field.type, "__metadata__", ()):
-            yield dashed(field.name)
+            yield dashed(field.name), field.type is not bool
             if field.type is bool:
-                yield f"no-{dashed(field.name)}"
+                yield f"no-{dashed(field.name)}", False
 
 
 def _refuse_unknown(kind: type, arguments: list[str]) -> None:
-    known = ["help", *_flag_names(kind)]
-    for argument in arguments:
+    known = {"help": False, **dict(_known_flags(kind))}
+    for before, argument in pairwise(["", *arguments]):
         name = dashed(argument[2:].split("=")[0])
         if argument.startswith("--") and name not in known:
             near = [flag for flag in known if flag.startswith(name)] or difflib.get_close_matches(
                 name, known, 1
             )
-            raise InputError(f"unknown flag --{name}" + (f"; did you mean --{near[0]}?" if near else ""))
+            told = f"unknown flag --{name}" + (f"; did you mean --{near[0]}?" if near else "")
+            if before.startswith("--") and known.get(dashed(before[2:])):
+                told += f"; a value that begins with dashes is given as {before}={argument}"
+            raise InputError(told)
 
 
 def _one_line(box: str) -> str:
