@@ -1,5 +1,6 @@
 """What the tests of runs share: a small text, small runs, and a hand on every file operation."""
 
+import io
 import json
 import os
 import sys
@@ -45,6 +46,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+class Gone(io.StringIO):
+    """A pipe whose reader has left."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
 
 
 PNG = b"\x89PNG\r\n\x1a\n"

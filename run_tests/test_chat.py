@@ -417,6 +417,17 @@ def test_a_reader_that_goes_away_ends_it_quietly(tuned):
     assert process.wait() == 0
 
 
+def test_streams_that_are_closed_are_told_or_missed_by_nobody(tuned, talk, monkeypatch, capsys):
+    """Without standard output there was a traceback, and without stderr what is told stood among answers."""
+    with monkeypatch.context() as without:
+        without.setattr("sys.stdout", None)
+        assert chat_module.main(["--model", tuned]) == 2
+    assert "there is no standard output" in capsys.readouterr().err
+    monkeypatch.setattr("sys.stderr", None)
+    assert talk("/undo\n", "--model", tuned)[:2] == (0, "")
+    sys.stderr.close()
+
+
 IN_A_TERMINAL = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from matplotlib.colors import to_hex
 
+from run_tests.conftest import Gone
 from torch_impl.training import plot
 
 
@@ -55,6 +56,13 @@ def test_each_curve_has_the_numbers_of_its_run(x, y):
     assert drawn.get_ydata().tolist() == [row[measured] for row in wanted]
     if y == "loss":
         assert axes.lines[1].get_ydata().tolist() == pytest.approx([3.9, 2.9])
+
+
+def test_a_reader_that_goes_away_does_not_matter(monkeypatch):
+    """It failed with a broken pipe, as of | head, after it had drawn all."""
+    run_of("run", [5.0, 4.0])
+    monkeypatch.setattr("sys.stdout", Gone())
+    assert plot.main(["run"]) == 0 and Path("curves.png").exists()
 
 
 @pytest.mark.parametrize("runs", [10, 11, 40, 95])

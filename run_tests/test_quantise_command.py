@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from run_tests.conftest import content, metrics
+from run_tests.conftest import Gone, content, metrics
 from torch_impl import interop
 from torch_impl.quantise import dequantise, quantise
 from torch_impl.training import generate_command, quantise_command
@@ -158,6 +158,13 @@ def test_a_model_whose_logits_are_not_numbers_is_told_and_not_written(quantised,
     assert code == 2 and len(error.splitlines()) == 1
     assert "run, before it is quantised: the model's logits are not numbers" in error
     assert not list(Path().glob("small*"))
+
+
+def test_a_reader_that_goes_away_does_not_end_it(quantised, monkeypatch):
+    """It failed with a broken pipe, as of | head, before or after it had written the model."""
+    monkeypatch.setattr("sys.stdout", Gone())
+    assert quantise_command.main(["run", "--out", "small", "--tokens", "0"]) == 0
+    assert load("small")
 
 
 def test_folders_of_like_names_are_the_users(quantised):

@@ -275,8 +275,11 @@ def converse(chat: Chat, lines: Lines) -> None:
 
 def main(arguments: list[str]) -> int:
     """The exit code: 0; 2 for a request that cannot be met, 1 for a failure, each with one line on stderr."""
+    if sys.stderr is None:  # as with 2>&-; what goes to None is printed among the answers
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 (it is open to the end)
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal that lacks a character still shows the rest
+        if stream is not None:
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character still shows the rest
     try:
         flags, sampling = parse(arguments)
         lines, dialogue = Lines(), open_dialogue(flags)

@@ -19,6 +19,7 @@ from matplotlib.legend import Legend
 from torch_impl.training.files import InputError, replace_file
 from torch_impl.training.flags import parse_flags
 from torch_impl.training.telemetry import MetricsLog, Row
+from torch_impl.training.terminal import lasting_output
 
 _SIZE = (9.0, 5.5)  # inches
 _DPI = 120
@@ -179,7 +180,8 @@ def main(arguments: list[str]) -> int:
         picture = io.BytesIO()
         draw(curves, flags.x, flags.y, flags.log).savefig(picture, format=kind)
         replace_file(out, picture.getvalue())
-        print(f"{table(curves)}\n{out}")
+        with lasting_output():  # who looks at the picture need not read the table
+            print(f"{table(curves)}\n{out}")
     except InputError as error:
         message, code = str(error), 2
     except KeyboardInterrupt:

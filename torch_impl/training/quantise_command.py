@@ -23,6 +23,7 @@ from torch_impl.training.files import InputError, find_checkpoint, whole_folder
 from torch_impl.training.flags import parse_flags
 from torch_impl.training.repeating import as_typed
 from torch_impl.training.telemetry import faces_of_loss
+from torch_impl.training.terminal import lasting_output
 from torch_impl.training.token_ids import tokens_on
 from torch_impl.training.tokenizer import WordLevel, WordTokenizer
 from torch_impl.training.writing import chosen
@@ -175,7 +176,8 @@ def _measure(
 def main(arguments: list[str]) -> int:
     """The exit code: 0; 2 for a request that cannot be met, 1 for a failure, each with one line on stderr."""
     try:
-        carry_out(parse(arguments))
+        with lasting_output():  # who reads the model need not read what is said
+            carry_out(parse(arguments))
     except InputError as error:
         message, code = f"{error}; see --help", 2
     except KeyboardInterrupt:

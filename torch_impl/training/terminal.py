@@ -26,9 +26,11 @@ class Lines:
     """What is typed, or comes through a pipe, message by message."""
 
     def __init__(self) -> None:
-        """Raises InputError where there is nothing to read from."""
+        """Raises InputError where there is nothing to read from, or to answer on."""
         if sys.stdin is None:
             raise InputError("there is no standard input to read messages from")
+        if sys.stdout is None:
+            raise InputError("there is no standard output to write answers to")
         sys.stdin.reconfigure(errors="replace", newline="\n")  # a lone carriage return ends no line
         self.typed = sys.stdin.isatty() and sys.stdout.isatty()
         if self.typed:
