@@ -21,6 +21,7 @@ from ref_numpy.config import ModelConfig, TrainConfig
 from ref_numpy.dropout import DropoutKey
 from ref_numpy.transformer import attention_mask
 from torch_impl import flash_attention, linear_cross_entropy
+from torch_impl.kv_cache import KVCache
 from torch_impl.optim import make_optimizer
 from torch_impl.seq2seq import Seq2Seq
 from torch_impl.training import account, costs
@@ -204,8 +205,8 @@ def test_logits_of_a_large_vocabulary_are_a_part_of_what_there_is_at_once():
 
 
 @given(config=configs)
-def test_generation_could_keep_what_attention_looks_at(config):
-    """A window's worth in local layers; nothing in an encoder."""
+def test_keys_and_values_are_as_many_as_generation_keeps(config):
+    """Of local layers a window's worth was counted, but room is taken for all; nothing in an encoder."""
     token, whole = costs.kv_cache_bytes(config, size=2)
     model = build(config)
     keys_and_values = sum(
@@ -217,10 +218,9 @@ def test_generation_could_keep_what_attention_looks_at(config):
         assert (token, whole) == (0, 0)
         return
     assert token == keys_and_values
-    wider = costs.kv_cache_bytes(replace(config, context_length=config.context_length + 1), size=2).whole
+    past = KVCache(config, 1, torch.bfloat16)
     source = 2 * 2 * config.d_model * config.n_layer if config.architecture == "encoder-decoder" else 0
-    full = config.n_layer - costs.local_layers(config)
-    assert wider - whole == token * full // config.n_layer + source
+    assert whole == past.k.nbytes + past.v.nbytes + source * config.context_length
 
 
 @pytest.fixture
@@ -292,6 +292,8 @@ def test_micro_batches_and_frozen_embeddings_need_less(table):
         (["huge"], "unknown preset 'huge'; the presets are cpu"),
         (["--n-head", 5], "d_model 128 does not divide into n_head 5 heads; try d_model 130"),
         (["--batch-size", 0], "batch_size is 0, but must be at least 1"),
+        (["--processes", 0], "--processes is 0, but must be at least 1"),
+        (["--processes", -3], "--processes is -3, but must be at least 1"),
         (["--layers", 5], "unknown flag --layers"),
         (["--model", "nowhere"], "nowhere"),
         (["cpu", "--model", "run"], "--model run is a model; leave out 'cpu'"),

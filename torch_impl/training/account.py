@@ -111,11 +111,13 @@ def parse(arguments: list[str]) -> Request:
         batch.pop(name) for name in ("precision", "device", "processes", "shard")
     )
     training = replace(config.training, **batch)
-    if processes < 1 or training.batch_size // training.micro_batches % processes:
+    if processes < 1:
+        raise InputError(f"--processes is {processes}, but must be at least 1")
+    if training.batch_size // training.micro_batches % processes:
         rows = training.batch_size // training.micro_batches
         raise InputError(
             f"--processes {processes}: {rows} sequences at a time do not divide among them; try --batch-size "
-            f"{training.micro_batches * max(processes, 1)}"
+            f"{training.micro_batches * processes}"
         )
     json_file = Path(flags.source.json) if flags.source.json else None
     if json_file is not None and json_file.is_dir():
@@ -235,7 +237,7 @@ def table(request: Request) -> str:
         *_process_lines(request, numbers["process_bytes"]),
         ("keys and values", "", "if generation keeps them"),
         ("  per token", in_bytes(cache["token"]), precision),
-        ("  whole context", in_bytes(cache["whole"]), "per sequence; local layers keep their window"),
+        ("  whole context", in_bytes(cache["whole"]), "per sequence, taken at once; in local layers too"),
         ("checkpoint", in_bytes(files["total"]), "without lists of names"),
         ("  model.safetensors", in_bytes(files["model.safetensors"]), "float32"),
         ("  optimizer.safetensors", in_bytes(files["optimizer.safetensors"]), "float32"),

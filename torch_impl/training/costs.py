@@ -293,22 +293,22 @@ def sent_bytes(model: ModelConfig, training: TrainConfig, size: int, processes: 
 
 
 class CacheBytes(NamedTuple):
-    """Keys and values that generation can keep, per sequence."""
+    """Keys and values that generation keeps, per sequence."""
 
-    token: int  # for each token, up to the window in local layers
-    whole: int  # of context_length tokens; with the source's, which are there from the start
+    token: int
+    whole: int  # of context_length tokens, which a KVCache takes at once; with the source's
 
 
 def kv_cache_bytes(model: ModelConfig, size: int = 4) -> CacheBytes:
-    """2 K D numbers per layer and token, and 2 C per layer and token of an encoder-decoder's source.
+    """2 K D numbers per layer and token, local layers as all others, and 2 C per layer and token of an
+    encoder-decoder's source.
 
     An encoder writes nothing, and has none.
     """
     if model.architecture == "encoder":
         return CacheBytes(0, 0)
     T, L, layer = model.context_length, model.n_layer, size * 2 * model.kv_heads * model.head_width
-    local = local_layers(model)
-    whole = layer * ((L - local) * T + local * min(model.window, T))
+    whole = L * layer * T
     if model.architecture == "encoder-decoder":
         whole += size * L * 2 * model.d_model * T
     return CacheBytes(L * layer, whole)
