@@ -99,10 +99,12 @@ def test_names_are_as_long_as_tells_them_apart():
         (("run", "--y", "bits_per_byte"), "--y bits_per_byte: these runs have none"),
         (("run", "--out", "nowhere/x.png"), "No such file"),
         (("run", "--colour"), "unknown flag --colour"),
+        (("run", "old", "--x", "tokens"), "--x tokens: old has evaluations without it; use --x step"),
     ],
 )
 def test_a_mistake_is_one_line(call, arguments, message):
     Path("empty").mkdir()
+    run_of("old", [3.0], tokens=None)
     run_of("run", [3.0])
     code, out, err = call(*arguments)
     assert code in (1, 2) and message in err and len(err.splitlines()) == 1 and not out

@@ -175,6 +175,35 @@ def test_a_number_that_is_not_finite_is_null(tmp_path):
         log.rows()
 
 
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ({"tokens_per_second": "fast"}, "'tokens_per_second' is no number"),
+        ({"seconds": [1.0]}, "'seconds' is no number"),
+        ({"seconds": True}, "'seconds' is no number"),
+        ({"step": 10**400}, "'step' is no number"),
+        ({"step": None}, "'step' is no number"),
+        ({"val_loss": None}, "'val_loss' is no number"),
+        ({"val_loss": "3"}, "'val_loss' is no number"),
+        ({"a\nb": "3"}, r"'a\nb' is no number"),
+    ],
+)
+def test_a_line_of_other_than_numbers_is_named(tmp_path, values, complaint):
+    """Of the values only losses and steps were looked at, so that plot ended with a traceback."""
+    log, row = MetricsLog(tmp_path / "metrics.jsonl"), {"step": 1, "val_loss": 3.0, "train_loss": None}
+    log.path.write_text(json.dumps(row) + "\n" + json.dumps(row | values) + "\n", encoding="utf-8")
+    with pytest.raises(InputError) as error:
+        log.rows()
+    assert f"line 2 is damaged: {complaint}" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("line", ["[]", "3", "null", '{"step": 1, "val_loss": 2.0}', "{", "[" * 99999])
+def test_a_line_that_is_no_evaluation_is_named(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(line + "\n", encoding="utf-8")
+    with pytest.raises(InputError, match="line 1 is damaged"):
+        MetricsLog(tmp_path / "metrics.jsonl").rows()
+
+
 def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
     log = MetricsLog(tmp_path / "metrics.jsonl")
     row = {"step": 1, "train_loss": 1.0, "val_loss": 2.0}

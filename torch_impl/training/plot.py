@@ -177,6 +177,9 @@ def main(arguments: list[str]) -> int:
             row.get("val_loss" if flags.y == "loss" else flags.y) is None for c in curves for row in c.rows
         ):
             raise InputError(f"--y {flags.y}: these runs have none; use --y loss")
+        for name, rows in curves:
+            if any(row.get(flags.x) is None for row in rows):
+                raise InputError(f"--x {flags.x}: {name} has evaluations without it; use --x step")
         picture = io.BytesIO()
         draw(curves, flags.x, flags.y, flags.log).savefig(picture, format=kind)
         replace_file(out, picture.getvalue())

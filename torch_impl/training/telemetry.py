@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -51,8 +52,8 @@ class MetricsLog:
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line, parse_constant=lambda name: None)  # Infinity of older runs
-                row["step"] + row["val_loss"] + (row["train_loss"] or 0.0)  # numbers, all of them
-            except (ValueError, TypeError, KeyError, RecursionError) as error:
+                _check(row)
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{self.path}, line {number} is damaged: {error}") from error
             rows.append(row)
         return rows
@@ -77,6 +78,19 @@ class MetricsLog:
         """Drop the evaluations of a step and all later ones: the run makes them again."""
         kept = [_line(row) for row in self.rows() if row["step"] < step]
         write_file(self.path, b"".join(kept))
+
+
+def _check(row: object) -> None:
+    """Raises ValueError for what is no evaluation."""
+    if not isinstance(row, dict):
+        raise ValueError("it is no object")
+    for name in ("step", "val_loss", "train_loss"):
+        if name not in row:
+            raise ValueError(f"it has no {name}")
+    for name, value in row.items():
+        known = value is not None or name in ("step", "val_loss")
+        if known and not (type(value) in (int, float) and abs(value) <= sys.float_info.max):
+            raise ValueError(f"{name!r} is no number that a float can be")
 
 
 def _line(row: Row) -> bytes:
