@@ -82,12 +82,84 @@ def edited(vocabulary, edit) -> str:
         (lambda c: c["model"]["merges"].append(["q", "z"]), "merge q z needs"),
         (lambda c: c["model"]["merges"].append(["q"]), "damaged"),
         (lambda c: c["model"]["merges"].append(["\u4e2d", "a"]), "stands for no byte"),
-        (lambda c: c["added_tokens"].append({"id": 3, "content": "<x>"}), "same id"),
+        (lambda c: c["model"]["vocab"].update({"<x>": 3}), "same id"),
+        (lambda c: c["added_tokens"].append({"id": 3, "content": "<x>"}), "damaged: KeyError 'single_word'"),
     ],
 )
 def test_damaged_or_foreign_file_is_refused(vocabulary, edit, message):
     with pytest.raises(TokenizerError, match=message):
         from_json(edited(vocabulary, edit))
+
+
+def added(vocabulary, text: str, id: int | None = None, **flags: bool) -> str:
+    """A file with one more added token."""
+    kept = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    entry = {"id": len(vocabulary.tokens) if id is None else id, "content": text} | kept | flags
+    return edited(vocabulary, lambda c: c["added_tokens"].append(entry))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"special": False}, "added token '    ' is not special"),
+        ({"lstrip": True}, "added token '    ' has lstrip, which is not supported"),
+        ({"rstrip": True, "single_word": True}, "added token '    ' has single_word, rstrip, which"),
+        ({"id": 2001}, "added token '    ' has id 2001, but its place in the vocabulary is 2000"),
+    ],
+)
+def test_added_tokens_that_mean_other_ids_are_refused(vocabulary, flags, message):
+    """They used to be read as if they were ordinary special tokens, and gave other ids."""
+    text = ".      ."
+    content = added(vocabulary, "    ", **flags)
+    assert tokenizers.Tokenizer.from_str(content).encode(text).ids != ref.encode(text, vocabulary)
+    with pytest.raises(TokenizerError, match=message):
+        from_json(content)
+
+
+def test_added_tokens_come_in_their_order_or_stand_in_the_vocabulary(vocabulary):
+    for content, id in (
+        (added(vocabulary, "<x>", normalized=True), 2000),
+        (added(vocabulary, "<user>", 1994), 1994),
+    ):
+        oracle = tokenizers.Tokenizer.from_str(content)
+        read = from_json(content)
+        text = json.loads(content)["added_tokens"][-1]["content"]
+        assert read.special_tokens[text] == id == oracle.token_to_id(text)
+        assert oracle.encode(f"the {text}").ids == ref.encode(f"the {text}", read, [text])
+    with pytest.raises(TokenizerError, match="'<user>' has id 1995, but its place in the vocabulary is 1994"):
+        from_json(added(vocabulary, "<user>", 1995))
+
+
+@pytest.mark.parametrize("setting", ["truncation", "padding"])
+def test_files_that_shorten_or_fill_texts_are_refused(vocabulary, setting):
+    """They used to be read as if they did not."""
+    foreign = tokenizers.Tokenizer.from_str(to_json(vocabulary))
+    foreign.enable_truncation(3) if setting == "truncation" else foreign.enable_padding(length=9)
+    assert foreign.encode("a b c d").ids != ref.encode("a b c d", vocabulary)
+    with pytest.raises(TokenizerError, match=f"it uses {setting} .*, which is not supported here"):
+        from_json(foreign.to_str())
+
+
+def test_words_taken_whole_are_read_where_merges_make_them_too(vocabulary):
+    """A file with ignore_merges, as Llama 3 has it, used to be read also where this changes ids."""
+    content = edited(vocabulary, lambda c: c["model"].update(ignore_merges=True))
+    assert from_json(content) == vocabulary
+    oracle = tokenizers.Tokenizer.from_str(content)
+    assert oracle.encode(CORPUS[:20000]).ids == ref.encode(CORPUS[:20000], vocabulary)
+
+    def unlearn(content):
+        content["model"].update(ignore_merges=True)
+        content["model"]["merges"] = [pair for pair in content["model"]["merges"] if pair != ["Ġt", "he"]]
+
+    content = edited(vocabulary, unlearn)
+    id = vocabulary.ordinary_ids[b" the"]
+    assert tokenizers.Tokenizer.from_str(content).encode(" the").ids == [id]
+    with pytest.raises(TokenizerError, match="ignore_merges, but its merges do not make token Ġthe"):
+        from_json(content)
+    merges = [pair for pair in vocabulary.merges if pair != (b" t", b"he")]
+    assert ref.encode(" the", replace(vocabulary, merges=merges)) != [id]
+    content = edited(replace(vocabulary, merges=merges), lambda c: None)
+    assert from_json(content).merges == merges, "where merges count, a token may be out of reach"
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"model": 3}', b"\xff\xfe", b"[" * 100_000])

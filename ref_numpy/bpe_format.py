@@ -4,14 +4,17 @@
     vocab.json and merges.txt    two files, those of GPT-2; they name no split pattern (it is GPT-2's)
 
 Both write a token as text in which each byte stands as one visible character (`byte_characters`).
-Not here: any other kind of tokenizer, normalisers, tokens with stripping rules. A file that asks for one of
-them is refused, since its ids would differ.
+Not here: any other kind of tokenizer, normalisers, truncation, padding, tokens with stripping rules, tokens
+cut out of any text, words taken whole that merges do not make. A file that asks for one of them is refused,
+since its ids would differ. What its post_processor puts around a text is no part of the text.
 """
 
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
+from math import inf
 
 import regex
 
@@ -233,14 +236,54 @@ def from_json(text: str | bytes) -> Vocabulary:
         model = content["model"]
         kind = model.get("type", "BPE")
         _require(kind == "BPE", f"its model is {kind}, but only byte-level BPE is read here")
-        foreign = [f"normalizer {content['normalizer']}"] if content.get("normalizer") else []
+        changes = ("normalizer", "truncation", "padding")
+        foreign = [f"{name} {content[name]}" for name in changes if content.get(name)]
         switches = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
         foreign += [f"model.{name} {model[name]}" for name in switches if model.get(name)]
         _require(not foreign, f"it uses {', '.join(foreign)}, which is not supported here")
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        special = {entry["content"]: entry["id"] for entry in content.get("added_tokens") or []}
+        special = _special_tokens(content.get("added_tokens") or [], model["vocab"])
         pattern = _pattern_of(content.get("pre_tokenizer"))
-        return _from_names(model["vocab"] | special, merges, special, pattern)
+        vocabulary = _from_names(model["vocab"] | special, merges, special, pattern)
+        if model.get("ignore_merges"):
+            _require_merges_to_reach_all(vocabulary)
+        return vocabulary
+
+
+def _special_tokens(added: list[dict], vocab: dict[str, int]) -> dict[str, int]:
+    """Text and id of the added tokens. `tokenizers` numbers those that the model lacks from its end on,
+    whatever ids the file gives them."""
+    ids = dict(vocab)
+    for entry in added:
+        text, id = entry["content"], entry["id"]
+        rules = [name for name in ("single_word", "lstrip", "rstrip") if entry[name]]
+        _require(not rules, f"its added token {text!r} has {', '.join(rules)}, which is not supported here")
+        _require(
+            entry["special"],
+            f"its added token {text!r} is not special, so cut out of any text, which is not supported here",
+        )
+        place = ids.setdefault(text, len(ids))
+        _require(
+            id == place, f"its added token {text!r} has id {id}, but its place in the vocabulary is {place}"
+        )
+    return {entry["content"]: entry["id"] for entry in added}
+
+
+def _require_merges_to_reach_all(vocabulary: Vocabulary) -> None:
+    """With ignore_merges a word that is a token is that token at once: the same where merges make it too."""
+    rank = {pair: place for place, pair in enumerate(vocabulary.merges)}
+    for token in vocabulary.ordinary_ids:
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 1:
+            ranks = [rank.get(pair, inf) for pair in pairwise(parts)]
+            first = min(ranks)
+            _require(
+                first < inf,
+                f"it uses model.ignore_merges, but its merges do not make token {printable(token)}, which is "
+                "not supported here",
+            )
+            i = ranks.index(first)
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
 
 
 def _pattern_of(pre_tokenizer: dict | None) -> str | None:

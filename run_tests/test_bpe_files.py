@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ref_numpy import bpe as ref
-from ref_numpy.bpe_format import SPLITS
+from ref_numpy.bpe_format import SPLITS, TokenizerError
 from torch_impl import bpe
 from torch_impl.training import bpe_corpus, bpe_table
 from torch_impl.training.bpe_command import main
@@ -27,6 +27,7 @@ from torch_impl.training.tokenizer import (
     Tokenizer,
     WordTokenizer,
     load_tokenizer,
+    parse_tokenizer,
 )
 
 CORPUS = "\n".join(topics.values())
@@ -285,3 +286,37 @@ def test_damaged_tokenizer_is_named(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
     with pytest.raises(InputError, match=r"tokenizer\.json"):
         load_tokenizer(tmp_path / "tokenizer.json")
+
+
+def shifted(model):
+    model["vocab"] = {token: id + 1 for token, id in model["vocab"].items()}
+
+
+@pytest.mark.parametrize("kind", [CharacterTokenizer, WordTokenizer])
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda c: c["model"].update(unk_token="a"), "its unk_token"),
+        (
+            lambda c: c["model"]["vocab"].update({"<unk>": 1, "a": 0}),
+            "ids must run from 0 to 2, beginning with",
+        ),
+        (lambda c: c["model"]["vocab"].update(b=3), "ids must run from 0 to 2"),
+        (lambda c: c["model"]["vocab"].update(b=1), "ids must run from 0 to 2"),
+        (lambda c: c["model"]["vocab"].pop("<unk>"), "ids must run from 0 to 2"),
+        (lambda c: shifted(c["model"]), "ids must run from 0 to 2"),
+        (lambda c: c.update(truncation={"max_length": 3}), "it uses truncation"),
+        (lambda c: c.update(padding={"strategy": "BatchLongest"}), "it uses padding"),
+        (lambda c: c.update(added_tokens=[{"id": 1, "content": "a"}]), "it uses added_tokens"),
+        (
+            lambda c: c["model"]["vocab"].update({"\ud800": 3}),
+            r"its token '\\ud800' is half of a surrogate pair",
+        ),
+    ],
+)
+def test_characters_and_words_that_mean_other_ids_are_refused(kind, edit, message):
+    """Ids used to be given anew in silence, and half of a surrogate pair ended in a traceback."""
+    described = json.loads(kind(["a", "b"]).to_json())
+    edit(described)
+    with pytest.raises(TokenizerError, match=message):
+        parse_tokenizer(json.dumps(described).encode())

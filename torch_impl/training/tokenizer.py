@@ -215,12 +215,28 @@ def parse_tokenizer(content: bytes) -> Tokenizer:
             tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
             how = described["normalizer"], described["pre_tokenizer"]
             if how == (None, CharacterTokenizer.split):
-                return CharacterTokenizer(tokens)
+                return _as_described(CharacterTokenizer(tokens), described)
             if how[0] in (None, {"type": "Lowercase"}) and how[1] == WordTokenizer.split:
-                return WordTokenizer(tokens, lowercase=how[0] is not None)
+                return _as_described(WordTokenizer(tokens, lowercase=how[0] is not None), described)
         vocabulary = from_json(content)
     except TokenizerError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TokenizerError(f"it is no tokenizer.json: {type(error).__name__} {error}") from None
     return ByteTokenizer() if vocabulary == BYTES else BPETokenizer(vocabulary)
+
+
+def _as_described(tokenizer: WordLevel, described: dict) -> WordLevel:
+    """The tokenizer. Raises TokenizerError where a file means other ids, or tokens that are no text."""
+    written, model = json.loads(tokenizer.to_json()), described["model"]
+    for name in ("truncation", "padding", "added_tokens"):
+        if described.get(name) not in (None, written[name]):
+            raise TokenizerError(f"it uses {name} {described[name]}, which is not supported here")
+    if model["unk_token"] != _UNKNOWN or model["vocab"] != written["model"]["vocab"]:
+        raise TokenizerError(
+            f"its ids must run from 0 to {tokenizer.vocab_size - 1}, beginning with {_UNKNOWN}, its unk_token"
+        )
+    for token in tokenizer.tokens:
+        if any("\ud800" <= character <= "\udfff" for character in token):
+            raise TokenizerError(f"its token {token!r} is half of a surrogate pair, which is no text")
+    return tokenizer
