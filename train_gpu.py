@@ -13,7 +13,7 @@ from ref_numpy.config import ConfigError
 from torch_impl.training.command_line import Request, parse
 from torch_impl.training.files import InputError
 from torch_impl.training.stopping import Diverged
-from torch_impl.training.terminal import lasting_output
+from torch_impl.training.terminal import lasting_output, show_what_can_be_shown
 
 _LISTENING = 3.0
 """Seconds for the first process of a run to say what is wrong: torchrun ends it as soon as another leaves."""
@@ -22,8 +22,7 @@ _LISTENING = 3.0
 def main(arguments: list[str]) -> int:
     """Carry out a command line. The exit code is 0, 1 for a run that failed, 2 for a request that cannot be
     met, and 128 + the signal for a run that was stopped; a failure is one line on stderr."""
-    if sys.stdout is not None:
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character still shows the rest
+    show_what_can_be_shown()
     with lasting_output():
         return _sweep(arguments[1:]) if arguments[:1] == ["sweep"] else _train(arguments)
 

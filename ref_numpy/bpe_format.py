@@ -116,8 +116,17 @@ def _bytes_of(text: str) -> bytes:
         raise TokenizerError(f"token {text!r} has the character {error}, which stands for no byte") from None
 
 
+def _require_text(what: str, text: str) -> None:
+    """Half of a surrogate pair, as a byte of a command line arrives that is no UTF-8, fits in no file."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise TokenizerError(f"{what} {text!r} is no text at character {error.start}; leave it out") from None
+
+
 def check_pattern(pattern: str | None) -> None:
-    """Raises TokenizerError if the pattern is no regular expression."""
+    """Raises TokenizerError if the pattern is no regular expression, or no text."""
+    _require_text("split pattern", pattern or "")
     try:
         regex.compile(pattern or "")
     except (regex.error, TypeError) as error:
@@ -151,6 +160,7 @@ def vocabulary_of(
     places = {token: id for id, token in enumerate(listed)}
     special = {}
     for text in dict.fromkeys(special_tokens):
+        _require_text("special token", text)
         token = text.encode("utf-8")
         if token not in places or len(token) == 1:
             places[token] = len(listed)

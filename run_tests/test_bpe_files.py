@@ -206,6 +206,10 @@ def test_bad_requests_are_one_line_and_write_nothing(vocabulary, corpus, tmp_pat
     cases = [
         ([*train, str(corpus), "--vocab-size", "255"], "vocab_size is 255, but must be at least 256"),
         ([*train, str(corpus), "--split", "("], "no regular expression"),
+        # A byte that is no UTF-8 used to end in a traceback, for a split after all of the training.
+        ([*train, str(corpus), "--special-tokens", "\udcff"], r"special token '\udcff' is no text"),
+        ([*train, str(corpus), "--split", "a\udcff"], r"split pattern 'a\udcff' is no text at character 1"),
+        (["inspect", *source, "--text", "\udcff"], "--text is not valid text"),
         ([*train, str(corpus), "--sample", "0"], "--sample is 0.0"),
         ([*train, str(corpus), "--workers", "-1"], "--workers is -1"),
         ([*train, str(tmp_path / "small.txt")], "runs out of pairs after 2 merges"),

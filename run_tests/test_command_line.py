@@ -148,6 +148,7 @@ def test_a_short_run_has_a_short_warm_up():
         (["--sample-tokens", "-1"], r"sample_tokens is -1, but must not be negative"),
         (["--seed", "-1"], r"seed is -1"),
         (["--learning-rate", "nan"], r"learning_rate is nan"),
+        (["--out", "run\udcff"], r"--out is not valid text: surrogates not allowed at character 3"),
         (["--resume", "nowhere"], r"nowhere is no run folder"),
         (["cpu", "--resume", "nowhere"], r"leave out 'cpu'"),
         (["--out", "."], r"\. exists, and a run is never overwritten"),

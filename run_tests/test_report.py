@@ -6,7 +6,9 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from torch_impl.training.command_line import parse
 from torch_impl.training.config import read_config
 from torch_impl.training.presets import PRESETS
 from torch_impl.training.repeating import arguments_of, as_typed
+from torch_impl.training.telemetry import draw_losses
 
 
 class Page(HTMLParser):
@@ -125,6 +128,18 @@ def test_a_disk_that_is_full_at_the_end_is_told_and_the_report_comes_later(small
     assert not list(Path("run").glob("*.new"))
     assert cli("--resume", "run").code == 0
     assert report_of("run")["ended"] == "finished" and "img" in Page("run").tags
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are text")
+@pytest.mark.usefixtures("pictures")
+def test_a_text_whose_name_is_no_utf8_is_named_in_the_report(small_run):
+    """Such a run used to fail in its report, after the last step."""
+    shutil.copy("text.txt", "text\udcfd.txt")
+    outcome = small_run("--out", "run", "--train-file", "text\udcfd.txt")
+    assert outcome.code == 0 and r"text\udcfd.txt" in Page("run").text
+    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    draw_losses(Path("losses.png"), rows, 256, "run\udcfd")
+    assert Path("losses.png").stat().st_size
 
 
 FLAGS = {

@@ -19,11 +19,11 @@ import torch
 from ref_numpy.conversation import END_OF_TURN, ROLE_TOKENS
 from torch_impl.training.checkpoint import load_model
 from torch_impl.training.files import InputError, find_checkpoint, new_folder
-from torch_impl.training.flags import parse_flags
+from torch_impl.training.flags import check_text, parse_flags
 from torch_impl.training.hf_config import hf_config, read_hf_config
 from torch_impl.training.hf_tensors import read_hf_tensors, to_hf_tensors
 from torch_impl.training.tensor_files import write_tensors
-from torch_impl.training.terminal import lasting_output
+from torch_impl.training.terminal import lasting_output, show_what_can_be_shown
 from torch_impl.training.tokenizer import Tokenizer
 from torch_impl.transformer import Transformer
 
@@ -110,6 +110,7 @@ def export(arguments: list[str]) -> None:
     for name in ("model", "out"):
         if not getattr(flags, name):
             raise InputError(f"--{name} is missing; see --help")
+    check_text("--out", flags.out)
     loaded = load_model(find_checkpoint(Path(flags.model)), torch.float32, torch.device("cpu"))
     if loaded.config.quantisation is not None:
         raise InputError(f"{flags.model} is quantised; export the run that it was made from")
@@ -119,6 +120,7 @@ def export(arguments: list[str]) -> None:
 
 def main(arguments: list[str]) -> int:
     """The exit code: 0; 2 for a request that cannot be met, 1 for a failure, each with one line on stderr."""
+    show_what_can_be_shown()
     try:
         with lasting_output():  # who reads what was written need not read what is said
             export(arguments)

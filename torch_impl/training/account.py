@@ -32,6 +32,7 @@ from torch_impl.training.costs import (
 from torch_impl.training.files import InputError, find_checkpoint, replace_file
 from torch_impl.training.flags import parse_flags
 from torch_impl.training.presets import PRESETS
+from torch_impl.training.terminal import show_what_can_be_shown
 
 _SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
 _MOMENTS = {
@@ -288,6 +289,7 @@ def _si(number: int | float) -> str:
 
 def main(arguments: list[str]) -> int:
     """The exit code: 0; 2 for a request that cannot be met, 1 for a failure, each with one line on stderr."""
+    show_what_can_be_shown()
     try:
         request = parse(arguments)
         told = table(request)

@@ -17,6 +17,7 @@ from torch_impl.training.bpe_corpus import byte_bar, encode_texts, train_on_text
 from torch_impl.training.bpe_inspect import Files, Inspect, Source, texts
 from torch_impl.training.files import InputError, replace_file, unused_name
 from torch_impl.training.flags import one_line_errors
+from torch_impl.training.terminal import show_what_can_be_shown
 
 _DECODED_AT_ONCE = 1 << 20  # ids
 
@@ -213,6 +214,7 @@ def _parse(arguments: list[str]) -> Train | Encode | Decode | Inspect:
 
 def main(arguments: list[str]) -> int:
     """Carry out a command line; 2 and one line on stderr where that cannot be done."""
+    show_what_can_be_shown()
     try:
         _parse(arguments).run()
     except (TokenizerError, InputError) as error:

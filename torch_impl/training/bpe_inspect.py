@@ -11,6 +11,7 @@ from ref_numpy.bpe_format import SPLITS, TokenizerError, Vocabulary, from_gpt2_f
 from torch_impl.bpe import BPETokenizer
 from torch_impl.training.bpe_corpus import encode_texts
 from torch_impl.training.files import InputError
+from torch_impl.training.flags import check_text
 from torch_impl.training.text import Text
 
 Files = tyro.conf.Positional[tuple[Path, ...]]
@@ -65,6 +66,7 @@ class Inspect:
     """How many of the longest tokens to show."""
 
     def run(self) -> None:
+        check_text("--text", self.text)
         tokenizer = self.source.load()
         vocabulary = tokenizer.vocabulary
         specials = ", ".join(vocabulary.special_tokens) or "none"

@@ -20,7 +20,7 @@ from torch_impl.training.config import (
     read_config,
 )
 from torch_impl.training.files import InputError, find_checkpoint
-from torch_impl.training.flags import dashed, parse_flags
+from torch_impl.training.flags import check_text, dashed, parse_flags
 from torch_impl.training.presets import PRESETS
 
 # What --resume may change. The rest decides which run it is. Other steps mean another schedule from there on;
@@ -121,6 +121,7 @@ def parse(arguments: list[str]) -> Request:
         flags = _parse_flags(rest, start, preset)
         _refuse_another_model(flags, start, init_from)
     out = Path(flags.folder.out) if flags.folder.out else None
+    check_text("--out", str(out))  # the library of safetensors opens no other folder
     if out is not None and (out.exists() or out.is_symlink()):
         raise InputError(f"{out} exists, and a run is never overwritten; name another --out, or --resume it")
     config = _configure(flags, start)

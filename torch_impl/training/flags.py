@@ -45,6 +45,14 @@ def one_line_errors() -> Iterator[None]:
         raise InputError(_one_line(errors.getvalue())) from None
 
 
+def check_text(flag: str, text: str) -> None:
+    """Raises InputError where a flag's text has bytes that are no UTF-8, which paths may have."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"{flag} is not valid text: {error.reason} at character {error.start}") from error
+
+
 def dashed(name: str) -> str:
     """A field's name as a flag."""
     return name.replace("_", "-")

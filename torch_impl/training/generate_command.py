@@ -19,7 +19,7 @@ from torch_impl.training.checkpoint import LoadedModel, load_model
 from torch_impl.training.config import read_config
 from torch_impl.training.device import place_to_read
 from torch_impl.training.files import InputError, find_checkpoint
-from torch_impl.training.flags import dashed, parse_flags
+from torch_impl.training.flags import check_text, dashed, parse_flags
 from torch_impl.training.memory import ran_out
 from torch_impl.training.text import Text
 from torch_impl.training.writing import Printer, SamplingFlags, Writer, check_forbidden, chosen, end_tokens
@@ -86,7 +86,7 @@ def parse(arguments: list[str]) -> Request:
     if "" in flags.stop:
         raise InputError("--stop '' is empty, and would end a text before it begins; leave it out")
     for stop in flags.stop:
-        _check_encodes("--stop", stop)
+        check_text("--stop", stop)
     sampling = SamplingConfig(**asdict(flags.sampling))
     beam = beam_of(flags.search, flags.max_new_tokens, flags.sampling.forbidden)
     if beam is not None:
@@ -129,15 +129,8 @@ def _prompts(flags: GenerateFlags) -> list[str]:
         if not prompt:
             raise InputError("--prompt - reads stdin, which is empty")
         return [prompt]
-    _check_encodes("--prompt", flags.prompt)
+    check_text("--prompt", flags.prompt)
     return [flags.prompt]
-
-
-def _check_encodes(flag: str, text: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError(f"{flag} is not valid text: {error.reason} at character {error.start}") from error
 
 
 def write(request: Request) -> None:

@@ -19,7 +19,7 @@ from matplotlib.legend import Legend
 from torch_impl.training.files import InputError, replace_file
 from torch_impl.training.flags import parse_flags
 from torch_impl.training.telemetry import MetricsLog, Row
-from torch_impl.training.terminal import lasting_output
+from torch_impl.training.terminal import lasting_output, show_what_can_be_shown, visible
 
 _SIZE = (9.0, 5.5)  # inches
 _DPI = 120
@@ -161,6 +161,7 @@ def in_columns(lines: list[tuple[str, ...]]) -> str:
 
 def main(arguments: list[str]) -> int:
     """The exit code: 0; 2 for a request that cannot be met, 1 for a failure, each with one line on stderr."""
+    show_what_can_be_shown()
     try:
         flags = parse_flags(
             PlotFlags(), arguments, "python -m torch_impl.training.plot", "Draw and compare curves of runs."
@@ -172,7 +173,9 @@ def main(arguments: list[str]) -> int:
         if kind not in ("png", "svg", "pdf"):
             raise InputError(f"--out {out} must end in .png, .svg or .pdf")
         folders = [Path(os.path.normpath(run)) for run in flags.runs]
-        curves = [read_curve(f, name) for f, name in zip(folders, names_of(folders), strict=True)]
+        curves = [
+            read_curve(f, name) for f, name in zip(folders, map(visible, names_of(folders)), strict=True)
+        ]
         if all(
             row.get("val_loss" if flags.y == "loss" else flags.y) is None for c in curves for row in c.rows
         ):

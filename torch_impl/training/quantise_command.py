@@ -20,10 +20,10 @@ from torch_impl.training.conversation_file import load_conversations
 from torch_impl.training.corpus import encoded, load_corpus
 from torch_impl.training.device import Place, place_to_read
 from torch_impl.training.files import InputError, find_checkpoint, whole_folder
-from torch_impl.training.flags import parse_flags
+from torch_impl.training.flags import check_text, parse_flags
 from torch_impl.training.repeating import as_typed
 from torch_impl.training.telemetry import faces_of_loss
-from torch_impl.training.terminal import lasting_output
+from torch_impl.training.terminal import lasting_output, show_what_can_be_shown
 from torch_impl.training.token_ids import tokens_on
 from torch_impl.training.tokenizer import WordLevel, WordTokenizer
 from torch_impl.training.writing import chosen
@@ -86,6 +86,7 @@ def parse(arguments: list[str]) -> Request:
     if not flags.out:
         raise InputError("--out is missing; name a folder for the quantised model")
     out = Path(flags.out).absolute()
+    check_text("--out", str(out))
     if out.exists() or out.is_symlink():
         raise InputError(f"{out} exists, and is not overwritten; name another --out")
     if not out.parent.is_dir():
@@ -175,6 +176,7 @@ def _measure(
 
 def main(arguments: list[str]) -> int:
     """The exit code: 0; 2 for a request that cannot be met, 1 for a failure, each with one line on stderr."""
+    show_what_can_be_shown()
     try:
         with lasting_output():  # who reads the model need not read what is said
             carry_out(parse(arguments))

@@ -150,7 +150,7 @@ def page(run: Run, found: dict[str, Any], sample: str | None) -> str:
     if seen is not None and seen.maps:
         parts.append(f"<h2>Attention on a held-out passage, at step {seen.step:,}</h2>")
         parts.append(_picture(draw_attention(seen.maps), "attention maps"))
-    parts.append(f"<h2>The command that repeats it</h2><pre>{escape(found['command'])}</pre>")
+    parts.append(f"<h2>The command that repeats it</h2><pre>{escape(visible(found['command']))}</pre>")
     parts.append(
         "<h2>Environment</h2>" + _table(found["environment"] | {"SHA-256 of the text": found["text"]})
     )

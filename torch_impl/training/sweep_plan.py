@@ -14,7 +14,7 @@ from ref_numpy.config import ConfigError, ModelConfig, TrainConfig
 from torch_impl.training.command_line import Request, parse
 from torch_impl.training.config import RunSettings, StartSettings, TokenizerSettings
 from torch_impl.training.files import InputError
-from torch_impl.training.flags import dashed
+from torch_impl.training.flags import check_text, dashed
 from torch_impl.training.repeating import as_typed
 
 _NOT_VARIED = {"out", "resume", "cache", "profile", "no-profile"}
@@ -88,6 +88,7 @@ def make_plan(arguments: list[str]) -> Plan:
         raise InputError("nothing to compare: give --vary NAME=VALUE,VALUE or --seeds; see sweep --help")
     if "seed" in varied and own.seeds > 1:
         raise InputError("--vary seed and --seeds both name seeds; leave one of them out")
+    check_text("--out", own.out)
     folder = Path(own.out or f"runs/sweep-{time.strftime('%Y%m%d-%H%M%S')}")
     trials = [
         _trial(rest, dict(zip(varied, values, strict=True)), number)

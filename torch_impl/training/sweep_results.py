@@ -11,6 +11,7 @@ from torch_impl.training.files import InputError, write_file
 from torch_impl.training.plot import Curve, draw, in_columns
 from torch_impl.training.sweep_plan import Plan, Trial
 from torch_impl.training.telemetry import MetricsLog, Row
+from torch_impl.training.terminal import visible
 
 FINAL = ("finished", "stopped early", "diverged")  # a run that ended so is not taken up again
 _DRAWN = 10  # combinations in the picture
@@ -41,7 +42,7 @@ class Combination(NamedTuple):
         return [run["best_val_loss"] for run in self.runs if run["ended"] in FINAL[:2]]
 
     def name(self) -> str:
-        return ", ".join(f"{name} {value}" for name, value in self.settings.items()) or "all seeds"
+        return visible(", ".join(f"{name} {value}" for name, value in self.settings.items())) or "all seeds"
 
 
 def ending(run: Path) -> dict[str, Any] | None:
@@ -134,7 +135,7 @@ def tell(plan: Plan, failed: dict[str, str]) -> str:
     }
     content = json.dumps(results, indent=2, allow_nan=False)
     write_file(plan.folder / "results.json", content.encode("ascii"))
-    write_file(plan.folder / "table.md", _markdown(plan, lines, bool(curves)).encode("utf-8"))
+    write_file(plan.folder / "table.md", visible(_markdown(plan, lines, bool(curves))).encode("utf-8"))
     done = sum(len(group.runs) for group in found)
     return f"\n{done} of {len(plan.trials)} runs\n{in_columns(lines)}\n{textwrap.fill(_LEGEND, 80)}"
 

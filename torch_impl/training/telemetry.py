@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from torch_impl.training.files import InputError, write_file
+from torch_impl.training.terminal import visible
 
 Row = dict[str, float | int | None]  # an evaluation; None: not known, or no finite number
 
@@ -116,7 +117,7 @@ def draw_losses(path: Path, rows: list[Row], vocab_size: int, title: str) -> Non
     nothing = math.log(vocab_size)
     axes.axhline(nothing, linestyle=":", color="grey", label=f"ln V = {nothing:.3f}")
     axes.set(xlabel="step", ylabel="loss, nats per token")
-    axes.set_title(title, parse_math=False)
+    axes.set_title(visible(title), parse_math=False)
     axes.grid(alpha=0.3)
     axes.legend()
     picture = io.BytesIO()

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from torch_impl.training.files import InputError
+from torch_impl.training.flags import check_text
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -31,6 +32,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 @contextmanager
 def opened_tensors(path: Path) -> Iterator[safe_open]:
     """The file, to read headers and tensors from. Raises InputError where it is missing or damaged."""
+    check_text(str(path), str(path))  # safetensors would call it damaged
     try:
         with safe_open(path, framework="pt") as file:
             yield file

@@ -11,7 +11,7 @@ from typing import TypeVar
 from ref_numpy.config import SamplingConfig
 from ref_numpy.conversation import END_OF_TURN
 from torch_impl.training.files import InputError
-from torch_impl.training.terminal import visible
+from torch_impl.training.terminal import show_what_can_be_shown, visible
 from torch_impl.training.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -154,7 +154,7 @@ class Printer:
     def __init__(self, as_json: bool, coloured: bool, prompts: int, samples: int, answers: bool) -> None:
         if sys.stdout is None:
             raise InputError("there is no standard output to write to")
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character still shows the rest
+        show_what_can_be_shown()
         self._as_json, self._coloured = as_json, coloured
         self._prompts, self._samples, self._answers = prompts, samples, answers
         self._safe = visible if sys.stdout.isatty() else str
