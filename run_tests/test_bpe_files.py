@@ -191,6 +191,14 @@ def test_inspect_shows_compression_and_tokens(vocabulary, corpus, tmp_path, caps
     assert "\x1b[41" in coloured(bpe.BPETokenizer(vocabulary), "the", colour=True)
 
 
+def test_what_a_tokenizer_holds_does_nothing_to_a_terminal(tmp_path, capsys):
+    """Names of special tokens and the split used to be shown as they stand in the file."""
+    bpe.BPETokenizer(bpe.train(["a"], 257, ["\x1b[31m"], "\x1b|a")).save(tmp_path / "t.json")
+    assert main(["inspect", "--tokenizer", str(tmp_path / "t.json")]) == 0
+    shown = capsys.readouterr().out
+    assert r"special tokens: \x1b[31m" in shown and r"split: \x1b|a" in shown and "\x1b" not in shown
+
+
 def test_bad_requests_are_one_line_and_write_nothing(vocabulary, corpus, tmp_path, capsys):
     out, good = tmp_path / "out.json", tmp_path / "good.json"
     bpe.BPETokenizer(vocabulary).save(good)

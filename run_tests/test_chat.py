@@ -24,8 +24,8 @@ from torch_impl.training.conversation_file import read_conversations
 from torch_impl.training.dialogue import Dialogue
 from torch_impl.training.files import InputError
 from torch_impl.training.growth import with_chat_tokens
-from torch_impl.training.terminal import visible
 from torch_impl.training.tokenizer import ByteTokenizer, CharacterTokenizer
+from torch_impl.training.visible import visible
 from torch_impl.transformer import initialised
 
 ROOT = Path(__file__).parents[1]

@@ -22,7 +22,7 @@ from torch_impl.training import (
     sweep,
 )
 from torch_impl.training.command_line import parse
-from torch_impl.training.config import RunConfig, RunSettings, TokenizerSettings
+from torch_impl.training.config import RunConfig, RunSettings, TokenizerSettings, read_config
 from torch_impl.training.files import InputError
 from torch_impl.training.presets import PRESETS
 
@@ -186,6 +186,14 @@ def test_a_damaged_config_is_named(old, new, message):
     assert old in content
     with pytest.raises(ConfigError, match=message):
         RunConfig.from_json(content.replace(old, new, 1))
+
+
+def test_what_a_config_holds_does_nothing_to_a_terminal(tmp_path):
+    """A stranger's file used to send its escape codes there, as they are, in what was said of it."""
+    content = PRESETS["cpu"].to_json().replace(b'"n_layer"', rb'"\u001b[31m"')
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(InputError, match=r"model: unknown: \\x1b\[31m"):
+        read_config(tmp_path)
 
 
 def test_settings_and_configs_share_no_flag():

@@ -18,7 +18,7 @@ from torch_impl.training.dialogue import Dialogue
 from torch_impl.training.files import InputError
 from torch_impl.training.ranks import Ranks
 from torch_impl.training.telemetry import Row, faces_of_loss
-from torch_impl.training.terminal import visible
+from torch_impl.training.visible import visible
 from torch_impl.training.writing import ANSWERING
 from torch_impl.transformer import Embedded
 

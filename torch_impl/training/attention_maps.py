@@ -21,8 +21,8 @@ from torch import Tensor
 from torch_impl.attention import attention
 from torch_impl.cross_attention import CrossAttention
 from torch_impl.multi_head_attention import Attend, MultiHeadAttention, split_heads
-from torch_impl.training.terminal import visible
 from torch_impl.training.tokenizer import Tokenizer
+from torch_impl.training.visible import visible
 from torch_impl.transformer import Embedded
 
 PASSAGE = 24  # tokens

@@ -13,6 +13,7 @@ from torch_impl.training.bpe_corpus import encode_texts
 from torch_impl.training.files import InputError
 from torch_impl.training.flags import check_text
 from torch_impl.training.text import Text
+from torch_impl.training.visible import visible
 
 Files = tyro.conf.Positional[tuple[Path, ...]]
 _COLOURS = (41, 42, 44, 45, 46)  # backgrounds of a terminal
@@ -69,9 +70,9 @@ class Inspect:
         check_text("--text", self.text)
         tokenizer = self.source.load()
         vocabulary = tokenizer.vocabulary
-        specials = ", ".join(vocabulary.special_tokens) or "none"
+        specials = visible(", ".join(vocabulary.special_tokens)) or "none"
         print(f"{tokenizer.vocab_size} tokens, {len(vocabulary.merges)} merges, special tokens: {specials}")
-        print(f"split: {_name_of(vocabulary)}")
+        print(f"split: {visible(_name_of(vocabulary))}")
         print("longest tokens:")
         for id, token in sorted(enumerate(vocabulary.tokens), key=lambda item: -len(item[1]))[: self.longest]:
             print(f"  {id:>8}  {token.decode('utf-8', errors='replace')!r}")

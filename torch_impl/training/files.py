@@ -8,12 +8,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from torch_impl.training.visible import visible
+
 _HELD = (5, 32)
 """What Windows says where somebody else has a file open: access denied, sharing violation."""
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used. The message is one line: the value, the limit, the mend."""
+    """What the user gave cannot be used. The message is one line: the value, the limit, the mend.
+
+    What it quotes may come from a stranger's file, and is spelled out where it could do something to a
+    terminal.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(visible(message))
 
 
 def flush_to_disk(path: Path) -> None:

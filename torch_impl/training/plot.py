@@ -19,7 +19,8 @@ from matplotlib.legend import Legend
 from torch_impl.training.files import InputError, replace_file
 from torch_impl.training.flags import parse_flags
 from torch_impl.training.telemetry import MetricsLog, Row
-from torch_impl.training.terminal import lasting_output, show_what_can_be_shown, visible
+from torch_impl.training.terminal import lasting_output, show_what_can_be_shown
+from torch_impl.training.visible import visible
 
 _SIZE = (9.0, 5.5)  # inches
 _DPI = 120

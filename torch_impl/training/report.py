@@ -24,7 +24,7 @@ from torch_impl.training.memory import peak_memory
 from torch_impl.training.prepare import Run
 from torch_impl.training.repeating import command_of
 from torch_impl.training.telemetry import draw_losses
-from torch_impl.training.terminal import visible
+from torch_impl.training.visible import visible
 
 _SHARES = ("accuracy", "exact_match")  # that some objectives measure
 

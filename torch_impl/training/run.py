@@ -32,7 +32,7 @@ from torch_impl.training.repeating import as_typed, program
 from torch_impl.training.report import in_short, write_report
 from torch_impl.training.stopping import Diverged, PutOff, StopRequest, stop_requests
 from torch_impl.training.telemetry import in_words
-from torch_impl.training.terminal import visible
+from torch_impl.training.visible import visible
 
 _SILENT = 2  # seconds, for which an evaluation has no bar
 

@@ -11,7 +11,7 @@ from torch_impl.training.files import InputError, write_file
 from torch_impl.training.plot import Curve, draw, in_columns
 from torch_impl.training.sweep_plan import Plan, Trial
 from torch_impl.training.telemetry import MetricsLog, Row
-from torch_impl.training.terminal import visible
+from torch_impl.training.visible import visible
 
 FINAL = ("finished", "stopped early", "diverged")  # a run that ended so is not taken up again
 _DRAWN = 10  # combinations in the picture

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from torch_impl.training.files import InputError, write_file
-from torch_impl.training.terminal import visible
+from torch_impl.training.visible import visible
 
 Row = dict[str, float | int | None]  # an evaluation; None: not known, or no finite number
 

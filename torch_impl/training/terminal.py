@@ -1,9 +1,8 @@
-"""A program's side of the terminal: typed lines, text that cannot harm, Ctrl-C, readers that leave."""
+"""A program's side of the terminal: typed lines, characters that it lacks, Ctrl-C, readers that leave."""
 
 import errno
 import io
 import os
-import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -12,15 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from torch_impl.training.files import InputError
-
-# Controls, which move the cursor, colour, or send keys, and those that turn the direction of text around; not
-# line ends and tabs. And halves of surrogate pairs: a path has one for each byte that is no UTF-8.
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def visible(text: str) -> str:
-    """The text with every character that is none to be shown spelled out, as \\x1b."""
-    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def show_what_can_be_shown() -> None:

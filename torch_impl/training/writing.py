@@ -11,8 +11,9 @@ from typing import TypeVar
 from ref_numpy.config import SamplingConfig
 from ref_numpy.conversation import END_OF_TURN
 from torch_impl.training.files import InputError
-from torch_impl.training.terminal import show_what_can_be_shown, visible
+from torch_impl.training.terminal import show_what_can_be_shown
 from torch_impl.training.tokenizer import Tokenizer
+from torch_impl.training.visible import visible
 
 T = TypeVar("T")
 
