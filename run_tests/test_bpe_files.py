@@ -242,6 +242,12 @@ def test_bad_requests_are_one_line_and_write_nothing(vocabulary, corpus, tmp_pat
         (["decode", str(tmp_path / "floats.npy"), *source], "one row of integers"),
         (["decode", str(tmp_path / "half.txt"), *source, "--strict"], "not UTF-8"),
     ]
+    header = b"\x93NUMPY\x01\x00\x10\x00{'descr: ((((((("
+    (tmp_path / "cut.npy").write_bytes(header)  # used to end in a traceback of Python's own tokenizer
+    (tmp_path / "empty.npy").write_bytes(b"")
+    cases += [
+        (["decode", str(tmp_path / f"{name}.npy"), *source], "holds no ids") for name in ("cut", "empty")
+    ]
     before = sorted(tmp_path.iterdir())
     for arguments, message in cases:
         assert main(arguments) != 0, arguments

@@ -135,6 +135,12 @@ def test_the_prompt_is_cut_to_the_context(write):
         ),
         (["--model", "run", "--stop", ""], "--stop '' is empty, and would end a text before it begins"),
         (["--model", "run", "--stop", "\udcff"], "--stop is not valid text"),
+        # Numbers that do not fit in an integer of the machine used to end in the frames of a C++ stack.
+        (
+            ["--model", "run", "--beams", "2", "--max-new-tokens", str(10**20)],
+            "must be at most 281474976710656",
+        ),
+        (["--model", "run", "--beams", str(10**20)], "must be at most 281474976710656"),
         (["--model", "run", "--samples", "0"], "--samples is 0, but must be at least 1"),
         (["--model", "run", "--batch-size", "0"], "--batch-size is 0, but must be at least 1"),
         (["--model", "run", "--forbidden", "999"], "--forbidden 999 is no token; ids run from 0 to 255"),

@@ -1,5 +1,6 @@
 """Memory: what a run needs of it, what fits, and what is said where there is none."""
 
+import json
 import os
 import re
 from dataclasses import replace
@@ -13,10 +14,12 @@ from ref_numpy.parameters import parameter_shapes
 from run_tests.conftest import metrics
 from torch_impl.training import memory
 from torch_impl.training import run as run_module
+from torch_impl.training.checkpoint import load_model
 from torch_impl.training.config import read_config
 from torch_impl.training.costs import parameter_count
 from torch_impl.training.device import Place
-from torch_impl.training.memory import largest_that_fits, needed_bytes, step_bytes
+from torch_impl.training.files import InputError
+from torch_impl.training.memory import largest_that_fits, memory_of, needed_bytes, step_bytes
 from torch_impl.training.presets import PRESETS
 from torch_impl.training.ranks import ALONE, Ranks
 
@@ -104,3 +107,16 @@ def test_the_memory_of_a_run_counts_every_parameter():
     assert parameter_count(config.model) == sum(map(prod, parameter_shapes(config.model).values()))
     more = replace(config, training=replace(config.training, micro_batches=12))
     assert 16 * parameter_count(config.model) < needed_bytes(more, CPU) < needed_bytes(config, CPU)
+
+
+@pytest.mark.skipif(memory_of(torch.device("cpu")) is None, reason="the system does not say what it has")
+@pytest.mark.parametrize("context_length", [10**12, 2**63 - 1, 10**19])
+def test_nothing_is_allocated_for_a_context_that_a_config_claims(small_run, context_length):
+    """Its table of rotations and its cache used to be, until the process was killed."""
+    assert small_run("--out", "run", "--positions", "rope").code == 0
+    path = Path("run/best/config.json")
+    config = json.loads(path.read_bytes())
+    config["model"]["context_length"] = context_length
+    path.write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(InputError, match=r"config\.json: context_length .*(this machine has|below 2\*\*63)"):
+        load_model(Path("run/best"), torch.float32, torch.device("cpu"))

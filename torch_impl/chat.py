@@ -20,8 +20,8 @@ from ref_numpy.conversation import Conversation, Message, to_record, well_formed
 from torch_impl.training.files import InputError, find_checkpoint, write_new_file
 from torch_impl.training.flags import parse_flags
 from torch_impl.training.terminal import Lines, interrupt_only_noted
-from torch_impl.training.writing import ANSWERING, SamplingFlags, TextStream, check_forbidden, chosen
 from torch_impl.training.visible import visible
+from torch_impl.training.writing import ANSWERING, SamplingFlags, TextStream, check_forbidden, chosen
 
 if TYPE_CHECKING:  # imports torch, which --help can do without
     from torch_impl.training.dialogue import Dialogue

@@ -22,6 +22,7 @@ from torch_impl.training.files import InputError, find_checkpoint, new_folder
 from torch_impl.training.flags import check_text, parse_flags
 from torch_impl.training.hf_config import hf_config, read_hf_config
 from torch_impl.training.hf_tensors import read_hf_tensors, to_hf_tensors
+from torch_impl.training.memory import refuse_context_beyond_memory
 from torch_impl.training.tensor_files import write_tensors
 from torch_impl.training.terminal import lasting_output, show_what_can_be_shown
 from torch_impl.training.tokenizer import Tokenizer
@@ -44,6 +45,7 @@ def from_hf(folder: Path | str, dtype: torch.dtype = torch.float32) -> Transform
     """
     config = read_hf_config(Path(folder))
     tensors = read_hf_tensors(Path(folder), config, dtype)
+    refuse_context_beyond_memory(Path(folder), config, dtype.itemsize)
     model = Transformer(config, dtype).to(dtype)
     model.load_state_dict(tensors)
     return model

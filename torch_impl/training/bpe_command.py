@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from tokenize import TokenError
 from typing import Annotated, Literal
 
 import numpy as np
@@ -133,7 +134,7 @@ class Decode:
                 ids = np.load(self.ids, mmap_mode="r", allow_pickle=False)
             else:
                 ids = np.array(self.ids.read_text(encoding="utf-8").split(), np.int64)
-        except (ValueError, OverflowError) as error:
+        except (ValueError, OverflowError, EOFError, TokenError) as error:  # the last of a .npy's header
             raise InputError(f"{self.ids} holds no ids: {error}") from None
         if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
             raise InputError(

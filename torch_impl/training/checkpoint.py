@@ -31,6 +31,7 @@ from torch_impl.training.config import FORMAT_VERSION, RunConfig, parse_json, re
 from torch_impl.training.files import InputError, new_folder, replaced_folder, whole_folder
 from torch_impl.training.hf_config import is_hf
 from torch_impl.training.hf_tensors import read_hf_tensors
+from torch_impl.training.memory import refuse_context_beyond_memory
 from torch_impl.training.ranks import part_of, whole
 from torch_impl.training.tensor_files import opened_tensors, write_tensors
 from torch_impl.training.tokenizer import Tokenizer, load_tokenizer
@@ -139,6 +140,7 @@ def load_model(folder: Path, compute_dtype: torch.dtype, device: torch.device) -
     # Tensors first: nothing is built on the word of the config.
     if config.quantisation is None:
         params = load_parameters(folder, config.model)
+        refuse_context_beyond_memory(folder, config.model, compute_dtype.itemsize)
         model = make_model(config.model, compute_dtype)
         model.load_state_dict(params)
     else:
@@ -147,6 +149,7 @@ def load_model(folder: Path, compute_dtype: torch.dtype, device: torch.device) -
         for name, tensor in tensors.items():
             if name.endswith(".scales") and not (tensor.isfinite() & (tensor > 0)).all():
                 raise InputError(f"{path} is damaged: a number of {name} is no positive finite number")
+        refuse_context_beyond_memory(folder, config.model, compute_dtype.itemsize)
         model = make_model(config.model, compute_dtype)
         load_quantised(model, tensors, **how)
     return LoadedModel(config, tokenizer, model.to(device))
@@ -183,7 +186,7 @@ def _check_progress(values: dict[str, Any]) -> None:
     if set(values) != {field.name for field in fields(Progress)}:
         raise ConfigError("values are missing or unknown")
     whole = all(
-        type(values[name]) is int and values[name] >= 0
+        type(values[name]) is int and 0 <= values[name] < 2**63
         for name in ("step", "best_step", "no_better", "loss_count")
     )
     objects = ("loss_scale", _LOSS_SCALE), ("owed", set(OWED))

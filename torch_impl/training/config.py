@@ -238,6 +238,9 @@ def _part(config: dict[str, Any], name: str, kind: type) -> Any:
             value = values[field.name] = tuple(value)  # JSON has lists only
         if type(value) is not wanted and (type(value), wanted) != (int, float):
             raise ConfigError(f"{field.name} is {value!r}, but must be a {wanted.__name__}")
+        limit = 2**64 if field.name == "seed" else 2**63
+        if type(value) is int and not -limit < value < limit:
+            raise ConfigError(f"{field.name} is {value}, but must be below 2**{limit.bit_length() - 1}")
         if get_origin(field.type) is Literal and value not in get_args(field.type):
             raise ConfigError(f"{field.name} is {value!r}, but must be one of {get_args(field.type)}")
     return kind(**values)

@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from torch_impl.training.text import Text
 from torch_impl.training.writing import Printer, SamplingFlags, Writer, check_forbidden, chosen, end_tokens
 
 _SAMPLING, _SEARCH = SamplingFlags(temperature=0.8), BeamFlags()
+_MOST = 2**48  # of anything: products of more would not fit in an integer of the machine
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,10 @@ def parse(arguments: list[str]) -> Request:
     for name, least in (("max_new_tokens", 0), ("samples", 1), ("batch_size", 1)):
         if (value := getattr(flags, name)) < least:
             raise InputError(f"--{dashed(name)} is {value}, but must be at least {least}")
+        if value > _MOST:
+            raise InputError(f"--{dashed(name)} is {value}, but must be at most {_MOST}")
+    if flags.search.beams > _MOST:
+        raise InputError(f"--beams is {flags.search.beams}, but must be at most {_MOST}")
     if not 0 <= flags.seed < 2**64:
         raise InputError(f"--seed is {flags.seed}, but must lie in [0, 2**64)")
     if not flags.model:
@@ -152,10 +158,11 @@ def write(request: Request) -> None:
     elif len(prompts) * flags.samples == 1:
         printer.stream(request.prompts[0], _drawn(request, loaded, [(prompts[0], 0)]))
     else:
-        rows = [(number, sample) for number in range(len(prompts)) for sample in range(flags.samples)]
-        groups = [rows[i : i + flags.batch_size] for i in range(0, len(rows), flags.batch_size)]
+        rows = ((number, sample) for number in range(len(prompts)) for sample in range(flags.samples))
+        groups = iter(lambda: [*islice(rows, flags.batch_size)], [])
+        batches = -(-len(prompts) * flags.samples // flags.batch_size)
         seen = sys.stdout.isatty()  # what is written then shows how far it is
-        for group in tqdm(groups, unit="batch", disable=seen or None, leave=False):
+        for group in tqdm(groups, total=batches, unit="batch", disable=seen or None, leave=False):
             *_, writers = _drawn(request, loaded, [(prompts[number], sample) for number, sample in group])
             for (number, sample), writer in zip(group, writers, strict=True):
                 printer.show(request.prompts[number], number, sample, writer.written)

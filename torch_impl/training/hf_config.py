@@ -67,6 +67,8 @@ T = TypeVar("T", bool, int, float)
 def _value(described: dict[str, Any], name: str, default: T) -> T:
     """A setting of the default's type; files leave out what is as usual."""
     found, kind = described.get(name, default), type(default)
+    if type(found) is int and abs(found) >= 2**63:
+        raise ConfigError(f"{name} is {found}, but must be below 2**63")
     if kind is float and type(found) is int:
         found = float(found)
     if type(found) is not kind:

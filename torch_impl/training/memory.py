@@ -14,11 +14,13 @@ from pathlib import Path
 
 import torch
 
+from ref_numpy.config import ModelConfig
 from torch_impl.training.config import RunConfig
 from torch_impl.training.costs import (
     Kernels,
     TrainingBytes,
     in_bytes,
+    kv_cache_bytes,
     parameter_count,
     process_bytes,
     training_bytes,
@@ -175,4 +177,17 @@ def refuse_what_cannot_fit(config: RunConfig, device: torch.device, ranks: Ranks
             f"{parameter_count(config.model):,} parameters and their training need {needed / 2**30:,.1f} GiB "
             f"of memory at least, but this machine has {present / 2**30:,.1f}: reduce --d-model, --n-layer, "
             "--batch-size or --context-length, or raise --micro-batches"
+        )
+
+
+def refuse_context_beyond_memory(folder: Path, model: ModelConfig, size: int) -> None:
+    """Raises InputError where what a model keeps for each place of its context, which no tensor of its files
+    vouches for, is more than the machine has: a table of positions, and keys and values of so many bytes."""
+    limit = memory_of(torch.device("cpu"))
+    table = {"rope": 8 * model.head_width, "sinusoidal": 8 * model.d_model}.get(model.positions, 0)
+    needed = model.context_length * (table + kv_cache_bytes(model, size).token)
+    if limit is not None and needed > limit:
+        raise InputError(
+            f"{folder / 'config.json'}: context_length {model.context_length} takes {in_bytes(needed)}, but "
+            f"this machine has {in_bytes(limit)}; make it smaller there"
         )
