@@ -93,9 +93,11 @@ def make_answering(
         if left_out:
             told[-1] += f" (exchanges left out, longer than the context of {length}: {left_out:,})"
         if not found:
+            fixed = config.start.init_from and config.model.positions == "learned"
+            mend = "begin with a model of a larger one" if fixed else "use a larger --context-length"
             raise InputError(
                 f"of the {len(conversations):,} conversations {name} none has an exchange that fits into the "
-                f"context of {length} tokens; use a larger --context-length"
+                f"context of {length} tokens; shorten them, or {mend}"
             )
         sides.append(
             pack([(torch.from_numpy(ids), torch.from_numpy(counts)) for ids, counts in found], length, device)
