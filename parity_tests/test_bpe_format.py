@@ -105,6 +105,7 @@ def added(vocabulary, text: str, id: int | None = None, **flags: bool) -> str:
         ({"lstrip": True}, "added token '    ' has lstrip, which is not supported"),
         ({"rstrip": True, "single_word": True}, "added token '    ' has single_word, rstrip, which"),
         ({"id": 2001}, "added token '    ' has id 2001, but its place in the vocabulary is 2000"),
+        ({"id": 1999}, "added token '    ' has id 1999, but its place in the vocabulary is 2000"),
     ],
 )
 def test_added_tokens_that_mean_other_ids_are_refused(vocabulary, flags, message):
@@ -156,6 +157,11 @@ def test_words_taken_whole_are_read_where_merges_make_them_too(vocabulary):
     assert tokenizers.Tokenizer.from_str(content).encode(" the").ids == [id]
     with pytest.raises(TokenizerError, match="ignore_merges, but its merges do not make token Ġthe"):
         from_json(content)
+    pair = vocabulary.merges[0]  # two bytes
+    content = json.loads(edited(vocabulary, lambda c: c["model"].update(ignore_merges=True)))
+    content["model"]["merges"] = content["model"]["merges"][1:]
+    with pytest.raises(TokenizerError, match=f"do not make token {printable(pair[0] + pair[1])},"):
+        from_json(json.dumps(content))
     merges = [pair for pair in vocabulary.merges if pair != (b" t", b"he")]
     assert ref.encode(" the", replace(vocabulary, merges=merges)) != [id]
     content = edited(replace(vocabulary, merges=merges), lambda c: None)
