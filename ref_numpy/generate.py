@@ -59,8 +59,8 @@ def generate_batch(
     """Yields the next token of each prompt, n_tokens times: what each would give alone.
 
     Token i of prompt b takes its u from (seed, i, streams[b]), by default from stream 0. Shorter texts have
-    padding before them. Raises ValueError for an empty prompt, a model that is no decoder, or logits that are
-    not numbers.
+    padding before them. Raises ValueError where there are no prompts or one is empty, for a model that is no
+    decoder, and for logits that are not numbers.
     """
     if config.architecture != "decoder":
         raise ValueError(f"an {config.architecture} does not continue a text; only a decoder does")

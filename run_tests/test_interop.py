@@ -1,7 +1,5 @@
 """Runs that begin from other models, and end as models that others load."""
 
-import errno
-import io
 import json
 import re
 import shutil
@@ -12,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from ref_numpy.config import ModelConfig
-from run_tests.conftest import content, metrics
+from run_tests.conftest import Gone, content, metrics
 from torch_impl import interop
 from torch_impl.interop import from_hf, to_hf
 from torch_impl.training import generate_command
@@ -177,11 +175,6 @@ def test_an_export_that_cannot_be_is_one_line(small_run, capsys, arguments, mess
 def test_an_export_that_nobody_hears_of_is_written(small_run, monkeypatch):
     """A reader of its output that had left made it say that nothing was written, when all was."""
     assert small_run("--out", "run").code == 0
-
-    class Gone(io.StringIO):
-        def write(self, text: str) -> int:
-            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
-
     monkeypatch.setattr("sys.stdout", Gone())
     assert interop.main(["--model", "run", "--out", "hf"]) == 0 and Path("hf/config.json").is_file()
 

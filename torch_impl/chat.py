@@ -106,8 +106,7 @@ class Chat:
             if line.strip():
                 self.say(well_formed(line.removeprefix("/") if line.startswith("//") else line))
             return True
-        name, *rest = line[1:].split(maxsplit=1) or [""]
-        argument = rest[0].strip() if rest else ""
+        name, argument, *_ = [*line[1:].strip().split(maxsplit=1), "", ""]
         if name == "quit":
             return False
         if name not in COMMANDS:

@@ -64,8 +64,8 @@ def generate_batch(
     Token i of prompt b takes its u from (seed, i, streams[b]), by default from stream 0. Shorter texts have
     padding before them. With same_work (by default on CUDA) all steps after the first do the same, so that on
     CUDA they are one replayed graph, and tokens are read while the next ones are computed; not so with ALiBi,
-    or texts of unequal length. Raises ValueError for an empty prompt, a model that is no decoder, or logits
-    that are not numbers.
+    or texts of unequal length. Raises ValueError where there are no prompts or one is empty, for a model that
+    is no decoder, and for logits that are not numbers.
     """
     config = model.config
     if config.architecture != "decoder":
@@ -145,9 +145,8 @@ class _Writing:
         """Reads new tokens and chooses those after them: they stand in `last`, their logits in `logits`."""
         device, largest = self.last.device, self.model.config.vocab_size - 1
         documents = None if documents is None else documents.to(device)
-        new = new.to(device).clamp(
-            max=largest
-        )  # what is no token is told when it is read, perhaps after this
+        # V, which is no token, is told when it is read, and that may be after this.
+        new = new.to(device).clamp(max=largest)
         self.logits = self.model(new, documents=documents, past=self.past, last_only=True)[:, 0]
         u = first_uniform(self.key, self.streams) if self.sampling.temperature else 0.0
         tokens = choose(self.logits.to(self.draws_on), self.seen, self.forbidden, self.sampling, u)

@@ -12,7 +12,7 @@ from torch_impl.generate import context_start
 from torch_impl.kv_cache import KVCache
 from torch_impl.training.checkpoint import LoadedModel
 from torch_impl.training.files import InputError
-from torch_impl.training.flags import dashed
+from torch_impl.training.flags import check_text, dashed
 from torch_impl.training.tokenizer import Tokenizer
 from torch_impl.training.writing import Written, end_tokens
 
@@ -55,10 +55,8 @@ def beam_of(flags: BeamFlags, n_tokens: int, forbidden: tuple[int, ...]) -> Beam
 
 def tokens_of(flag: str, text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The tokens of a flag's text. Raises InputError where they do not stand for it."""
-    try:
-        ids = tokenizer.encode(text).tolist()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{flag} is not valid text: {error.reason} at character {error.start}") from error
+    check_text(flag, text)
+    ids = tokenizer.encode(text).tolist()
     if not ids or tokenizer.decode(ids) != text:
         raise InputError(f"{flag} {text!r} is nothing that this model's tokenizer writes")
     return tuple(ids)

@@ -172,8 +172,7 @@ def load_progress(folder: Path) -> Progress:
     try:
         values = parse_json(path.read_bytes())
         del values["format_version"]
-        for name, value in (("owed", None), ("no_better", 0)):  # which older checkpoints do not name
-            values.setdefault(name, value)
+        values = {"owed": None, "no_better": 0} | values  # these two older checkpoints do not name
         _check_progress(values)
     except FileNotFoundError as error:
         raise InputError(f"{folder} is incomplete: no {path.name}") from error

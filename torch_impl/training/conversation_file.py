@@ -25,7 +25,7 @@ from ref_numpy.conversation import (
 from torch_impl.bpe import BPETokenizer
 from torch_impl.training.corpus import Corpus
 from torch_impl.training.files import InputError
-from torch_impl.training.text import Text, readable
+from torch_impl.training.text import Text, file_text
 
 _SPACE = re.compile(r"[ \t\r\n]*")  # what JSON allows between values
 _DECODER = json.JSONDecoder()
@@ -50,9 +50,9 @@ def load_conversations(train_file: str, valid_file: str) -> Conversations:
             "--train-file is missing; name a file of conversations, a JSON object with messages, or with "
             "instruction and output, on each line"
         )
-    training = read_conversations(readable(train_file))
+    training = read_conversations(Path(train_file))
     if valid_file:
-        held_out = read_conversations(readable(valid_file))
+        held_out = read_conversations(Path(valid_file))
     else:
         cut = len(training) * 9 // 10
         training, held_out = training[:cut], training[cut:]
@@ -76,7 +76,7 @@ def _sha256(conversations: list[Conversation]) -> str:
 
 def read_conversations(path: Path) -> list[Conversation]:
     """All conversations of a file. Raises InputError that names the file, the line and what is wrong."""
-    text = "".join(Text(path).parts()).removeprefix("\ufeff")  # the mark that some editors begin a file with
+    text = "".join(file_text(path).parts())
     found = []
     for line, record in _records(text, path):
         try:

@@ -25,6 +25,7 @@ from torch_impl.training.tokenizer import (
     WordTokenizer,
     load_tokenizer,
     parse_tokenizer,
+    tokenizer_sha256,
 )
 
 
@@ -148,7 +149,7 @@ def encoded(
 
     made_from = {
         "text": text_sha256,
-        "tokenizer": hashlib.sha256(tokenizer.to_json().encode("utf-8")).hexdigest(),
+        "tokenizer": tokenizer_sha256(tokenizer),
         "special_tokens": sorted(special_tokens),
         "byte_order": sys.byteorder,
     }

@@ -184,6 +184,7 @@ def refuse_context_beyond_memory(folder: Path, model: ModelConfig, size: int) ->
     """Raises InputError where what a model keeps for each place of its context, which no tensor of its files
     vouches for, is more than the machine has: a table of positions, and keys and values of so many bytes."""
     limit = memory_of(torch.device("cpu"))
+    # In float64, as they are computed: a cosine and a sine of each pair, or a number of each feature.
     table = {"rope": 8 * model.head_width, "sinusoidal": 8 * model.d_model}.get(model.positions, 0)
     needed = model.context_length * (table + kv_cache_bytes(model, size).token)
     if limit is not None and needed > limit:

@@ -1,6 +1,5 @@
 """Everything before the first step of a run: text, tokenizer, model and folder, new or from a checkpoint."""
 
-import hashlib
 import os
 import time
 import warnings
@@ -42,7 +41,7 @@ from torch_impl.training.ranks import Ranks, refuse_uneven
 from torch_impl.training.recompute import recompute_blocks
 from torch_impl.training.spikes import SpikeWatch
 from torch_impl.training.telemetry import MetricsLog
-from torch_impl.training.tokenizer import Tokenizer, WordTokenizer
+from torch_impl.training.tokenizer import Tokenizer, WordTokenizer, tokenizer_sha256
 from torch_impl.training.word_vectors import coverage, place_word_vectors, read_word_vectors
 from torch_impl.transformer import Embedded
 
@@ -124,7 +123,7 @@ def prepare(request: Request, ranks: Ranks, held: ExitStack) -> Run:
     else:
         _check_goes_on(request, saved.progress, corpus)
         tokenizer = saved.tokenizer
-    ranks.require_the_same("tokenizer", hashlib.sha256(tokenizer.to_json().encode("utf-8")).hexdigest())
+    ranks.require_the_same("tokenizer", tokenizer_sha256(tokenizer))
     with ranks.machine_by_machine():
         objective = make_objective(corpus, tokenizer, config, request.cache, place.device)
     if config.run.cuda_graph and isinstance(objective.sample, FromHost):

@@ -105,7 +105,7 @@ class Text:
         return Text(self.source, self.start, cut), Text(self.source, cut, end)
 
 
-def file_text(file: str) -> Text:
+def file_text(file: str | Path) -> Text:
     """All of a file but the byte order mark that some editors begin it with.
 
     Raises InputError where it is not readable.

@@ -5,6 +5,7 @@ interface: bytes, characters, words. Bytes are saved as a byte-level BPE without
 ecosystem's libraries read them too.
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable
@@ -192,6 +193,11 @@ class WordTokenizer(WordLevel):
         if self.normalizer is not None:  # each character for itself: no sigma knows that it is the last one
             text = text.replace("Σ", "σ").lower()
         return regex.findall(self.split["pattern"]["Regex"], text)
+
+
+def tokenizer_sha256(tokenizer: Tokenizer) -> str:
+    """Names the tokenizer."""
+    return hashlib.sha256(tokenizer.to_json().encode("utf-8")).hexdigest()
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
