@@ -53,14 +53,20 @@ BUGS = [
         (
             "rms_epsilon_outside_the_root",
             "RMSNorm adds epsilon to the root of the mean of squares.",
-            "return F.rms_norm(x, weight.shape, weight, epsilon)",
-            "return weight * x / ((x * x).mean(-1, keepdim=True).sqrt() + epsilon)",
+            "torch.rsqrt(mean_square + epsilon)",
+            "1 / (mean_square.sqrt() + epsilon)",
         ),
         (
             "rms_subtracts_the_mean",
             "RMSNorm is a LayerNorm without bias.",
-            "F.rms_norm(x, weight.shape, weight, epsilon)",
-            "F.layer_norm(x, weight.shape, weight, None, epsilon)",
+            "return _RMSNorm.apply(x, weight, epsilon)",
+            "return F.layer_norm(x, weight.shape, weight, None, epsilon)",
+        ),
+        (
+            "rms_scale_without_gradient",
+            "What comes back to RMSNorm's input takes its scale for a constant.",
+            "torch.addcmul(dy * w, x_hat, through_scale, value=-1)",
+            "(dy * w)",
         ),
         (
             "module_forgets_bias",

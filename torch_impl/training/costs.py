@@ -167,10 +167,8 @@ def _stack_bytes(model: ModelConfig, kernels: Kernels, layers: int, has_memory: 
     C, H, K, D, F = model.d_model, model.n_head, model.kv_heads, model.head_width, model.ffn_width
     size, of_cpu, _ = kernels
     dropped = C if model.dropout > 0 else 0  # a byte each
-    if model.norm == "layernorm":
-        norm = (4 if of_cpu else size) * C + 8  # the input, its mean and its deviation
-    else:
-        norm = 4 * (2 * C + 1) if of_cpu else size * C + 4  # a CPU keeps the input before and after division
+    is_layernorm = model.norm == "layernorm"  # which keeps its input, a mean and a deviation, RMSNorm a scale
+    norm = (4 if of_cpu else size) * C + 8 if is_layernorm else size * C + 4
     sublayer = norm + size * C + dropped  # and the sublayer's own input
     widened = of_cpu and size < 4
 
@@ -179,7 +177,7 @@ def _stack_bytes(model: ModelConfig, kernels: Kernels, layers: int, has_memory: 
 
     attention = attended(K * D)
     if model.qk_norm:
-        attention += 4 * (H + K) * (1 if not of_cpu else D + 1 if size == 4 else 2 * D + 1)
+        attention += 4 * (H + K) + (size * (H + 2 * K) * D if widened else 0)
     if (model.qk_norm or model.positions == "rope") and not widened:
         attention += size * (H + K) * D  # q and k once more
     wide = {"relu": 1, "swiglu": 4}.get(model.activation, 2)
@@ -194,21 +192,19 @@ def _attending_bytes(model: ModelConfig, sequences: int, kernels: Kernels) -> in
     """Of all layers, what attention keeps beside its inputs and its output: by masks.
 
     Without a mask and with one of no more than QUERIES_AT_ONCE rows, the log-sum-exps, the mask as numbers,
-    and the output once more where it is copied: by joining heads that do not lie side by side, as after a
-    norm of the queries, unless they are turned then, or to put zeros where padding may leave a query nothing
-    to see. With a larger mask nothing, since attention goes by blocks, which are computed again. CUDA's
-    kernels keep the log-sum-exps, and make masks as they go.
+    and the output once more where zeros are put in a copy, because padding may leave a query nothing to see.
+    With a larger mask nothing, since attention goes by blocks, which are computed again. CUDA's kernels keep
+    the log-sum-exps, and make masks as they go.
     """
     T, C, H, L = model.context_length, model.d_model, model.n_head, model.n_layer
     if not kernels.of_cpu:
         return sequences * T * 4 * H * L * (3 if model.architecture == "encoder-decoder" else 1)
     alibi, in_one_piece = model.positions == "alibi", T <= QUERIES_AT_ONCE
     output = sequences * 4 * T * C if kernels.size == 4 else 0  # else what is copied is converted anyway
-    joined = output if H > 1 and model.qk_norm and model.positions != "rope" else 0
     sums = sequences * T * 4 * H
     table = 4 * T * T * (H if alibi else 1)
     masked = L if alibi else local_layers(model)
-    kept = (L - masked) * (sums + joined) + masked * in_one_piece * (sums + joined + table)
+    kept = (L - masked) * sums + masked * in_one_piece * (sums + table)
     if model.architecture != "encoder-decoder":
         return kept
     padded = sums + output + sequences  # one byte says whether a source has any token
