@@ -11,26 +11,25 @@ from ref_numpy.config import ModelConfig
 
 
 class Rotation(NamedTuple):
-    """The angles of some places, as cosines and sines, for all heads alike."""
+    """What turns the features at some places, in all heads alike: the cosine of its pair's angle for each,
+    and the sine, negative for the first of a pair."""
 
-    cos: Float[Tensor, "*B T 1 half"]
-    sin: Float[Tensor, "*B T 1 half"]
+    cos: Float[Tensor, "*B T 1 D"]
+    sin: Float[Tensor, "*B T 1 D"]
     interleaved: bool
 
     def turn(self, x: Float[Tensor, "B H T D"]) -> Float[Tensor, "B H T D"]:
-        """Each pair (a, b) becomes (a cos - b sin, a sin + b cos).
+        """Each pair (a, b) becomes (a cos - b sin, b cos + a sin).
 
         In memory the heads of a place stay side by side, as the projections write and read them: attention
         lays out what it finds as its queries are, and it would else be copied.
         """
         cos, sin, x = self.cos.to(x.dtype), self.sin.to(x.dtype), x.transpose(1, 2)
         if self.interleaved:
-            a, b = x[..., 0::2], x[..., 1::2]
-            turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+            others = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
         else:
-            a, b = x.chunk(2, dim=-1)
-            turned = torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
-        return turned.transpose(1, 2)
+            others = x.roll(x.shape[-1] // 2, dims=-1)
+        return torch.addcmul(x * cos, others, sin).transpose(1, 2)
 
 
 def rope_angles(places: Integer[Tensor, "*B T"], config: ModelConfig) -> Float[Tensor, "*B T half"]:
@@ -60,5 +59,12 @@ class RotaryPositions(nn.Module):
 
     def forward(self, places: Integer[Tensor, "*B T"]) -> Rotation:
         """What turns the queries and keys at these places."""
-        cos, sin = self.cos[places][..., None, :], self.sin[places][..., None, :]
-        return Rotation(cos, sin, self.config.rope_layout == "interleaved")
+        interleaved = self.config.rope_layout == "interleaved"
+
+        def by_feature(first: Tensor, second: Tensor) -> Tensor:  # of a pair
+            if interleaved:
+                return torch.stack([first, second], dim=-1).flatten(-2)[..., None, :]
+            return torch.cat([first, second], dim=-1)[..., None, :]
+
+        cos, sin = self.cos[places], self.sin[places]
+        return Rotation(by_feature(cos, cos), by_feature(-sin, sin), interleaved)

@@ -88,9 +88,15 @@ BUGS = [
         ),
         (
             "interleaved_not_woven",
-            "In the interleaved layout the turned halves are put one after the other.",
-            "torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)",
-            "torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)",
+            "In the interleaved layout the angles of the pairs stand one after the other, twice.",
+            "torch.stack([first, second], dim=-1).flatten(-2)",
+            "torch.cat([first, second], dim=-1)",
+        ),
+        (
+            "not_a_rotation",
+            "Both features of a pair have their sines added, where the first ought to lose its own.",
+            "by_feature(-sin, sin)",
+            "by_feature(sin, sin)",
         ),
         (
             "angles_in_float32",
