@@ -52,7 +52,7 @@ def _iterated_on_gram(x: Float[Tensor, "K M N"]) -> Float[Tensor, "K M N"]:
     for _ in range(_ITERATIONS):
         if product is not None:
             gram = step @ gram @ step
-        step = _B * gram + _C * (gram @ gram)
+        step = torch.baddbmm(gram, gram, gram, beta=_B, alpha=_C)
         step.diagonal(dim1=-2, dim2=-1).add_(_A)
         product = step if product is None else step @ product
     return product @ x
