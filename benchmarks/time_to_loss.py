@@ -130,12 +130,15 @@ def draw(curves: dict[str, Curve], loss: float, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for name, curve in curves.items():
+    for i, (name, curve) in enumerate(curves.items()):
         seconds, losses = np.array(curve.points).T
-        axes.plot(seconds, losses, marker=".", label=name)
+        (line,) = axes.plot(seconds, losses, marker=".", label=name)
         if (reached := seconds_to(loss, curve.points)) is not None:
-            axes.plot(reached, loss, "o", color=axes.lines[-1].get_color(), markersize=8)
-            axes.annotate(f"{reached:.0f} s", (reached, loss), (4, 6), textcoords="offset points")
+            axes.plot(reached, loss, "o", color=line.get_color(), markersize=8)
+            above = (4, 6 + 12 * i)  # two that come at the same time are both to be read
+            axes.annotate(
+                f"{reached:.0f} s", (reached, loss), above, textcoords="offset points", color=line.get_color()
+            )
     axes.axhline(loss, color="grey", linewidth=0.8, linestyle="--")
     axes.set(xlabel="seconds of training", ylabel="held-out loss, nats per byte", ylim=(None, 1.6 * loss))
     axes.legend()
