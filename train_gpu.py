@@ -24,7 +24,10 @@ def main(arguments: list[str]) -> int:
     met, and 128 + the signal for a run that was stopped; a failure is one line on stderr."""
     show_what_can_be_shown()
     with lasting_output():
-        return _sweep(arguments[1:]) if arguments[:1] == ["sweep"] else _train(arguments)
+        try:
+            return _sweep(arguments[1:]) if arguments[:1] == ["sweep"] else _train(arguments)
+        except KeyboardInterrupt:
+            return _fail("interrupted", 130)
 
 
 def _train(arguments: list[str]) -> int:
@@ -44,8 +47,6 @@ def _train(arguments: list[str]) -> int:
         return 1
     except (InputError, ConfigError) as error:
         return _fail(str(error), 2)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
     except Diverged as error:
         return _fail(str(error), 1)
     except (OSError, MemoryError, RuntimeError) as error:
@@ -62,8 +63,6 @@ def _sweep(arguments: list[str]) -> int:
         return sweep(arguments)
     except (InputError, ConfigError) as error:
         return _fail(str(error), 2)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
     except OSError as error:
         return _fail(f"{error.filename or 'the folder of the sweep'}: {error.strerror}", 1)
 

@@ -6,9 +6,11 @@ import sys
 from dataclasses import fields
 from math import prod
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
+import train_gpu
 from ref_numpy.config import ConfigError, ModelConfig, TrainConfig
 from ref_numpy.parameters import parameter_shapes
 from torch_impl import chat, interop
@@ -39,6 +41,12 @@ def test_help_needs_neither_torch_nor_numpy():
     finished = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, encoding="utf-8")
     assert finished.returncode == 0, finished.stderr
     assert "--learning-rate" in finished.stdout
+
+
+def test_an_interrupt_while_torch_is_still_imported_is_a_line(monkeypatch, capsys):
+    monkeypatch.setattr(train_gpu, "_train", mock.Mock(side_effect=KeyboardInterrupt))
+    assert train_gpu.main([]) == 130
+    assert capsys.readouterr().err == "train_gpu.py: error: interrupted\n"
 
 
 @pytest.mark.parametrize(

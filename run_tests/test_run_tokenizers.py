@@ -86,6 +86,16 @@ def test_tokens_that_lose_a_part_of_the_text_have_no_bits_per_byte(small_run):
         assert "bits per byte, " not in outcome.out
 
 
+def test_what_a_prompt_has_that_the_tokenizer_does_not_know_is_told(small_run, capsys):
+    """Such a prompt was read as something else, and answered without a word."""
+    small_run("--out", "run", *KINDS["characters"])
+    flags = ["--model", "run", "--max-new-tokens", "5", "--prompt"]
+    for prompt, told in (("The quick", ""), ("☃ and ☃", "2 of 7 tokens are unknown to the tokenizer")):
+        capsys.readouterr()
+        assert generate_command.main([*flags, prompt]) == 0
+        assert capsys.readouterr().err == (f"generate: --prompt: {told}\n" if told else "")
+
+
 def test_bpe_learns_what_the_reference_learns_from_the_training_text_alone(small_run, text):
     small_run("--out", "run", *BPE, "--special-tokens", "fox")
     read = text.read_text(encoding="utf-8")

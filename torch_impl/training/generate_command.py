@@ -23,6 +23,8 @@ from torch_impl.training.files import InputError, find_checkpoint
 from torch_impl.training.flags import check_text, dashed, parse_flags
 from torch_impl.training.memory import ran_out
 from torch_impl.training.text import Text
+from torch_impl.training.tokenizer import WordLevel
+from torch_impl.training.visible import visible
 from torch_impl.training.writing import Printer, SamplingFlags, Writer, check_forbidden, chosen, end_tokens
 
 _SAMPLING, _SEARCH = SamplingFlags(temperature=0.8), BeamFlags()
@@ -199,6 +201,9 @@ def _encoded(request: Request, loaded: LoadedModel) -> list[Integer[Tensor, "_"]
             raise InputError(
                 f"{name} has {ids.numel()} tokens, but the model reads at most {config.context_length}"
             )
+        if isinstance(tokenizer, WordLevel) and (unknown := tokenizer.count_unknown(ids.numpy())):
+            told = f"{name.removesuffix(':')}: {unknown} of {ids.numel()} tokens are unknown to the tokenizer"
+            print(f"generate: {visible(told)}", file=sys.stderr)
         found.append(ids)
     return found
 
