@@ -29,6 +29,17 @@ def test_masks_are_those_of_the_cpu_on_any_device(ours, shape, p, key):
     assert got.tolist() == keep_mask(tuple(shape), p, key).tolist()
 
 
+def test_a_compiled_mask_of_a_key_that_is_known(ours):
+    """Of a key whose step and row are numbers, not tensors, came a kernel that Triton refused.
+
+    The CPU, which may lack a C++ compiler, traces it alone.
+    """
+    backend = "aot_eager" if torch.device(ours.device).type == "cpu" else "inductor"
+    key = DropoutKey(seed=2, step=3, site=4)
+    got = torch.compile(fast.keep_mask, backend=backend)((2, 3, 5), 0.5, key, ours.device)
+    assert got.tolist() == keep_mask((2, 3, 5), 0.5, key).tolist()
+
+
 @given(shape=sizes(3, least=2), p=rates, key=dropout_keys(), data=st.data())
 def test_a_sequence_keeps_its_mask_in_any_batch(shape, p, key, data):
     """So a batch may be cut into micro-batches, or dealt out to devices, anywhere."""

@@ -36,9 +36,13 @@ def philox(counter: Words, key: tuple[int, int]) -> Words:
 
 
 def random_bits(key: Key, blocks: Int64[Tensor, "*N"]) -> Words:
-    """The four 32-bit words of each numbered block of a stream; block numbers stay below 2^32."""
+    """The four 32-bit words of each numbered block of a stream; block numbers stay below 2^32.
+
+    The mask takes nothing off. It keeps a compiler that knows the numbers (0, 1, 2 ...) from multiplying
+    them as indices, for which Inductor writes 32 bits on CUDA: too few for Philox's factors.
+    """
     counter = (
-        blocks,
+        blocks & _LOW,
         torch.zeros_like(blocks) + key.stream,
         torch.zeros_like(blocks) + key.step,
         torch.full_like(blocks, key.purpose),
