@@ -3,13 +3,15 @@
 import math
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import time_to_loss, turns
+from benchmarks import same_losses, time_to_loss, turns
 from benchmarks.peers import peer_side
 from benchmarks.rows import Measured, paired, row
 from benchmarks.time_to_loss import Flags, Runner, seconds_to
@@ -143,6 +145,44 @@ def test_a_peer_trains_and_is_asked_for_its_loss(tmp_path):
     for _ in side.steps:
         pass
     assert side.held_out_loss() < 0.1
+
+
+OURS_AS_NANOGPT = (
+    NANOGPT.partition("class GPT(")[0]
+    + """
+from ref_numpy.config import ModelConfig
+from torch_impl.transformer import initialised
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        sizes = {"n_layer": config.n_layer, "n_head": config.n_head, "d_model": config.n_embd}
+        model = ModelConfig(context_length=config.block_size, bias=config.bias, activation="gelu", **sizes)
+        self.model = initialised(model, seed=9)
+
+    def forward(self, ids, targets):
+        return None, self.model.loss((ids, targets))
+
+    def configure_optimizers(self, decay, rate, betas, device):
+        matrices = [each for each in self.parameters() if each.ndim > 1]
+        norms = [each for each in self.parameters() if each.ndim == 1]
+        groups = [{"params": matrices, "weight_decay": WEIGHT * decay}, {"params": norms, "weight_decay": 0}]
+        return torch.optim.AdamW(groups, lr=rate, betas=betas)
+"""
+)
+
+
+@pytest.mark.parametrize(("weight", "apart"), [(1, 0.0), (500, 1e-4)])
+def test_a_peer_from_our_weights_on_our_batches_has_our_losses(tmp_path, weight, apart):
+    """Unless it trains otherwise: here with another weight decay."""
+    model = OURS_AS_NANOGPT.replace("WEIGHT", str(weight))
+    (tmp_path / "model.py").write_text(model, encoding="utf-8")
+    config = PRESETS["nanogpt-cpu"]
+    config = replace(config, training=replace(config.training, batch_size=2, warmup_steps=1))
+    tokens = torch.arange(300) * 7 % 256
+    ours, peers = zip(*islice(same_losses.losses(config, str(tmp_path), tokens), 5), strict=True)
+    differ = max(abs(mine - theirs) for mine, theirs in zip(ours, peers, strict=True))
+    assert differ <= 1e-5 if apart == 0 else differ > apart
 
 
 def test_turns_time_every_side_alike_and_leave_out_those_that_fail(capsys):
