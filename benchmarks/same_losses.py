@@ -6,8 +6,10 @@ has to be ours, as far as float32 tells. What is between the two in benchmarks.t
 and batches each of them drew.
 """
 
+import io
 import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -50,7 +52,8 @@ def losses(config: RunConfig, folder: str, tokens: Tensor) -> Iterator[tuple[flo
         for mine, peer in zip(ours.parameters(), theirs.parameters(), strict=True):
             peer.copy_(mine)
     betas = (training.beta1, training.beta2)
-    optimizer = theirs.configure_optimizers(training.weight_decay, training.learning_rate, betas, "cpu")
+    with redirect_stdout(io.StringIO()):
+        optimizer = theirs.configure_optimizers(training.weight_decay, training.learning_rate, betas, "cpu")
     sample = partial(sample_batch, tokens, config.model.context_length)
     rates = learning_rates(training).tolist()
     for step, metrics in enumerate(train_steps(start(ours, training), sample, training)):
