@@ -109,24 +109,26 @@ def _of_some(
 
     The matrix has V tokens and what fills them up.
     """
-    logits = linear(rows, matrix, None)
-    logits[:, V:] = -torch.inf
-    log_p = torch.log_softmax(logits, dim=-1, dtype=dtype)
-    del logits
     counted = targets != IGNORE
     targets = torch.where(counted, targets, 0)
-    of_targets = log_p.gather(1, targets)
+    logits = linear(rows, matrix, None).to(dtype)
+    logits[:, V:] = -torch.inf
+    logits -= logits.amax(-1, keepdim=True)
+    of_targets = logits.gather(1, targets)
     each = -(1 - label_smoothing) * of_targets
     if label_smoothing:
-        each = each - label_smoothing * log_p[:, :V].mean(-1, keepdim=True)
-    loss = torch.where(counted, each, 0).sum()
+        each = each - label_smoothing * logits[:, :V].mean(-1, keepdim=True)
+    p = logits.exp_()  # times their sum, so far; one array becomes the gradient
+    normaliser = p.sum(-1, keepdim=True)
+    loss = torch.where(counted, each + normaliser.log(), 0).sum()
     if not with_gradient:
         return loss, None
-    dlogits = log_p.exp_()  # p, less the smoothed targets
+    counts = counted.to(dtype)
+    dlogits = p.mul_(counts / normaliser)  # p, less the smoothed targets
     if label_smoothing:
-        dlogits[:, :V] -= label_smoothing / V
-    dlogits = dlogits.masked_fill_(~counted, 0).to(rows.dtype)
+        dlogits[:, :V] -= counts * (label_smoothing / V)
+    dlogits = dlogits.to(rows.dtype)
     # Written last, the places of the targets keep torch.compile from rounding in a pass of its own.
-    at_targets = of_targets.exp() - (1 - label_smoothing) - label_smoothing / V
-    dlogits.scatter_(1, targets, (at_targets * counted).to(rows.dtype))
+    at_targets = of_targets.exp() / normaliser - (1 - label_smoothing) - label_smoothing / V
+    dlogits.scatter_(1, targets, (at_targets * counts).to(rows.dtype))
     return loss, dlogits

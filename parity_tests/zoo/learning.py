@@ -168,8 +168,8 @@ BUGS = [
         (
             "ignored_places_push",
             "The gradient of a place that does not count is not set to zero.",
-            "dlogits.masked_fill_(~counted, 0).to(rows.dtype)",
-            "dlogits.to(rows.dtype)",
+            "counts = counted.to(dtype)",
+            "counts = torch.ones_like(counted, dtype=dtype)",
         ),
         (
             "gradient_of_the_last_chunk",
@@ -180,8 +180,8 @@ BUGS = [
         (
             "smoothing_not_divided",
             "Every token gets all of the smoothing in the gradient.",
-            "dlogits[:, :V] -= label_smoothing / V",
-            "dlogits[:, :V] -= label_smoothing",
+            "dlogits[:, :V] -= counts * (label_smoothing / V)",
+            "dlogits[:, :V] -= counts * label_smoothing",
         ),
     ),
     *bugs(

@@ -216,11 +216,12 @@ def _attending_bytes(model: ModelConfig, sequences: int, kernels: Kernels) -> in
 def logits_bytes(model: ModelConfig, sequences: int, kernels: Kernels = Kernels()) -> int:  # noqa: B008
     """Of the logits that there are at once, and of their gradients: they go before the backward pass.
 
-    Not here: with fewer bytes than float32 has, their probabilities, which compiled kernels do not write.
+    In float32 the gradients take the logits' place. With half as many bytes they stand beside them; not here
+    are the probabilities between, in float32, which compiled kernels do not write.
     """
     V, limit = model.vocab_size, LOGITS_AT_ONCE["cpu" if kernels.of_cpu else "cuda"]
     places = min(sequences * model.context_length, max(limit // V // 64 * 64, 64))
-    return 2 * kernels.size * places * V
+    return 4 * places * V
 
 
 class TrainingBytes(NamedTuple):
