@@ -88,6 +88,20 @@ def test_steps_that_all_do_the_same_write_the_same(pytestconfig, config, seed, s
     torch.testing.assert_close(torch.stack(seen[True]), torch.stack(seen[False]), atol=1e-10, rtol=0)
 
 
+@pytest.mark.parametrize("same_work", [True, False])
+def test_a_token_has_its_own_random_number_however_many_are_drawn_ahead(monkeypatch, same_work):
+    """Of long texts, for which they are drawn more than once."""
+    config = ModelConfig(vocab_size=50, context_length=8, n_layer=1, n_head=1, d_model=4)
+    params, prompts = model_params(config, 0), [np.array([1, 2]), np.array([3, 4])]
+    want = list(generate_batch(params, prompts, config, 12, SamplingConfig(), 7, [0, 2]))
+    monkeypatch.setattr(fast, "_DRAWN_AHEAD", 5)
+    tensors = [torch.from_numpy(prompt) for prompt in prompts]
+    got = fast.generate_batch(
+        model_of(config, params), tensors, 12, SamplingConfig(), 7, [0, 2], same_work=same_work
+    )
+    assert list(got) == want
+
+
 def test_room_that_nothing_was_written_to_has_no_say(monkeypatch):
     """Memory that is new may hold NaN, which no mask takes off: once in a while a token was drawn from it."""
     config = ModelConfig(vocab_size=5, context_length=9, n_layer=1, n_head=1, d_model=4)

@@ -8,7 +8,7 @@ writes as it goes, with the best checkpoint of a run. (training/generate_command
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,8 @@ from torch_impl.seq2seq import Seq2Seq
 from torch_impl.transformer import Transformer
 
 Observer = Callable[[Float[Tensor, "B V"]], None]  # is shown the logits of each choice
+_DRAWN_AHEAD = 256
+"""Tokens whose random numbers are drawn at a time: to draw one takes a hundred operations, and so do all."""
 
 
 def context_start(length: int, context_length: int) -> int:
@@ -82,14 +84,16 @@ def generate_batch(
     lengths, starts = list(map(len, texts)), None
     documents = unread = replay = None
 
-    def read(tokens: Integer[Tensor, "B 1"]) -> list[int]:
-        for text, token in zip(texts, found := tokens[:, 0].tolist(), strict=True):
+    def read(tokens: _Sent) -> list[int]:
+        for text, token in zip(texts, found := tokens.arrived(), strict=True):
             if token >= config.vocab_size:
                 raise ValueError("the model's logits are not numbers, so no token can be chosen")
             text.append(token)
         return found
 
     for i in range(n_tokens):
+        if i % _DRAWN_AHEAD == 0:
+            writing.draw(i)
         before, starts = starts, [context_start(length + i, config.context_length) for length in lengths]
         if starts != before:  # at first, and when the oldest tokens of a text fall out of sight
             if unread is not None:
@@ -110,12 +114,25 @@ def generate_batch(
             observe(writing.logits)
         if unread is not None:
             yield read(unread)
-        unread = writing.last.clone()
+        unread = _Sent(writing.last)
         if not same_work:
             yield read(unread)
             unread = None
     if unread is not None:
         yield read(unread)
+
+
+class _Sent:
+    """Tokens on their way to the host, which need not wait for what CUDA is given to do after them."""
+
+    def __init__(self, tokens: Integer[Tensor, "B 1"]) -> None:
+        self.tokens = tokens[:, 0].to("cpu", non_blocking=tokens.is_cuda, copy=True)
+        self.sent = torch.cuda.current_stream(tokens.device).record_event() if tokens.is_cuda else None
+
+    def arrived(self) -> list[int]:
+        if self.sent is not None:
+            self.sent.synchronize()
+        return self.tokens.tolist()
 
 
 class _Writing:
@@ -134,11 +151,19 @@ class _Writing:
         self.model, self.sampling = model, sampling
         self.past = KVCache(model.config, len(texts), model.compute_dtype, device)
         self.last = torch.zeros(len(texts), 1, dtype=torch.long, device=device)
-        self.key = Key(seed, SAMPLE, step=torch.zeros((), dtype=torch.long, device=self.draws_on))
-        self.streams = torch.tensor(streams, device=self.draws_on)
+        self.key, self.streams = Key(seed, SAMPLE), torch.tensor(streams, device=self.draws_on)
+        self.draws = torch.zeros(_DRAWN_AHEAD, len(texts), dtype=torch.float64, device=self.draws_on)
+        self.drawn = torch.zeros(1, dtype=torch.long, device=self.draws_on)  # tokens that took theirs
         self.forbidden = forbidden_tokens(sampling, size, self.draws_on)
         penalises = sampling.repetition_penalty != 1
         self.seen = seen_tokens(texts, size).to(self.draws_on) if penalises else None
+
+    def draw(self, step: int) -> None:
+        """The u of this token and the next ones."""
+        if self.sampling.temperature:
+            steps = torch.arange(step, step + _DRAWN_AHEAD, device=self.draws_on)[:, None]
+            self.draws.copy_(first_uniform(self.key._replace(step=steps), self.streams.expand_as(self.draws)))
+            self.drawn.zero_()
 
     @torch.inference_mode()
     def step(self, new: Integer[Tensor, "B T"], documents: Integer[Tensor, "B S"] | None = None) -> None:
@@ -148,19 +173,19 @@ class _Writing:
         # V, which is no token, is told when it is read, and that may be after this.
         new = new.to(device).clamp(max=largest)
         self.logits = self.model(new, documents=documents, past=self.past, last_only=True)[:, 0]
-        u = first_uniform(self.key, self.streams) if self.sampling.temperature else 0.0
+        u = self.draws.index_select(0, self.drawn)[0] if self.sampling.temperature else 0.0
         tokens = choose(self.logits.to(self.draws_on), self.seen, self.forbidden, self.sampling, u)
         if self.seen is not None:
             self.seen.scatter_(1, tokens[:, None].clamp(max=largest), True)
         self.last.copy_(tokens[:, None])
-        self.key.step.add_(1)
+        self.drawn.add_(1)
 
     def replayed(self) -> Callable[[], None]:
         """step(last), always the same work: on CUDA a graph of it, made now, elsewhere the step itself."""
         again = partial(self.step, self.last)
         if self.last.device.type != "cuda":
             return again
-        changed = [self.last, self.key.step, self.past.place] + ([] if self.seen is None else [self.seen])
+        changed = [self.last, self.drawn, self.past.place] + ([] if self.seen is None else [self.seen])
         kept, length = [tensor.clone() for tensor in changed], self.past.length
 
         def undo() -> None:  # at once: there may be room for a single token more
@@ -168,15 +193,15 @@ class _Writing:
                 tensor.copy_(value)
             self.past.length = length
 
-        aside = torch.cuda.Stream()  # first runs choose kernels and take memory, which a capture may not
+        aside = _recording_stream(self.last.device)
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
-            for _ in range(2):
+            for _ in range(2):  # they choose kernels and take memory, which a capture may not
                 again()
                 undo()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=aside):
             again()
         undo()
         logits = self.logits
@@ -187,6 +212,12 @@ class _Writing:
             self.past.length += 1
 
         return replay
+
+
+@cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all graphs: cuBLAS keeps memory for each stream that it was used on."""
+    return torch.cuda.Stream(device)
 
 
 def _padded(contexts: list[list[int]]) -> tuple[Integer[Tensor, "B T"], Integer[Tensor, "B T"] | None]:

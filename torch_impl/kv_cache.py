@@ -5,7 +5,7 @@ from jaxtyping import Bool, Float, Integer
 from torch import Tensor
 
 from ref_numpy.config import ModelConfig
-from torch_impl.attention import attention
+from torch_impl.attention import attention, fused_attention
 from torch_impl.flash_attention import AttentionPattern, flash_attention
 from torch_impl.masks import causal_mask, window_mask
 
@@ -41,12 +41,16 @@ class KVCache:
             return self.place
         return torch.arange(self.length, self.length + tokens, device=self.k.device)
 
-    def visible(self, tokens: int, window: int) -> Bool[Tensor, "T S"] | None:
-        """What the next tokens may look at, of those so far and themselves; None for everything."""
+    def visible(self, tokens: int, window: int) -> Bool[Tensor, "T S"] | Float[Tensor, "T S"] | None:
+        """What the next tokens may look at, of those so far and themselves; None for everything.
+
+        Where shapes are held, as numbers to be added to the scores, which no layer has to make of it then.
+        """
         if self.holds_shapes:
             s = torch.arange(self.k.shape[3], device=self.k.device)
             seen = s <= self.place
-            return (seen & (s > self.place - window) if window else seen)[None]
+            seen = seen & (s > self.place - window) if window else seen
+            return torch.zeros_like(s, dtype=self.k.dtype).masked_fill(~seen, -torch.inf)[None]
         if window:
             return window_mask(tokens, window, self.length, self.k.device)
         return causal_mask(tokens, self.length, self.k.device) if tokens > 1 else None
@@ -85,14 +89,17 @@ def attend_after(
     v: Float[Tensor, "B K T D"],
     past: KVCache,
     layer: int,
-    mask: Bool[Tensor, "*#mask"] | None,
+    mask: Bool[Tensor, "*#mask"] | Float[Tensor, "*#mask"] | None,
     slopes: Float[Tensor, "H"] | None,
 ) -> Float[Tensor, "B H T D"]:
-    """Attention of new tokens over all so far, of which they see what the mask says; without one, all."""
+    """Attention of new tokens over all so far, of which they see what KVCache.visible says."""
     k, v = past.extend(layer, k, v)
     if mask is None and slopes is None:
         return flash_attention(q, k, v, AttentionPattern())
+    if (readers := q.shape[1] // k.shape[1]) > 1:  # by 1 it would be a copy of all the room
+        k, v = k.repeat_interleave(readers, 1), v.repeat_interleave(readers, 1)
     if mask is None:
         mask = torch.ones((), dtype=torch.bool, device=q.device).expand(q.shape[2], k.shape[2])
-    readers = q.shape[1] // k.shape[1]
-    return attention(q, k.repeat_interleave(readers, 1), v.repeat_interleave(readers, 1), mask, slopes)
+    if mask.is_floating_point():
+        return fused_attention(q, k, v, mask)
+    return attention(q, k, v, mask, slopes)

@@ -57,8 +57,8 @@ def uniform(key: Key, n: int, device: torch.device | str = "cpu") -> Float64[Ten
     return (((high >> 5) << 26) + (low >> 6))[:n].to(torch.float64) * 2.0**-53
 
 
-def first_uniform(key: Key, streams: Int64[Tensor, "B"]) -> Float64[Tensor, "B"]:
-    """The first number of each of several streams: uniform(key of that stream, 1)."""
+def first_uniform(key: Key, streams: Int64[Tensor, "*B"]) -> Float64[Tensor, "*B"]:
+    """The first number of each of several streams: uniform(key of that stream, 1). Their steps may differ."""
     a, b, _, _ = random_bits(key._replace(stream=streams), torch.zeros_like(streams))
     return (((a >> 5) << 26) + (b >> 6)).to(torch.float64) * 2.0**-53
 

@@ -25,7 +25,7 @@ from torch_impl.layernorm import LayerNorm, RMSNorm
 from torch_impl.linear import Linear, linear
 from torch_impl.linear_cross_entropy import linear_cross_entropy
 from torch_impl.masks import document_mask, places_in_documents
-from torch_impl.multi_head_attention import Attend, attend_by
+from torch_impl.multi_head_attention import attend_by
 from torch_impl.positions import LearnedPositions, SinusoidalPositions
 from torch_impl.rope import RotaryPositions, Rotation
 
@@ -175,31 +175,28 @@ class Transformer(Embedded):
         else:
             places = places_in_documents(documents)[:, before:]
         x, rotation = self.embed(ids, places, key, before), self.rotation(places)
-        for layer, block in enumerate(self.blocks):
-            window = self.config.window_of(layer)
-            if past is None:
-                attend = attend_by(self.pattern(window, documents))
-            else:
-                attend = self.attend_after(past, layer, window, T, documents)
+        windows = [self.config.window_of(layer) for layer in range(self.config.n_layer)]
+        if past is None:
+            attends = [attend_by(self.pattern(window, documents)) for window in windows]
+        else:
+            masks = {window: self.mask_after(past, window, T, documents) for window in set(windows)}
+            seen = partial(attend_after, past=past, slopes=self.slopes())
+            attends = [partial(seen, layer=layer, mask=masks[w]) for layer, w in enumerate(windows)]
+        for block, attend in zip(self.blocks, attends, strict=True):
             x = block(x, attend, rotation, key)
         if past is not None:
             past.advance(T)
         return self.norm(x)
 
-    def attend_after(
-        self,
-        past: KVCache,
-        layer: int,
-        window: int,
-        length: int,
-        documents: Integer[Tensor, "B S"] | None,
-    ) -> Attend:
-        """How a layer's new tokens attend to themselves and to the past."""
+    def mask_after(
+        self, past: KVCache, window: int, length: int, documents: Integer[Tensor, "B S"] | None
+    ) -> Tensor | None:
+        """What new tokens may look at in layers of that window, of themselves and the past."""
         mask = past.visible(length, window)
-        if documents is not None:
-            together = document_mask(documents, past.length)
-            mask = together if mask is None else mask & together
-        return partial(attend_after, past=past, layer=layer, mask=mask, slopes=self.slopes())
+        if documents is None:
+            return mask
+        together = document_mask(documents, past.length)
+        return together if mask is None else mask & together
 
 
 def initialised(
