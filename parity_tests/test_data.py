@@ -6,9 +6,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ref_numpy.config import TrainConfig
+from ref_numpy.config import ModelConfig, TrainConfig
 from ref_numpy.data import sample_batch
 from torch_impl import data as fast
+from torch_impl.masking import sample_masked_batch
+from torch_impl.packing import Packed, sample_packed
+from torch_impl.pairs import Pairs, sample_pairs
 
 
 @st.composite
@@ -38,6 +41,31 @@ def test_batches_of_a_long_text_are_equal():
     want, _ = sample_batch(tokens, 1, 0, config)
     got, _ = fast.sample_batch(torch.from_numpy(tokens), 1, 0, config)
     np.testing.assert_array_equal(got, want)
+
+
+ENCODER, SEQ2SEQ = (ModelConfig(kind, vocab_size=300) for kind in ("encoder", "encoder-decoder"))
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        lambda ids, *step: fast.sample_batch(ids.flatten(), 9, *step),
+        lambda ids, *step: sample_masked_batch(ids.flatten().to(torch.uint8), ENCODER, *step),
+        lambda ids, *step: sample_pairs(Pairs(ids, ids.to(torch.int16)), SEQ2SEQ, *step),
+        lambda ids, *step: sample_packed(Packed(ids, ids, ids), *step),
+    ],
+    ids=["text", "masked", "pairs", "packed"],
+)
+def test_compiled_batches_are_the_same(ours, sample):
+    """As a compiled run on CUDA draws them. The CPU, which may lack a C++ compiler, traces them alone."""
+    backend = "aot_eager" if torch.device(ours.device).type == "cpu" else "inductor"
+    ids, config = torch.randint(250, (50, 12), dtype=torch.int32), TrainConfig(batch_size=8, seed=2**64 - 3)
+    clock = torch.tensor(7, device=ours.device)
+    batch = torch.compile(lambda: sample(ids.to(ours.device), clock, config), backend=backend, fullgraph=True)
+    for _ in range(2):
+        for part, want in zip(batch(), sample(ids, clock.cpu(), config), strict=True):
+            assert torch.equal(part.cpu(), want)
+        clock.add_(1)
 
 
 @given(case=cases())

@@ -63,6 +63,7 @@ class TrainState:
     rates: Float[Tensor, "steps"]
     engine: Engine  # the model's loss, perhaps compiled, perhaps on several processes
     ranks: Ranks = ALONE
+    compiled: bool = False  # the model, and what CUDA makes batches with
     recorder: Recorder | None = None  # steps are recorded and replayed (see training/captured.py)
     step: int = 0  # finished steps
 
@@ -84,7 +85,7 @@ def start(
     scaler = torch.amp.GradScaler(device.type, enabled=model.compute_dtype == torch.float16)
     # Only CUDA gains from a step counter of its own; elsewhere (MPS) float64 may be missing.
     rates = learning_rates(config).to(device if device.type == "cuda" else "cpu")
-    return TrainState(model, make_optimizer(model, config), scaler, rates, engine, ranks)
+    return TrainState(model, make_optimizer(model, config), scaler, rates, engine, ranks, compiled)
 
 
 def keep_freed_memory() -> None:
@@ -136,10 +137,16 @@ def train_step(
 def train_steps(state: TrainState, sample: Sample, config: TrainConfig) -> Iterator[StepMetrics]:
     """Goes on from state.step to config.steps, and yields the metrics after each step."""
     clock = torch.tensor(state.step, device=state.rates.device)
+    from_host = isinstance(sample, FromHost)
+
+    def batch() -> Batch:
+        return sample(torch.tensor(state.step) if from_host else clock, config)
+
+    if state.compiled and clock.is_cuda and not from_host:
+        batch = torch.compile(batch)  # a hundred small operations, which a GPU makes one after the other
 
     def step() -> StepMetrics:
-        known = torch.tensor(state.step) if isinstance(sample, FromHost) else clock
-        metrics = train_step(state, sample(known, config), clock, config)
+        metrics = train_step(state, batch(), clock, config)
         clock.add_(1)
         return metrics
 

@@ -65,9 +65,9 @@ def accounted(config: RunConfig, place: Place, ranks: Ranks) -> Iterator[None]:
 
 
 def ran_out(error: Exception) -> bool:
-    """Whether memory ran out, of the machine or of a GPU."""
-    said = str(error)
-    return isinstance(error, MemoryError) or "out of memory" in said or "can't allocate memory" in said
+    """Whether memory ran out, of the machine or of a GPU, whose libraries take some of their own."""
+    signs = "out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED"
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
 def memory_of(device: torch.device) -> int | None:
