@@ -7,16 +7,12 @@ import errno
 import os
 import re
 import sys
-import time
 
 from ref_numpy.config import ConfigError
 from torch_impl.training.command_line import Request, parse
 from torch_impl.training.files import InputError
 from torch_impl.training.stopping import Diverged
 from torch_impl.training.terminal import lasting_output, show_what_can_be_shown
-
-_LISTENING = 3.0
-"""Seconds for the first process of a run to say what is wrong: torchrun ends it as soon as another leaves."""
 
 
 def main(arguments: list[str]) -> int:
@@ -27,17 +23,14 @@ def main(arguments: list[str]) -> int:
         try:
             return _sweep(arguments[1:]) if arguments[:1] == ["sweep"] else _train(arguments)
         except KeyboardInterrupt:
-            return _fail("interrupted", 130)
+            return _fail("interrupted", 130) if os.environ.get("RANK", "0") == "0" else 130
 
 
 def _train(arguments: list[str]) -> int:
     try:
         request = parse(arguments)
     except (InputError, ConfigError) as error:
-        if "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0":
-            return _fail(f"{error}; see --help", 2)
-        time.sleep(_LISTENING)
-        return 2
+        return _refuse(error)
     from torch_impl.training.ranks import AnotherFailed  # imports torch, which --help can do without
     from torch_impl.training.run import train
 
@@ -54,6 +47,26 @@ def _train(arguments: list[str]) -> int:
         if message is None:
             raise
         return _fail(message, 1)
+
+
+def _refuse(error: Exception) -> int:
+    """Say what is wrong with a request: of several processes one, be it that all of them found it, or that
+    of another machine, on which a file is missing."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        import torch
+
+        from torch_impl.training.ranks import AnotherFailed, joined
+
+        try:
+            with joined(torch.cuda.is_available()):
+                raise error
+        except AnotherFailed:
+            return 2
+        except (InputError, ConfigError) as found:
+            error = found
+        except RuntimeError:  # another is gone already
+            pass
+    return _fail(f"{error}; see --help", 2)
 
 
 def _sweep(arguments: list[str]) -> int:

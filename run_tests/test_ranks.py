@@ -6,6 +6,8 @@ import multiprocessing
 import re
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -238,6 +240,61 @@ def test_a_tokenizer_that_differs_between_machines_is_refused(torchrun, tmp_path
     answers = torchrun(2, "--out", "run", "--tokenizer", tmp_path / "{rank}.json")
     told = "".join(err for _, _, err in answers)
     assert "the tokenizer of process 1 is not that of process 0" in told and not Path("run").exists()
+
+
+def test_other_flags_on_one_machine_are_refused(torchrun):
+    """Each process trained with a learning rate of its own, and the run was said to have finished."""
+    answers = torchrun(2, "--out", "run", "--learning-rate", "1e-{rank}")
+    told = "".join(err for _, _, err in answers)
+    assert (
+        "--learning-rate is 0.1 in process 1, and 1.0 in process 0; start all of them with the same" in told
+    )
+    assert told.count("error: ") == 1 and not Path("run").exists()
+
+
+@pytest.mark.parametrize("flag", ["--init-from", "--resume"])
+def test_other_weights_on_one_machine_are_refused(family, torchrun, text, flag):
+    """With --shard one half of each matrix came from each of two models; and machines with checkpoints of
+    other steps waited for each other at other times, until gloo aborted."""
+    torchrun(1, "--out", "run-0", "--keep-checkpoints", 3)
+    shutil.copytree("run-0", "run-1")
+    shutil.rmtree("run-1/last")
+    shutil.copytree("run-0/step-5", "run-1/last")
+    arguments = [flag, str(Path("run-{rank}").absolute())]
+    if flag == "--init-from":
+        new = ["--out", Path("new").absolute(), "--train-file", text, "--batch-size", "12", "--shard"]
+        arguments = [flag, f"{arguments[1]}/last", *map(str, new), "--device", "cpu", "--steps", "3"]
+    told = "".join(err for _, _, err in family.ask(2, "command", arguments=arguments))
+    assert re.search(r"the (model|checkpoint) in \S*run-[01]\S* of process 1 is not that of process 0", told)
+    assert told.count("error: ") == 1 and not Path("new").exists()
+
+
+def test_a_file_that_one_machine_lacks_is_told_there(text):
+    """Its process said nothing, and the other machine's waited for it for an hour."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = ["--master-addr", "127.0.0.1", "--master-port", str(free.getsockname()[1])]
+    for rank in ("0", "1"):
+        Path(rank).mkdir()
+    CharacterTokenizer("abcdefg").save(Path("0/a.json"))
+    machines = []
+    for rank in ("0", "1"):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", rank]
+        command += [*meeting, ROOT / "train_gpu.py", *SMALL.split(), "--train-file", text]
+        machine = subprocess.Popen([*command, "--tokenizer", "a.json"], cwd=rank, stderr=subprocess.PIPE)
+        machines.append(machine)
+    first, second = (machine.communicate(timeout=120)[1].decode("utf-8") for machine in machines)
+    assert "train_gpu.py: error: --tokenizer a.json" in second and "train_gpu.py: error" not in first
+
+
+def test_processes_that_torchrun_starts_anew_meet_and_speak(text):
+    """They looked for each other where those before them had been, and took their failure for another's."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--max-restarts", "1", ROOT / "train_gpu.py", *SMALL.split(), "--train-file", text]
+    ended = subprocess.run(
+        [*command, "--batch-size", "13"], capture_output=True, encoding="utf-8", timeout=120
+    )
+    assert ended.stderr.count("train_gpu.py: error: batch_size 13 in 1 micro_batches") == 2
 
 
 def test_a_process_that_dies_does_not_hang_the_others(torchrun, family):

@@ -18,6 +18,7 @@ from torch_impl.float8 import use_float8
 from torch_impl.linear import product_kernel
 from torch_impl.seq2seq import make_model
 from torch_impl.train import FromHost, StepMetrics, TrainState, start
+from torch_impl.training.agreement import refuse_uneven, require_same_flags, tensors_sha256
 from torch_impl.training.captured import CudaGraphs
 from torch_impl.training.checkpoint import (
     Progress,
@@ -37,7 +38,7 @@ from torch_impl.training.lock import locked
 from torch_impl.training.looks import Look
 from torch_impl.training.memory import fitted, refuse_what_cannot_fit
 from torch_impl.training.objectives import Objective, load_for, make_objective
-from torch_impl.training.ranks import Ranks, refuse_uneven
+from torch_impl.training.ranks import Ranks
 from torch_impl.training.recompute import recompute_blocks
 from torch_impl.training.spikes import SpikeWatch
 from torch_impl.training.telemetry import MetricsLog
@@ -87,9 +88,10 @@ def prepare(request: Request, ranks: Ranks, held: ExitStack) -> Run:
     A new run's folder is made, and locked for as long as `held` is, when nothing can be wrong with the
     request any more. Of several processes the first one writes, before the others read.
     """
+    require_same_flags(request, ranks)
+    refuse_uneven(request, ranks)
     _settle_order_of_sums(request.config.run.deterministic)
     config, place = request.config, choose_place(request.config.run, ranks)
-    refuse_uneven(config.training.batch_size, 1 if request.fit else config.training.micro_batches, ranks.size)
     if config.run.cuda_graph and (
         place.device.type != "cuda" or ranks.size > 1 or place.dtype == torch.float16
     ):
@@ -137,9 +139,9 @@ def prepare(request: Request, ranks: Ranks, held: ExitStack) -> Run:
         print(f"batches of {config.training.batch_size} sequences, {rows} at a time")
 
     if saved is None:
-        model = _first_model(request.init_from, config, place.dtype, home)
+        model = _first_model(request.init_from, config, place.dtype, home, ranks)
         if config.start.word_vectors:
-            _begin_with_word_vectors(model, config, tokenizer, objective.train_tokens)
+            _begin_with_word_vectors(model, config, tokenizer, objective.train_tokens, ranks)
         progress = Progress(corpus.sha256())
         state = _start(model, config, place, ranks)
         folder = ranks.told(_create_folder(request.out, config) if ranks.first else None)
@@ -197,7 +199,7 @@ def _start(model: Embedded, config: RunConfig, place: Place, ranks: Ranks) -> Tr
 
 
 def _first_model(
-    init_from: Path | None, config: RunConfig, dtype: torch.dtype, device: torch.device
+    init_from: Path | None, config: RunConfig, dtype: torch.dtype, device: torch.device, ranks: Ranks
 ) -> Embedded:
     """The model before its first step: with the weights of its seed, or of another folder."""
     model = make_model(config.model, dtype)
@@ -205,6 +207,8 @@ def _first_model(
         model.initialise(config.training.seed)
         return model.to(device)
     params = load_parameters(init_from, read_config(init_from).model)
+    if ranks.size > 1:
+        ranks.require_the_same(f"model in {init_from}", tensors_sha256(params))
     if config.model.positions == "learned":  # a shorter context needs only the first of them
         name = "position_embedding.weight"
         params[name] = params[name][: config.model.context_length]
@@ -217,8 +221,11 @@ def _load(folder: Path, dtype: torch.dtype, device: torch.device, ranks: Ranks) 
         settle_folder(folder / "last")
         settle_folder(folder / "best")
     ranks.wait()
-    loaded = load_model(folder / "last", dtype, device)
-    return _Saved(loaded.tokenizer, loaded.model, load_progress(folder / "last"))
+    loaded, progress = load_model(folder / "last", dtype, device), load_progress(folder / "last")
+    if ranks.size > 1:
+        found = tensors_sha256(loaded.model.state_dict())
+        ranks.require_the_same(f"checkpoint in {folder}", f"{found} after step {progress.step}")
+    return _Saved(loaded.tokenizer, loaded.model, progress)
 
 
 def _check_goes_on(request: Request, progress: Progress, corpus: Corpus) -> None:
@@ -236,7 +243,7 @@ def _check_goes_on(request: Request, progress: Progress, corpus: Corpus) -> None
 
 
 def _begin_with_word_vectors(
-    model: Embedded, config: RunConfig, tokenizer: Tokenizer, tokens: Integer[Tensor, "N"]
+    model: Embedded, config: RunConfig, tokenizer: Tokenizer, tokens: Integer[Tensor, "N"], ranks: Ranks
 ) -> None:
     """Put the vectors of the config's file into the embedding, and say which words it lacks."""
     file = Path(config.start.word_vectors)
@@ -247,6 +254,7 @@ def _begin_with_word_vectors(
         raise InputError(
             f"{file} has none of the text's words; does it need --lowercase, or is it of another language?"
         )
+    ranks.require_the_same("file of --word-vectors", tensors_sha256({"": torch.from_numpy(read.vectors)}))
     n = tokenizer.vocab_size
     place_word_vectors(model.token_embedding.weight.detach()[:n], read)
     counts = sum(

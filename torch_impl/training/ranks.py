@@ -165,6 +165,8 @@ def joined(on_cuda: bool) -> Iterator[Ranks]:
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but its processes cannot meet ({error}); start them "
             "with torchrun, or unset it"
         ) from None
+    # torchrun's store outlives the processes that it starts anew, and tells where those before them were.
+    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
     _groups.append(dist.group.WORLD)
@@ -184,17 +186,6 @@ def joined(on_cuda: bool) -> Iterator[Ranks]:
     finally:
         if sys.exc_info()[0] is None:
             dist.destroy_process_group()
-
-
-def refuse_uneven(batch_size: int, micro_batches: int, processes: int) -> None:
-    """Raises InputError for a batch that does not divide among the processes."""
-    rows, unit = batch_size // micro_batches, micro_batches * processes
-    if rows % processes:
-        raise InputError(
-            f"batch_size {batch_size} in {micro_batches} micro_batches is {rows} sequences at a time, which "
-            f"do not divide among {processes} processes; use --batch-size "
-            f"{-(-batch_size // unit) * unit}, other --micro-batches or another --nproc-per-node"
-        )
 
 
 class Engine(NamedTuple):

@@ -37,12 +37,17 @@ def _flag(name: str, value: Any) -> list[str]:
     return [f"--{name}", str(value)]
 
 
-def command_of(config: RunConfig, processes: int = 1) -> str:
+def command_of(config: RunConfig, processes: int = 1, on_a_machine: int = 1) -> str:
     """The command that repeats a run, among as many processes."""
-    return as_typed([*program(processes), *arguments_of(config)])
+    return as_typed([*program(processes, on_a_machine), *arguments_of(config)])
 
 
-def program(processes: int) -> list[str]:
-    """How a command begins that trains among so many processes."""
-    starts = ["python"] if processes == 1 else ["torchrun", "--nproc-per-node", str(processes)]
-    return [*starts, "train_gpu.py"]
+def program(processes: int, on_a_machine: int) -> list[str]:
+    """How a command begins that trains among so many processes, with HOST for where machines meet."""
+    if processes == 1:
+        return ["python", "train_gpu.py"]
+    among = ["--nproc-per-node", str(on_a_machine)]
+    if processes > on_a_machine:
+        nodes = str(processes // on_a_machine)
+        among = ["--nnodes", nodes, *among, "--rdzv-backend", "c10d", "--rdzv-endpoint", "HOST:29500"]
+    return ["torchrun", *among, "train_gpu.py"]

@@ -68,7 +68,7 @@ def figures(run: Run, ended: str, told: str) -> dict[str, Any]:
         "last_val_loss": last.get("val_loss"),
         "last_train_loss": last.get("train_loss"),
         **{name: last[name] for name in _SHARES if name in last},
-        "command": command_of(run.config, run.state.ranks.size),
+        "command": command_of(run.config, run.state.ranks.size, run.state.ranks.local_size),
         "text": run.progress.corpus,
         "environment": environment(run),
     }

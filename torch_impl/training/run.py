@@ -73,7 +73,7 @@ def train(request: Request) -> int:
 
 def _how_to_resume(run: Run) -> str:
     """The command that goes on with a run, among as many processes."""
-    return as_typed([*program(run.state.ranks.size), "--resume", str(run.folder)])
+    return as_typed([*program(run.state.ranks.size, run.state.ranks.local_size), "--resume", str(run.folder)])
 
 
 def _how_to_talk(run: Run) -> str:
