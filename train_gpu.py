@@ -31,6 +31,9 @@ def _train(arguments: list[str]) -> int:
         request = parse(arguments)
     except (InputError, ConfigError) as error:
         return _refuse(error)
+    except OSError as error:  # of a path that cannot be looked at
+        return _refuse(InputError(f"{error.filename}: {error.strerror}"))
+    from torch_impl.training.beginning import NotBegun
     from torch_impl.training.ranks import AnotherFailed  # imports torch, which --help can do without
     from torch_impl.training.run import train
 
@@ -40,7 +43,7 @@ def _train(arguments: list[str]) -> int:
         return 1
     except (InputError, ConfigError) as error:
         return _fail(str(error), 2)
-    except Diverged as error:
+    except (NotBegun, Diverged) as error:
         return _fail(str(error), 1)
     except (OSError, MemoryError, RuntimeError) as error:
         message = _explain(error, request)

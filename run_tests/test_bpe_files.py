@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from pydoc_data.topics import topics
 from threading import Thread
@@ -48,6 +50,37 @@ def corpus(tmp_path):
     path = tmp_path / "corpus.txt"
     path.write_text(CORPUS, encoding="utf-8", newline="")
     return path
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no groups of processes that hear Ctrl-C")
+@pytest.mark.parametrize("after", [0.1, 0.6, 3.0])
+def test_ctrl_c_ends_workers_that_start_or_work(tmp_path, after):
+    """A terminal tells all of them. Those that were starting died of it, each with a traceback, and once in
+    a while the program waited for them for ever; for those at work it waited as long as they took."""
+    script = tmp_path / "program.py"
+    script.write_text(
+        "import time\n"
+        "from torch_impl.training.bpe_corpus import ordered_map\n"
+        "if __name__ == '__main__':\n"
+        "    print('here', flush=True)\n"
+        "    try:\n"
+        "        list(ordered_map(time.sleep, [300] * 9, workers=2))\n"
+        "    except KeyboardInterrupt:\n"
+        "        print('interrupted')\n",
+        encoding="utf-8",
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(bpe_corpus.__file__).parents[2])}
+    program = subprocess.Popen(
+        [sys.executable, script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        start_new_session=True,
+    )
+    assert program.stdout.readline() == b"here\n"
+    time.sleep(after)
+    os.killpg(program.pid, signal.SIGINT)
+    assert program.communicate(timeout=60) == (b"interrupted\n", b"")
 
 
 def test_workers_leave_when_their_parent_is_killed(tmp_path):

@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torch_impl.training.cache import cached
+from torch_impl.training.corpus import encoded
 from torch_impl.training.files import InputError
 from torch_impl.training.text import Text, file_text
+from torch_impl.training.tokenizer import ByteTokenizer
 
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1)
 
@@ -57,6 +59,19 @@ def test_a_nul_is_named(before, after, size):
     content = f"{before}\0{after}".encode()
     with pytest.raises(InputError, match=f"byte {len(before.encode())} is NUL"):
         Text(content).split(9, block_size=size)
+
+
+def test_a_text_that_is_written_to_while_it_is_read_is_not_kept(tmp_path):
+    """Its tokens stood in the cache under the name of the text as it was before, for every later run."""
+    path, cache = tmp_path / "text.txt", tmp_path / "cache"
+    path.write_bytes(b"a text " * 50)
+    text = Text(path)
+    digest = text.sha256()
+    path.write_bytes(b"A TEXT " * 50)
+    with pytest.raises(InputError, match="text.txt has changed while it was read"):
+        encoded(text, digest, ByteTokenizer(), (), cache)
+    path.write_bytes(b"a text " * 50)
+    assert bytes(encoded(text, digest, ByteTokenizer(), (), cache)) == b"a text " * 50
 
 
 # --- the cache ------------------------------------------------------------------------------------

@@ -140,11 +140,12 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, write):
     assert path.read_bytes() == b"new"
 
     def full(self, target):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device", str(self), None, str(target))
 
     monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError) as error:
         write(path, b"newer")
+    assert error.value.filename == str(path)  # and not that of a file that nobody has named
     assert path.read_bytes() == b"new"
     assert list(tmp_path.iterdir()) == [path]
 

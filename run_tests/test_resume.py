@@ -267,6 +267,17 @@ def test_more_steps_train_on(small_run, cli):
     assert [row["step"] for row in metrics(Path("run"))] == [0, 4, 8, 12, 20]
 
 
+def test_the_last_step_is_evaluated_though_it_is_called_so_afterwards(small_run, cli, stop_at):
+    """The run had stopped after a step between two evaluations, and was told that it was its last."""
+    stop_at(6)
+    small_run("--out", "run")
+    stop_at(None)
+    assert cli("--resume", "run", "--steps", 6).code == 0
+    assert [row["step"] for row in metrics(Path("run"))] == [0, 4, 6]
+    before = content(Path("run"))
+    assert cli("--resume", "run").code == 0 and content(Path("run")) == before
+
+
 def test_evaluations_beyond_the_checkpoint_and_half_a_line_are_made_again(small_run, cli, stop_at):
     small_run("--out", "whole")
     stop_at(6)

@@ -152,6 +152,15 @@ def test_a_mistake_is_told_before_anything_is_run(sweep, launched, flags, messag
     assert not launched and not Path("swept").exists()
 
 
+@pytest.mark.parametrize("flags", [("--eval-tokens", 20), ("--precision", "bfloat16"), ("--patience", 3)])
+def test_a_sweep_with_settings_that_change_its_losses_is_another(sweep, launched, flags):
+    """A loss on twenty tokens and one on the whole text stood in one table, the best first."""
+    same = ("--vary", "learning_rate=1e-3", "--seeds", 1, "--out", "swept")
+    assert sweep(*same).code == 0
+    assert "this sweep" in (outcome := sweep(*same, *flags)).error and outcome.code == 2
+    assert len(launched) == 1
+
+
 def test_a_folder_of_something_else_is_refused(sweep, launched, text):
     Path("mine").mkdir()
     Path("mine/letter.txt").write_text("Dear reader", encoding="utf-8")

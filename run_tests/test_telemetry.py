@@ -182,6 +182,7 @@ def test_a_number_that_is_not_finite_is_null(tmp_path):
         ({"seconds": [1.0]}, "'seconds' is no number"),
         ({"seconds": True}, "'seconds' is no number"),
         ({"step": 10**400}, "'step' is no number"),
+        ({"val_loss": -1e308}, "'val_loss' is no number of at most 1e+100"),  # an axis has no room for it
         ({"step": None}, "'step' is no number"),
         ({"val_loss": None}, "'val_loss' is no number"),
         ({"val_loss": "3"}, "'val_loss' is no number"),

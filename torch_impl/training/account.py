@@ -310,7 +310,7 @@ def main(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        message, code = f"{error.filename}: {error.strerror}" if error.filename else str(error), 1
+        message, code = f"{error.filename or 'standard output'}: {error.strerror}", 1
     else:
         return 0
     print(f"account: error: {message}", file=sys.stderr)

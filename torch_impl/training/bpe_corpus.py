@@ -15,6 +15,7 @@ import os
 import signal
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from threading import Thread
 from typing import Literal
@@ -95,23 +96,39 @@ def ordered_map(
         return
     from concurrent.futures import ProcessPoolExecutor  # slow to import, and seldom needed
 
-    spawning = multiprocessing.get_context("spawn")
+    spawning, others = multiprocessing.get_context("spawn"), set(multiprocessing.active_children())
     with ProcessPoolExecutor(workers, spawning, _start, (initializer, arguments)) as pool:
         waiting = deque()
         try:
             for item in items:
-                waiting.append(pool.submit(function, item))
+                with _unheard_by_children():
+                    waiting.append(pool.submit(function, item))
                 if len(waiting) > 2 * workers:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+        except BaseException:  # what the workers have begun would take them seconds
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.kill()
+            raise
+
+
+@contextmanager
+def _unheard_by_children() -> Iterator[None]:
+    """Ctrl-C, which a terminal sends to all, is for the parent to answer: it waits for the end of the block,
+    and processes that start within never hear it. Windows has no such mask."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start(initializer: Callable | None, arguments: tuple) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where there was no mask
     Thread(target=_leave_with_parent, daemon=True).start()
     if initializer:
         initializer(*arguments)

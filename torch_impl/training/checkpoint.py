@@ -13,6 +13,7 @@ Everything read is checked against the config before it is used: a checkpoint ma
 """
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -199,10 +200,15 @@ def _check_progress(values: dict[str, Any]) -> None:
     numbers = [0.0 if best is None else best, values["loss_sum"], values["seconds"]]
     numbers += (values["loss_scale"] or {}).values()
     owed = (values["owed"] or {}).values()
-    if not all(type(number) in (int, float) for number in numbers) or not all(
+    if not all(_is_number(number) for number in numbers) or not all(
         number is None or type(number) is float for number in owed
     ):
         raise ConfigError("a value is no number")
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is what a float can be; JSON's integers have no end."""
+    return type(value) is float or (type(value) is int and abs(value) <= sys.float_info.max)
 
 
 def load_state(folder: Path, state: TrainState) -> Progress:

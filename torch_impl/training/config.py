@@ -12,6 +12,9 @@ from torch_impl.training.hf_config import is_hf, read_hf_config
 FORMAT_VERSION = 1  # of the files in a checkpoint
 
 
+MOST_STEPS = 10_000_000
+"""Of a run: the learning rate of each stands in a table."""
+
 WITHOUT_PRODUCTS = {"tf32": "float32", "float8": "bfloat16"}
 """Of precisions that are formats of products alone, that of all the rest."""
 
@@ -164,6 +167,13 @@ class RunConfig:
     start: StartSettings = StartSettings()
     quantisation: QuantisationSettings | None = None  # a model that is not trained any more
 
+    def __post_init__(self) -> None:
+        for part in (self.model, self.training, self.run, self.tokenizer):
+            for field in fields(part):
+                _refuse_too_large(field.name, getattr(part, field.name))
+        if self.training.steps > MOST_STEPS:
+            raise ConfigError(f"steps is {self.training.steps}, but must be at most {MOST_STEPS}")
+
     def to_json(self) -> bytes:
         """config.json: the parts by name, under a format version."""
         return json.dumps({"format_version": FORMAT_VERSION, **asdict(self)}, indent=2).encode("utf-8")
@@ -226,6 +236,20 @@ def _text(values: dict[str, Any], name: str) -> str:
     return values[name]
 
 
+def _refuse_too_large(name: str, value: Any) -> None:
+    limit = 2**64 if name == "seed" else 2**63
+    if type(value) is int and not -limit < value < limit:
+        raise ConfigError(f"{name} is {value}, but must be below 2**{limit.bit_length() - 1}")
+
+
+def _can_be_a_path(text: str) -> bool:
+    """Whether a system takes it for the name of a file."""
+    try:
+        return b"\0" not in text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+
+
 def _part(config: dict[str, Any], name: str, kind: type) -> Any:
     values = config.get(name, {})
     if not isinstance(values, dict):
@@ -238,9 +262,9 @@ def _part(config: dict[str, Any], name: str, kind: type) -> Any:
             value = values[field.name] = tuple(value)  # JSON has lists only
         if type(value) is not wanted and (type(value), wanted) != (int, float):
             raise ConfigError(f"{field.name} is {value!r}, but must be a {wanted.__name__}")
-        limit = 2**64 if field.name == "seed" else 2**63
-        if type(value) is int and not -limit < value < limit:
-            raise ConfigError(f"{field.name} is {value}, but must be below 2**{limit.bit_length() - 1}")
+        _refuse_too_large(field.name, value)
+        if isinstance(value, str) and not _can_be_a_path(value):
+            raise ConfigError(f"{field.name} is {value!r}, which is no text")
         if get_origin(field.type) is Literal and value not in get_args(field.type):
             raise ConfigError(f"{field.name} is {value!r}, but must be one of {get_args(field.type)}")
     return kind(**values)

@@ -91,6 +91,10 @@ def make_tokenizer(settings: TokenizerSettings, corpus: Corpus, cache: Path) -> 
                 return CharacterTokenizer.train(parts)
             return WordTokenizer.train(parts, size, settings.lowercase)
 
+    def learned() -> Iterator[bytes]:
+        yield learn().to_json().encode("utf-8")
+        _refuse_changed(corpus.train, corpus.train_sha256)
+
     made_from = {
         "text": corpus.train_sha256,
         "name": name,
@@ -99,7 +103,7 @@ def make_tokenizer(settings: TokenizerSettings, corpus: Corpus, cache: Path) -> 
         "lowercase": settings.lowercase,
     }
     try:
-        path, n = cached(cache, "tokenizer", made_from, lambda: [learn().to_json().encode("utf-8")])
+        path, n = cached(cache, "tokenizer", made_from, learned)
     except TokenizerError as error:
         raise InputError(str(error)) from None
     return parse_tokenizer(path.read_bytes()[:n])
@@ -146,6 +150,7 @@ def encoded(
                 )
             for ids in parts:
                 yield ids.tobytes()
+        _refuse_changed(text, text_sha256)
 
     made_from = {
         "text": text_sha256,
@@ -157,6 +162,13 @@ def encoded(
     if not size:
         return np.empty(0, dtype)
     return np.memmap(path, dtype, mode="c", shape=(size // dtype.itemsize,))  # torch wants it writable
+
+
+def _refuse_changed(text: Text, text_sha256: str) -> None:
+    """Raises InputError for a text that was written to while it was read: the cache would keep under its name
+    what was made of another."""
+    if isinstance(text.source, Path) and text.sha256() != text_sha256:
+        raise InputError(f"{text.source} has changed while it was read; begin again once it is whole")
 
 
 def _cores() -> int:

@@ -77,8 +77,10 @@ def _write_by_way_of(new: Path, path: Path, content: bytes) -> None:
         new.write_bytes(content)
         flush_to_disk(new)
         patiently(new.replace, path)
-    except BaseException:
+    except BaseException as error:
         new.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = str(path), None  # which is the name that somebody knows
         raise
     flush_to_disk(path.parent)
 

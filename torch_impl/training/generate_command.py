@@ -267,7 +267,7 @@ def main(arguments: list[str]) -> int:
     except BrokenPipeError:  # the reader has seen enough; nor may the interpreter's last flush complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        print(f"generate: error: {error}", file=sys.stderr)
+        print(f"generate: error: {error.filename or 'standard output'}: {error.strerror}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
         if not ran_out(error):

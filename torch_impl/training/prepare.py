@@ -19,6 +19,7 @@ from torch_impl.linear import product_kernel
 from torch_impl.seq2seq import make_model
 from torch_impl.train import FromHost, StepMetrics, TrainState, start
 from torch_impl.training.agreement import refuse_uneven, require_same_flags, tensors_sha256
+from torch_impl.training.beginning import create_folder, kept_once_begun
 from torch_impl.training.captured import CudaGraphs
 from torch_impl.training.checkpoint import (
     Progress,
@@ -144,8 +145,9 @@ def prepare(request: Request, ranks: Ranks, held: ExitStack) -> Run:
             _begin_with_word_vectors(model, config, tokenizer, objective.train_tokens, ranks)
         progress = Progress(corpus.sha256())
         state = _start(model, config, place, ranks)
-        folder = ranks.told(_create_folder(request.out, config) if ranks.first else None)
+        folder = ranks.told(create_folder(request.out, config) if ranks.first else None)
         if ranks.first:
+            held.enter_context(kept_once_begun(folder))
             held.enter_context(locked(folder))
         metrics = MetricsLog(folder / "metrics.jsonl")
     else:
@@ -267,20 +269,6 @@ def _begin_with_word_vectors(
             config.model.tied_embeddings
         )
         print(f"the embeddings are frozen, also those that begin at random{tied}")
-
-
-def _create_folder(out: Path | None, config: RunConfig) -> Path:
-    name = f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = out or Path("runs") / name
-    attempt = 1
-    while out is None and folder.exists():  # another run of the same second
-        attempt += 1
-        folder = folder.with_name(f"{name}-{attempt}")
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"cannot create the run folder {folder}: {error.strerror}") from error
-    return folder
 
 
 def _tell(run: Run, place: Place, resumed: bool) -> None:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from torch_impl.train import StepMetrics, train_steps
 from torch_impl.training.anomaly import not_finite
+from torch_impl.training.beginning import system_errors_told
 from torch_impl.training.checkpoint import OWED, save_checkpoint
 from torch_impl.training.command_line import Request
 from torch_impl.training.divergence import diverged, read_pending
@@ -45,7 +46,8 @@ def train(request: Request) -> int:
         if request.resume and ranks.first:
             refuse_links(request.resume)
             held.enter_context(locked(request.resume))
-        run = prepare(request, ranks, held)
+        with system_errors_told():
+            run = prepare(request, ranks, held)
         if ranks.first:
             held.callback(run.events.close)
         with stop_requests() as stop:
@@ -112,8 +114,9 @@ def _train(run: Run, stop: StopRequest, profile: bool) -> bool:
     if progress.best_val_loss is None:
         _save(run, "last")  # from here on, a killed run can be resumed
         _evaluate(run, stop, dict.fromkeys(OWED), None)
-    elif progress.owed is not None:
-        _evaluate(run, stop, progress.owed, None)
+    elif progress.owed is not None or (progress.loss_count and progress.step == config.steps):
+        # Put off, or the last step is now one after which nobody had asked for it.
+        _evaluate(run, stop, progress.owed or dict.fromkeys(OWED), None)
         _save(run, "last")
     elif run.state.ranks.first:
         keep_newest(run.folder, progress.step, settings.keep_checkpoints)

@@ -23,6 +23,8 @@ from torch_impl.training.sweep_results import FINAL, ending, tell
 from torch_impl.training.terminal import interrupt_only_noted
 
 _STOPPED = {129, 130, 143, -signal.SIGINT, -signal.SIGTERM}  # exit codes of a run that somebody stopped
+_COMPARED = ("train_file", "valid_file", "content", "precision", "eval_every", "eval_tokens", "patience")
+"""Settings of a run that decide its losses, or which of them there are."""
 _OWN_FILES = {"lock", "lock.json", "results.json", "table.md", "curves.png"}
 
 
@@ -72,9 +74,10 @@ def _check_same(trial: Trial, found: RunConfig, folder: Path) -> None:
                 raise InputError(
                     f"{folder} has {field.name} {has}, and this sweep {asked}; name another --out"
                 )
-    for name in ("train_file", "valid_file", "content"):
-        if getattr(found.run, name) != getattr(wanted.run, name):
-            raise InputError(f"{folder} has another {name}; name another --out")
+    for name in _COMPARED:
+        has, asked = getattr(found.run, name), getattr(wanted.run, name)
+        if has != asked:
+            raise InputError(f"{folder} has {name} {has}, and this sweep {asked}; name another --out")
 
 
 def _has_checkpoint(run: Path) -> bool:

@@ -37,6 +37,10 @@ def in_words(row: Row) -> str:
     return ", ".join([*told, f"perplexity {row['perplexity']:.2f}"])
 
 
+_DRAWN = 1e100
+"""The largest numbers of a curve: at the end of what a float can be, an axis has no room for its ticks."""
+
+
 class MetricsLog:
     """metrics.jsonl: a line for each evaluation."""
 
@@ -90,8 +94,9 @@ def _check(row: object) -> None:
             raise ValueError(f"it has no {name}")
     for name, value in row.items():
         known = value is not None or name in ("step", "val_loss")
-        if known and not (type(value) in (int, float) and abs(value) <= sys.float_info.max):
-            raise ValueError(f"{name!r} is no number that a float can be")
+        most = sys.float_info.max if name == "perplexity" else _DRAWN
+        if known and not (type(value) in (int, float) and abs(value) <= most):
+            raise ValueError(f"{name!r} is no number of at most {most:.0e}")
 
 
 def _line(row: Row) -> bytes:
