@@ -68,7 +68,7 @@ def test_a_text_that_is_written_to_while_it_is_read_is_not_kept(tmp_path):
     text = Text(path)
     digest = text.sha256()
     path.write_bytes(b"A TEXT " * 50)
-    with pytest.raises(InputError, match="text.txt has changed while it was read"):
+    with pytest.raises(InputError, match=r"text\.txt has changed while it was read"):
         encoded(text, digest, ByteTokenizer(), (), cache)
     path.write_bytes(b"a text " * 50)
     assert bytes(encoded(text, digest, ByteTokenizer(), (), cache)) == b"a text " * 50
