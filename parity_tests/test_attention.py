@@ -1,5 +1,7 @@
 """Attention: parity under any mask, and the laws that a mask states."""
 
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,8 @@ from hypothesis import strategies as st
 from parity_tests.strategies import REGIMES, array, arrays, masks, seeds, sizes
 from ref_numpy.attention import attention_backward, attention_forward
 from ref_numpy.masks import causal_mask
-from torch_impl.attention import attention
+from torch_impl import attention as fast
+from torch_impl.attention import attention, attention_by_products
 
 # Of q, k and v one at most is large. Where two are, products of theirs cancel, or a rounding moves a score by
 # more than 1, and which key wins is luck.
@@ -50,6 +53,68 @@ def test_parity(agree, arguments, sloped, seed):
     n_head = arguments["q"].shape[1]
     slopes = tuple(2.0 / 3**h for h in range(n_head)) if sloped else None
     agree("attention", seed, has_small_scores(arguments), **arguments, slopes=slopes)
+
+
+@given(arguments=attention_cases(), sloped=st.booleans(), seed=seeds)
+def test_parity_of_products(agree, arguments, sloped, seed):
+    """The way of bfloat16 on a processor that multiplies it, taken by all: it is chosen for large cases."""
+    slopes = tuple(2.0 / 3**h for h in range(arguments["q"].shape[1])) if sloped else None
+    with patch.object(fast, "products_pay", return_value=True):
+        agree("attention", seed, has_small_scores(arguments), **arguments, slopes=slopes)
+
+
+@given(
+    arguments=attention_cases(),
+    order=st.sampled_from(["mask", "bias", "causal"]),
+    queries_at_once=st.sampled_from([1, 2, 5, 100]),
+    scores_at_once=st.sampled_from([1, 100, 10**6]),
+    seed=seeds,
+)
+def test_products_of_any_block_are_plain_attention(arguments, order, queries_at_once, scores_at_once, seed):
+    """Values and gradients in float64, and what torch.compile has to know of the operators."""
+    q, k, v, mask = arguments.values()
+    if order == "causal":
+        k, v = (np.resize(tensor, q.shape) for tensor in (k, v))
+        mask = causal_mask(q.shape[2])
+    mask = mask | ~mask.any(axis=-1, keepdims=True)  # a row without keys is its caller's matter
+    want, cache = attention_forward(q, k, v, mask)
+    dy = array(np.random.default_rng(seed), want.shape)
+    given = {"mask": torch.from_numpy(mask), "bias": torch.where(torch.from_numpy(mask), 0.0, -torch.inf)}
+    leaves = [torch.tensor(tensor, requires_grad=True) for tensor in (q, k, v)]
+    blocks = {"queries_at_once": queries_at_once, "scores_at_once": scores_at_once}
+    y = attention_by_products(*leaves, given.get(order), is_causal=order == "causal", **blocks)
+    got = [y, *torch.autograd.grad(y, leaves, torch.from_numpy(dy))]
+    exact = [want, *attention_backward(dy, cache)]
+    scale = max(np.abs(tensor).max() for tensor in (q, k, v, *exact))
+    for result, wanted in zip(got, exact, strict=True):
+        np.testing.assert_allclose(result.detach().numpy(), wanted, rtol=0, atol=1e-12 * max(scale, 1))
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_the_operators_of_products_keep_what_they_promise(is_causal):
+    """PyTorch's own check: shapes and strides without numbers, gradients, nothing changed in place."""
+    q, k, v = (torch.randn(2, 7, 3, 4).transpose(1, 2).requires_grad_() for _ in range(3))
+    bias = torch.zeros(2, 3, 7, 7)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
+    torch.library.opcheck(fast._by_products, (q, k, v, bias, is_causal, 3), test_utils=checks)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "length", "has_instructions", "pays"),
+    [
+        (torch.bfloat16, "cpu", 4096, True, True),
+        (torch.bfloat16, "cpu", 4096, False, False),
+        (torch.bfloat16, "cpu", 64, True, False),
+        (torch.float32, "cpu", 4096, True, False),
+        (torch.float16, "cpu", 4096, True, False),
+        (torch.bfloat16, "meta", 4096, True, False),
+    ],
+)
+def test_products_are_for_large_cases_and_processors_that_multiply_bfloat16(
+    dtype, device, length, has_instructions, pays, monkeypatch
+):
+    monkeypatch.setattr(fast, "_HAS_BFLOAT16", has_instructions)
+    assert fast.products_pay(torch.empty(1, 2, length, 64, dtype=dtype, device=device)) == pays
 
 
 def test_a_query_that_sees_nothing_gets_zero_and_passes_nothing_back(offered):

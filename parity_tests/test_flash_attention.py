@@ -2,6 +2,7 @@
 
 import tracemalloc
 from math import ceil
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from parity_tests.tolerances import PRECISIONS
 from ref_numpy.attention import attention_backward, attention_forward
 from ref_numpy.flash_attention import flash_attention_backward, flash_attention_forward
 from ref_numpy.masks import causal_mask
+from torch_impl import attention
 from torch_impl import flash_attention as fast
 from torch_impl.flash_attention import AttentionPattern, Path, choose_path, flash_attention
 
@@ -198,12 +200,14 @@ def by_autograd(attend, q, k, v, dy, dtype="float64", device="cpu"):
     return [value.detach().cpu().double().numpy() for value in (y, *gradients)]
 
 
+@pytest.mark.parametrize("by_products", [False, True])
 @given(case=pattern_cases(), queries_at_once=st.sampled_from([1, 2, 5, 100]))
-def test_patterns_mean_what_they_say(case, queries_at_once):
+def test_patterns_mean_what_they_say(by_products, case, queries_at_once):
     """All of them together, and groups of heads, in blocks of any size: values and gradients in float64."""
     q, k, v, dy, pattern = case
     wanted = by_the_reference(q, k, v, dy, pattern)
-    got = by_autograd(lambda *qkv: flash_attention(*qkv, pattern, queries_at_once), q, k, v, dy)
+    with patch.object(attention, "products_pay", return_value=by_products):
+        got = by_autograd(lambda *qkv: flash_attention(*qkv, pattern, queries_at_once), q, k, v, dy)
     for value, exact in zip(got, wanted, strict=True):
         np.testing.assert_allclose(value, exact, rtol=0, atol=1e-11)
 
@@ -215,8 +219,9 @@ def on(device, pattern):
     )
 
 
+@pytest.mark.parametrize("by_products", [False, True])
 @given(data=st.data(), seed=seeds)
-def test_patterns_are_well_rounded(ours, data, seed):
+def test_patterns_are_well_rounded(ours, by_products, data, seed):
     """Errors of at most twice (gradients: three times) those of the plain formulas on the same large case."""
     B, K, group, T, D = 2, 2, 3, 37, 16
     random = np.random.default_rng(seed)
@@ -241,7 +246,8 @@ def test_patterns_are_well_rounded(ours, data, seed):
             return flash_attention(q, k, v, on(ours.device, pattern), queries_at_once=10)
 
         yardstick = by_autograd(plain, q, k, v, dy, p.torch_dtype, ours.device)
-        got = by_autograd(fused, q, k, v, dy, p.torch_dtype, ours.device)
+        with patch.object(attention, "products_pay", return_value=by_products):
+            got = by_autograd(fused, q, k, v, dy, p.torch_dtype, ours.device)
         scale = max(np.abs(value).max() for value in (q, k, v, dy, *wanted))
         for i, (value, exact, honest) in enumerate(zip(got, wanted, yardstick, strict=True)):
             error = np.abs(honest - exact).max()

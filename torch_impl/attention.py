@@ -1,11 +1,23 @@
 """Attention: the scaled dot product. The twin of ref_numpy/attention.py."""
 
+from collections.abc import Iterator
+from math import sqrt
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from torch_impl.alibi import alibi_bias
+
+_QUERIES_AT_ONCE = 128
+_SCORES_AT_ONCE = 2**23
+"""So many sequences at a time have no more, or it is one. In bfloat16 they are 16 MiB, held four times."""
+_HAS_BFLOAT16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
+"""Whether this processor has instructions for products in bfloat16: then twice as fast as float32."""
+_WORTH_PRODUCTS = 2**18
+"""Elements of the keys from which products gain more than the cost of their calls."""
 
 
 def attention(
@@ -39,15 +51,137 @@ def fused_attention(
     """scaled_dot_product_attention, with groups of heads; a mask of numbers is added to the scores.
 
     CUDA's kernels for float32 and for masks know no groups, and a plain one, with all scores, would step in.
-    On a CPU a gradient is computed in float32: with AVX-512, PyTorch 2.13's backward kernel takes one to five
-    times as long in bfloat16, and ten in float16, and the forward kernel gains nothing either.
+    On a CPU with AVX-512, PyTorch 2.13's kernels gain nothing from half precision, and their backward pass
+    takes up to five times as long in bfloat16, and ten in float16. So bfloat16 is multiplied by oneDNN where
+    the processor can, in half the time; and elsewhere a gradient is computed in float32.
     """
     half, groups = q.dtype in (torch.float16, torch.bfloat16), q.shape[1] // k.shape[1]
+    if products_pay(k):
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        return attention_by_products(q, k, v, mask, is_causal)
+    if groups > 1 and q.device.type != "cpu" and (mask is not None or not half):
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     if half and q.device.type == "cpu" and torch.is_grad_enabled():
         mask = mask.float() if mask is not None and mask.is_floating_point() else mask
         return fused_attention(q.float(), k.float(), v.float(), mask, is_causal).to(q.dtype)
-    if groups > 1 and q.device.type != "cpu" and (mask is not None or not half):
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=q.shape[1] != k.shape[1]
     )
+
+
+def products_pay(k: Float[Tensor, "B K S D"]) -> bool:
+    """Whether attention to these keys is faster as products of oneDNN's than in PyTorch's kernels."""
+    return (
+        k.device.type == "cpu"
+        and k.dtype == torch.bfloat16
+        and _HAS_BFLOAT16
+        and k.numel() >= _WORTH_PRODUCTS
+    )
+
+
+def attention_by_products(
+    q: Float[Tensor, "B H T D"],
+    k: Float[Tensor, "B H S D"],
+    v: Float[Tensor, "B H S D"],
+    mask: Bool[Tensor, "*#mask"] | Float[Tensor, "*#mask"] | None = None,
+    is_causal: bool = False,
+    queries_at_once: int = _QUERIES_AT_ONCE,
+    scores_at_once: int = _SCORES_AT_ONCE,
+) -> Float[Tensor, "B H T D"]:
+    """The same by products of matrices: those of a block of queries and all the keys that they may see.
+
+    Memory is linear in the context, since each block's weights are made again in the backward pass. Scores,
+    weights and their gradients are rounded to the precision of q, and dk and dv are summed in at least
+    float32.
+    """
+    B, H, T, _ = q.shape
+    bias = torch.where(mask, 0.0, -torch.inf) if mask is not None and mask.dtype == torch.bool else mask
+    if bias is not None:
+        bias = bias.to(q.dtype).expand(B, H, T, k.shape[2])  # a view
+    at_once = min(queries_at_once, T)
+    sequences = max(scores_at_once // (H * at_once * k.shape[2]), 1)
+    parts = []
+    for start in range(0, B, sequences):
+        part = slice(start, start + sequences)
+        of_part = None if bias is None else bias[part]
+        parts.append(_by_products(q[part], k[part], v[part], of_part, is_causal, at_once))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+# Operators of their own, into which torch.compile does not see: it would write out each block.
+
+
+@torch.library.custom_op("transformer::attention_by_products", mutates_args=())
+def _by_products(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, at_once: int
+) -> Tensor:
+    y, values = _heads_like(q), v.flatten(0, 1)
+    for rows, seen, p in _weights(q, k, bias, is_causal, at_once):
+        y[:, :, rows] = (p @ values[:, seen]).unflatten(0, y.shape[:2])
+    return y
+
+
+@torch.library.custom_op("transformer::attention_by_products_backward", mutates_args=())
+def _by_products_backward(
+    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, at_once: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The formulas of ref_numpy/attention.py, by their numbers."""
+    dq, scale = _heads_like(q), 1 / sqrt(q.shape[-1])
+    queries, keys, values, dy = (tensor.flatten(0, 1) for tensor in (q, k, v, dy))
+    precise = torch.promote_types(q.dtype, torch.float32)  # for long sums
+    dk, dv = (torch.zeros_like(values, dtype=precise) for _ in range(2))
+    for rows, seen, p in _weights(q, k, bias, is_causal, at_once):
+        dv[:, seen] += p.mT @ dy[:, rows]  # (1)
+        dp = dy[:, rows] @ values[:, seen].mT  # (2)
+        ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)  # (3)
+        dq[:, :, rows] = (ds @ keys[:, seen]).mul_(scale).unflatten(0, dq.shape[:2])  # (4)
+        dk[:, seen] += ds.mT @ queries[:, rows]  # (4)
+    dk *= scale
+    return dq, dk.to(k.dtype).view(k.shape), dv.to(v.dtype).view(v.shape)
+
+
+@_by_products.register_fake
+def _(q: Tensor, *_: object) -> Tensor:
+    return _heads_like(q)
+
+
+@_by_products_backward.register_fake
+def _(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    return _heads_like(q), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _keep(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    *tensors, is_causal, at_once = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.settings = is_causal, at_once
+
+
+def _backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    return *_by_products_backward(dy, *ctx.saved_tensors, *ctx.settings), None, None, None
+
+
+_by_products.register_autograd(_backward, setup_context=_keep)
+
+
+def _heads_like(q: Tensor) -> Tensor:
+    """An empty tensor of q's shape (B, H, T, D), in which the heads of a place lie side by side."""
+    return torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+def _weights(
+    q: Tensor, k: Tensor, bias: Tensor | None, is_causal: bool, at_once: int
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Blocks of queries, the keys that they may see, and their weights (B H, queries, keys)."""
+    (B, H, T, D), S = q.shape, k.shape[2]
+    scale, queries, keys = 1 / sqrt(D), q.flatten(0, 1), k.flatten(0, 1)
+    later = torch.full((at_once, at_once), -torch.inf, dtype=q.dtype, device=q.device).triu_(1)
+    for start in range(0, T, at_once):
+        stop = min(start + at_once, T)
+        last = stop if is_causal else S
+        of_block = queries[:, start:stop], keys[:, :last].mT
+        scores = torch.baddbmm(q.new_empty(()), *of_block, beta=0, alpha=scale)
+        if is_causal:
+            scores[:, :, start:] += later[: stop - start, : stop - start]
+        if bias is not None:
+            scores.unflatten(0, (B, H)).add_(bias[:, :, start:stop, :last])
+        yield slice(start, stop), slice(last), scores.softmax(-1)

@@ -86,6 +86,30 @@ BUGS = [
             "torch.where(allowed, bias, -torch.inf)",
             "bias.expand(*q.shape[:-1], k.shape[-2])",
         ),
+        (
+            "products_see_the_next_key",
+            "In a block of queries, each sees one key too many.",
+            ".triu_(1)",
+            ".triu_(2)",
+        ),
+        (
+            "products_keep_the_last_block",
+            "The gradient of the keys is that of the last block of queries alone.",
+            "dk[:, seen] += ds.mT",
+            "dk[:, seen] = ds.mT",
+        ),
+        (
+            "products_dq_unscaled",
+            "The gradient of the queries lacks the factor 1 / sqrt D.",
+            "(ds @ keys[:, seen]).mul_(scale)",
+            "(ds @ keys[:, seen])",
+        ),
+        (
+            "products_bias_of_the_first_block",
+            "Every block of queries gets the bias of the first one.",
+            "bias[:, :, start:stop, :last]",
+            "bias[:, :, : stop - start, :last]",
+        ),
     ),
     *bugs(
         "ref_numpy/flash_attention.py",
