@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from run_tests.conftest import SMALL, content
-from torch_impl.training import prepare
+from torch_impl.training import run
 from torch_impl.training.files import InputError
 from torch_impl.training.lock import locked
 
@@ -82,12 +82,12 @@ def test_a_run_holds_its_folder_from_the_start(small_run, monkeypatch):
     """A sweep that was begun again removed the folder of a run which had nothing to save yet."""
     refused = []
 
-    def while_another_tries(run, place, resumed):
-        with pytest.raises(InputError, match="is in use"), locked(run.folder):
+    def while_another_tries(prepared, request):
+        with pytest.raises(InputError, match="is in use"), locked(prepared.folder):
             pass
-        refused.append(run.folder)
+        refused.append(prepared.folder)
 
-    monkeypatch.setattr(prepare, "_tell", while_another_tries)
+    monkeypatch.setattr(run, "announce", while_another_tries)
     assert small_run("--out", "run").code == 0
     assert refused == [Path("run")]
     with locked(Path("run")):

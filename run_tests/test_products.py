@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from torch_impl.training import device, prepare
+from torch_impl.training import announcement, device
 from torch_impl.training.config import RunSettings
 from torch_impl.training.device import choose_place
 from torch_impl.training.files import InputError
@@ -22,10 +22,27 @@ def test_products_in_float8_are_told(small_run):
 
 @pytest.mark.parametrize(("times", "told"), [(1.4, False), (1.6, True)])
 def test_a_processor_without_instructions_for_half_precision_is_told_of(small_run, monkeypatch, times, told):
-    monkeypatch.setattr(prepare, "products_beside_float32", lambda dtype: times)
+    monkeypatch.setattr(announcement, "products_beside_float32", lambda dtype: times)
     out = small_run("--out", "run", "--steps", "1", "--warmup-steps", "0", "--precision", "bfloat16").out
-    warning = "in bfloat16 they take this processor 1.6 times as long as in float32; --precision float32 is"
+    warning = "in bfloat16 they take this processor 1.6 times as long; --precision float32 is faster"
     assert (warning in out) == told
+
+
+@pytest.mark.parametrize(
+    ("times", "precision", "told"), [(0.51, "auto", True), (0.9, "auto", False), (0.51, "float32", False)]
+)
+def test_a_processor_with_such_instructions_is_told_of_where_no_precision_was_asked_for(
+    small_run, monkeypatch, times, precision, told
+):
+    monkeypatch.setattr(announcement, "products_beside_float32", lambda dtype: times)
+    out = small_run("--out", "run", "--steps", "1", "--warmup-steps", "0", "--precision", precision).out
+    assert ("in bfloat16 they would take this processor 0.5 of the time: --precision bfloat16" in out) == told
+
+
+def test_attention_by_products_is_told(small_run, monkeypatch):
+    monkeypatch.setattr(announcement, "products_pay", lambda device, dtype, elements: elements > 0)
+    out = small_run("--out", "run", "--steps", "1", "--warmup-steps", "0").out
+    assert "\nattention: products of matrices, causal\n" in out
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def fused_attention(
     the processor can, in half the time; and elsewhere a gradient is computed in float32.
     """
     half, groups = q.dtype in (torch.float16, torch.bfloat16), q.shape[1] // k.shape[1]
-    if products_pay(k):
+    if products_pay(k.device, k.dtype, k.numel()):
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         return attention_by_products(q, k, v, mask, is_causal)
     if groups > 1 and q.device.type != "cpu" and (mask is not None or not half):
@@ -69,14 +69,11 @@ def fused_attention(
     )
 
 
-def products_pay(k: Float[Tensor, "B K S D"]) -> bool:
-    """Whether attention to these keys is faster as products of oneDNN's than in PyTorch's kernels."""
-    return (
-        k.device.type == "cpu"
-        and k.dtype == torch.bfloat16
-        and _HAS_BFLOAT16
-        and k.numel() >= _WORTH_PRODUCTS
-    )
+def products_pay(device: torch.device, dtype: torch.dtype, elements: int) -> bool:
+    """Whether attention to keys of so many elements is faster as products of oneDNN's than in PyTorch's
+    kernels."""
+    has_instructions = device.type == "cpu" and dtype == torch.bfloat16 and _HAS_BFLOAT16
+    return has_instructions and elements >= _WORTH_PRODUCTS
 
 
 def attention_by_products(

@@ -13,9 +13,7 @@ import torch
 from jaxtyping import Integer
 from torch import Tensor
 
-from torch_impl.flash_attention import choose_path
 from torch_impl.float8 import use_float8
-from torch_impl.linear import product_kernel
 from torch_impl.seq2seq import make_model
 from torch_impl.train import FromHost, StepMetrics, TrainState, start
 from torch_impl.training.agreement import refuse_uneven, require_same_flags, tensors_sha256
@@ -31,7 +29,7 @@ from torch_impl.training.checkpoint import (
 from torch_impl.training.command_line import Request
 from torch_impl.training.config import RunConfig, read_config
 from torch_impl.training.corpus import Corpus, make_tokenizer
-from torch_impl.training.device import Place, choose_place, products_beside_float32
+from torch_impl.training.device import Place, choose_place
 from torch_impl.training.events import TensorBoardEvents
 from torch_impl.training.files import InputError, settle_folder
 from torch_impl.training.growth import with_chat_tokens, with_new_rows
@@ -48,7 +46,6 @@ from torch_impl.training.word_vectors import coverage, place_word_vectors, read_
 from torch_impl.transformer import Embedded
 
 _COUNTED_AT_ONCE = 1 << 24  # ids
-_SLOW = 1.5  # times as long as in float32
 
 
 @dataclass
@@ -158,7 +155,7 @@ def prepare(request: Request, ranks: Ranks, held: ExitStack) -> Run:
         if ranks.first:
             metrics.forget_from(progress.next_row)
 
-    run = Run(
+    return Run(
         folder=folder,
         place=place,
         config=config,
@@ -170,10 +167,6 @@ def prepare(request: Request, ranks: Ranks, held: ExitStack) -> Run:
         metrics=metrics,
         events=TensorBoardEvents(folder / "tensorboard", progress.next_row) if ranks.first else None,
     )
-    if request.init_from:
-        print(f"weights from {request.init_from}")
-    _tell(run, place, resumed=saved is not None)
-    return run
 
 
 def _settle_order_of_sums(deterministic: bool) -> None:
@@ -269,45 +262,3 @@ def _begin_with_word_vectors(
             config.model.tied_embeddings
         )
         print(f"the embeddings are frozen, also those that begin at random{tied}")
-
-
-def _tell(run: Run, place: Place, resumed: bool) -> None:
-    """What is trained, on what, and where."""
-    parameters = sum(parameter.numel() for parameter in run.state.model.parameters())
-    kind = run.config.model.architecture
-    ranks, shard = run.state.ranks, run.config.run.shard
-    among = f", {'divided among' if shard else 'in each of'} {ranks.size} processes" * (ranks.size > 1)
-    print(
-        f"preset {run.config.preset} on {place}: {kind} of {parameters:,} parameters{among}; "
-        f"run folder {run.folder}"
-    )
-    print(f"attention: {_attention_paths(run, place)}")
-    kernel = product_kernel(place.device, place.dtype, with_gradient=True)
-    told = "PyTorch, compiled" if place.compile else kernel
-    print(f"matrix products: {told}{f', in {place.products}' if place.products else ''}")
-    if ranks.first and place.device.type == "cpu" and place.dtype.itemsize == 2 and not place.products:
-        times = products_beside_float32(place.dtype)
-        if times > _SLOW:
-            print(
-                f"in {run.config.run.precision} they take this processor {times:.1f} times as long as in "
-                "float32; --precision float32 is faster"
-            )
-    print(run.objective.describe())
-    progress, steps = run.progress, run.config.training.steps
-    if resumed and progress.step == steps and progress.owed is None:
-        print(f"finished already, at step {progress.step}; a larger --steps trains on")
-    elif resumed and not progress.is_weary(run.config.run.patience, steps):  # which is told where it ends
-        print(f"going on after step {progress.step} of {steps}")
-
-
-def _attention_paths(run: Run, place: Place) -> str:
-    """The names of the paths that attention takes, in all layers alike or in the full and the local ones."""
-    model, config, kinds = run.state.model, run.config.model, {}
-    packed = torch.zeros(1, 1, dtype=torch.long) if run.config.run.content == "conversations" else None
-    for window in sorted({config.window_of(layer) for layer in range(config.n_layer)}):
-        pattern = model.pattern(window, documents=packed)
-        path = choose_path(pattern, place.device, place.dtype, config.head_width)
-        kinds[f"in local layers, of {window} keys" if window else "in full layers"] = path
-    if len(kinds) == 1:
-        return str(*kinds.values())
-    return "; ".join(f"{path} {kind}" for kind, path in kinds.items())

@@ -15,6 +15,7 @@ import torch
 from tqdm import tqdm
 
 from torch_impl.train import StepMetrics, train_steps
+from torch_impl.training.announcement import announce
 from torch_impl.training.anomaly import not_finite
 from torch_impl.training.beginning import system_errors_told
 from torch_impl.training.checkpoint import OWED, save_checkpoint
@@ -48,6 +49,7 @@ def train(request: Request) -> int:
             held.enter_context(locked(request.resume))
         with system_errors_told():
             run = prepare(request, ranks, held)
+            announce(run, request)
         if ranks.first:
             held.callback(run.events.close)
         with stop_requests() as stop:
