@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from parity_tests.strategies import model_configs
 from ref_numpy.config import ModelConfig, TrainConfig
 from ref_numpy.dropout import DropoutKey
 from ref_numpy.transformer import attention_mask
-from torch_impl import flash_attention, linear_cross_entropy
+from torch_impl import attention, flash_attention, linear_cross_entropy
 from torch_impl.kv_cache import KVCache
 from torch_impl.optim import make_optimizer
 from torch_impl.seq2seq import Seq2Seq
@@ -128,14 +129,21 @@ def places_bytes(config: ModelConfig, size: int) -> int:
 
 
 @some
-@given(config=configs, sequences=st.integers(1, 3), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
-def test_activations_are_those_that_autograd_keeps(config, sequences, dtype):
+@given(
+    config=configs,
+    sequences=st.integers(1, 3),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    by_products=st.booleans(),
+)
+def test_activations_are_those_that_autograd_keeps(config, sequences, dtype, by_products):
     """To the byte, but for places and angles, and for what fills dropout's masks up to a multiple of eight in
     each sequence."""
     # Turned halves of one feature have strides that the fused kernel does not take.
     assume(config.positions != "rope" or config.head_width > 2)
-    estimated = costs.activation_bytes(config, sequences, costs.Kernels(dtype.itemsize))
-    left_out = kept_for_backward(build(config, dtype), sequences) - estimated
+    kernels = costs.Kernels(dtype.itemsize, by_products=by_products)
+    estimated = costs.activation_bytes(config, sequences, kernels)
+    with patch.object(attention, "products_pay", return_value=by_products):
+        left_out = kept_for_backward(build(config, dtype), sequences) - estimated
     masks = 5 * config.n_layer + 2 if config.architecture == "encoder-decoder" else 2 * config.n_layer + 1
     if config.dropout:
         left_out -= masks * sequences * (-config.context_length * config.d_model % 8)

@@ -56,11 +56,11 @@ def fused_attention(
     the processor can, in half the time; and elsewhere a gradient is computed in float32.
     """
     half, groups = q.dtype in (torch.float16, torch.bfloat16), q.shape[1] // k.shape[1]
-    if products_pay(k.device, k.dtype, k.numel()):
+    by_products = products_pay(k.device, k.dtype, k.numel())
+    if groups > 1 and (by_products or (q.device.type != "cpu" and (mask is not None or not half))):
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    if by_products:
         return attention_by_products(q, k, v, mask, is_causal)
-    if groups > 1 and q.device.type != "cpu" and (mask is not None or not half):
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     if half and q.device.type == "cpu" and torch.is_grad_enabled():
         mask = mask.float() if mask is not None and mask.is_floating_point() else mask
         return fused_attention(q.float(), k.float(), v.float(), mask, is_causal).to(q.dtype)

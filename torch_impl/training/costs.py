@@ -132,6 +132,7 @@ class Kernels(NamedTuple):
     size: int = 4
     of_cpu: bool = True  # these compute norms and attention in float32, whatever the precision
     recomputed: bool = False  # blocks, for the backward pass
+    by_products: bool = False  # attention, which is then not in float32: see torch_impl/attention.py
 
 
 def activation_bytes(model: ModelConfig, sequences: int, kernels: Kernels = Kernels()) -> int:  # noqa: B008
@@ -165,12 +166,13 @@ def _stack_bytes(model: ModelConfig, kernels: Kernels, layers: int, has_memory: 
     """Per token, of a stack of so many blocks, from its embedding to what another stack reads, or the
     gradient of what the head does."""
     C, H, K, D, F = model.d_model, model.n_head, model.kv_heads, model.head_width, model.ffn_width
-    size, of_cpu, _ = kernels
+    size, of_cpu, _, by_products = kernels
     dropped = C if model.dropout > 0 else 0  # a byte each
     is_layernorm = model.norm == "layernorm"  # which keeps its input, a mean and a deviation, RMSNorm a scale
     norm = (4 if of_cpu else size) * C + 8 if is_layernorm else size * C + 4
     sublayer = norm + size * C + dropped  # and the sublayer's own input
-    widened = of_cpu and size < 4
+    widened = of_cpu and size < 4 and not by_products
+    turned = model.qk_norm or model.positions == "rope"
 
     def attended(keys: int) -> int:  # q, k, v and what was found, which a projection reads
         return 4 * (2 * C + 2 * keys) + size * C if widened else size * (2 * C + 2 * keys)
@@ -178,8 +180,12 @@ def _stack_bytes(model: ModelConfig, kernels: Kernels, layers: int, has_memory: 
     attention = attended(K * D)
     if model.qk_norm:
         attention += 4 * (H + K) + (size * (H + 2 * K) * D if widened else 0)
-    if (model.qk_norm or model.positions == "rope") and not widened:
+    if turned and not widened:
         attention += size * (H + K) * D  # q and k once more
+    if by_products and K < H:  # keys and values are repeated for each head of a group, and kept so
+        attention += size * (2 * C - K * D * turned)
+        if turned and not model.qk_norm:  # of what the projection made nothing is needed any more
+            attention -= size * (C + 2 * K * D)
     wide = {"relu": 1, "swiglu": 4}.get(model.activation, 2)
     block = 2 * sublayer + attention + size * wide * F
     if has_memory:
@@ -193,22 +199,24 @@ def _attending_bytes(model: ModelConfig, sequences: int, kernels: Kernels) -> in
 
     Without a mask and with one of no more than QUERIES_AT_ONCE rows, the log-sum-exps, the mask as numbers,
     and the output once more where zeros are put in a copy, because padding may leave a query nothing to see.
-    With a larger mask nothing, since attention goes by blocks, which are computed again. CUDA's kernels keep
-    the log-sum-exps, and make masks as they go.
+    With a larger mask nothing, since attention goes by blocks, which are computed again. Products keep no
+    log-sum-exps. CUDA's kernels keep them, and make masks as they go.
     """
     T, C, H, L = model.context_length, model.d_model, model.n_head, model.n_layer
     if not kernels.of_cpu:
         return sequences * T * 4 * H * L * (3 if model.architecture == "encoder-decoder" else 1)
     alibi, in_one_piece = model.positions == "alibi", T <= QUERIES_AT_ONCE
-    output = sequences * 4 * T * C if kernels.size == 4 else 0  # else what is copied is converted anyway
-    sums = sequences * T * 4 * H
-    table = 4 * T * T * (H if alibi else 1)
+    # What is copied is converted anyway in half precision, and not kept by products.
+    output = sequences * 4 * T * C if kernels.size == 4 and not kernels.by_products else 0
+    number = kernels.size if kernels.by_products else 4  # of a mask
+    sums = 0 if kernels.by_products else sequences * T * 4 * H
+    table = number * T * T * (H if alibi else 1)
     masked = L if alibi else local_layers(model)
     kept = (L - masked) * sums + masked * in_one_piece * (sums + table)
     if model.architecture != "encoder-decoder":
         return kept
     padded = sums + output + sequences  # one byte says whether a source has any token
-    padding = sequences * 4 * T  # one row of a mask
+    padding = sequences * number * T  # one row of a mask
     encoder = in_one_piece * (padded + sequences * table) if alibi else padded + padding
     return kept + L * (encoder + padded + padding)  # the decoder, the encoder, cross-attention
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from ref_numpy.config import ModelConfig
+from torch_impl.attention import products_pay
 from torch_impl.training.config import RunConfig
 from torch_impl.training.costs import (
     Kernels,
@@ -42,7 +43,8 @@ def needed_bytes(config: RunConfig, device: torch.device, ranks: Ranks = ALONE) 
     if model.architecture == "encoder-decoder":  # sources and targets may be shorter by any length
         model = replace(model, context_length=2)
     size = {"bfloat16": 2, "float16": 2, "float8": 1}.get(config.run.precision, 4)  # of float8, some have 2
-    kernels = Kernels(size, recomputed=config.run.checkpoint_activations)
+    half = size < 4  # whose attention may be by products, which keep the least
+    kernels = Kernels(size, recomputed=config.run.checkpoint_activations, by_products=half)
     return training_bytes(model, training, kernels).peak * ranks.local_size
 
 
@@ -91,7 +93,10 @@ def step_bytes(config: RunConfig, place: Place, micro_batches: int, ranks: Ranks
     """What a step needs in one process, by parts; a sharded one holds its part of all but the activations."""
     training = replace(config.training, micro_batches=micro_batches)
     on_cpu = place.device.type == "cpu"  # float8 keeps somewhat less than is counted here
-    kernels = Kernels(place.dtype.itemsize, on_cpu, config.run.checkpoint_activations)
+    keys = config.model.kv_heads * config.model.head_width * config.model.context_length
+    sequences = training.batch_size // micro_batches // ranks.size
+    by_products = products_pay(place.device, place.dtype, sequences * keys)
+    kernels = Kernels(place.dtype.itemsize, on_cpu, config.run.checkpoint_activations, by_products)
     return process_bytes(config.model, training, kernels, ranks.size, config.run.shard)
 
 
