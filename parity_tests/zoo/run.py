@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 from parity_tests.zoo.bug import Bug
 
 HOUSE = Path(__file__).parent.parent.parent
-NEEDED = ("ref_numpy", "torch_impl", "parity_tests", "train_gpu.py", "conftest.py", "pyproject.toml")  # by the tests
+NEEDED = ("ref_numpy", "torch_impl", "parity_tests", "train_gpu.py", "conftest.py", "pyproject.toml")
 
 _TESTS_FAILED = 1  # pytest's exit code; others mean that it could not run
 _LOOK = 0.2  # seconds between looks at the keyboard: a wait without end cannot be interrupted on Windows
