@@ -90,13 +90,21 @@ def test_products_of_any_block_are_plain_attention(arguments, order, queries_at_
         np.testing.assert_allclose(result.detach().numpy(), wanted, rtol=0, atol=1e-12 * max(scale, 1))
 
 
+@pytest.mark.parametrize("sequences", [1, 2])
 @pytest.mark.parametrize("is_causal", [True, False])
-def test_the_operators_of_products_keep_what_they_promise(is_causal):
-    """PyTorch's own check: shapes and strides without numbers, gradients, nothing changed in place."""
-    q, k, v = (torch.randn(2, 7, 3, 4).transpose(1, 2).requires_grad_() for _ in range(3))
-    bias = torch.zeros(2, 3, 7, 7)
+def test_the_operators_of_products_keep_what_they_promise(sequences, is_causal):
+    """PyTorch's own check: shapes and strides without numbers, gradients, nothing changed in place.
+
+    Of one sequence the gradients once had the strides of keys whose heads lie side by side.
+    """
+    q, k, v = (torch.randn(sequences, 7, 3, 4).transpose(1, 2) for _ in range(3))
+    rest = torch.zeros(sequences, 3, 7, 7), is_causal, 3, 10**6
+    leaves = [tensor.requires_grad_() for tensor in (q, k, v)]
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
-    torch.library.opcheck(fast._by_products, (q, k, v, bias, is_causal, 3), test_utils=checks)
+    torch.library.opcheck(fast._by_products, (*leaves, *rest), test_utils=checks)
+    dy, *detached = (tensor.detach() for tensor in (v, q, k, v))
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(fast._by_products_backward, (dy, *detached, *rest), test_utils=checks)
 
 
 @pytest.mark.parametrize(

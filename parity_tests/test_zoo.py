@@ -48,6 +48,7 @@ def small_house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "ref_numpy/x.py": "def double(x):\n    return 2 * x\n",
         "torch_impl/x.py": "",
         "train_gpu.py": "",
+        "conftest.py": "",
         "pyproject.toml": "[tool.pytest.ini_options]\n",
         "parity_tests/conftest.py": "from hypothesis import settings\nsettings.register_profile('zoo')\n",
         "parity_tests/test_x.py": "from ref_numpy.x import double\n\n"

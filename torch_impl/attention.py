@@ -13,7 +13,7 @@ from torch_impl.alibi import alibi_bias
 
 _QUERIES_AT_ONCE = 128
 _SCORES_AT_ONCE = 2**23
-"""So many sequences at a time have no more, or it is one. In bfloat16 they are 16 MiB, held four times."""
+"""So many sequences at a time have no more, or it is one."""
 _HAS_BFLOAT16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
 """Whether this processor has instructions for products in bfloat16: then twice as fast as float32."""
 _WORTH_PRODUCTS = 2**18
@@ -47,16 +47,19 @@ def fused_attention(
     v: Float[Tensor, "B K S D"],
     mask: Bool[Tensor, "*#mask"] | Float[Tensor, "*#mask"] | None = None,
     is_causal: bool = False,
+    elements: int | None = None,
 ) -> Float[Tensor, "B H T D"]:
     """scaled_dot_product_attention, with groups of heads; a mask of numbers is added to the scores.
 
     CUDA's kernels for float32 and for masks know no groups, and a plain one, with all scores, would step in.
     On a CPU with AVX-512, PyTorch 2.13's kernels gain nothing from half precision, and their backward pass
-    takes up to five times as long in bfloat16, and ten in float16. So bfloat16 is multiplied by oneDNN where
-    the processor can, in half the time; and elsewhere a gradient is computed in float32.
+    takes up to five times as long in bfloat16, and ten in float16. So where there is a gradient, bfloat16 is
+    multiplied by oneDNN if the processor can and the keys have enough elements (or those that they are a
+    part of), and elsewhere it is computed in float32. Without one the kernels err less, whose scores are not
+    rounded.
     """
     half, groups = q.dtype in (torch.float16, torch.bfloat16), q.shape[1] // k.shape[1]
-    by_products = products_pay(k.device, k.dtype, k.numel())
+    by_products = torch.is_grad_enabled() and products_pay(k.device, k.dtype, elements or k.numel())
     if groups > 1 and (by_products or (q.device.type != "cpu" and (mask is not None or not half))):
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     if by_products:
@@ -70,8 +73,8 @@ def fused_attention(
 
 
 def products_pay(device: torch.device, dtype: torch.dtype, elements: int) -> bool:
-    """Whether attention to keys of so many elements is faster as products of oneDNN's than in PyTorch's
-    kernels."""
+    """Whether attention to keys of so many elements, and its gradients, are faster by products of oneDNN's
+    than by PyTorch's kernels."""
     has_instructions = device.type == "cpu" and dtype == torch.bfloat16 and _HAS_BFLOAT16
     return has_instructions and elements >= _WORTH_PRODUCTS
 
@@ -87,22 +90,14 @@ def attention_by_products(
 ) -> Float[Tensor, "B H T D"]:
     """The same by products of matrices: those of a block of queries and all the keys that they may see.
 
-    Memory is linear in the context, since each block's weights are made again in the backward pass. Scores,
-    weights and their gradients are rounded to the precision of q, and dk and dv are summed in at least
-    float32.
+    Memory is linear in the context, since each block's weights are made again in the backward pass. Every
+    product is rounded to the precision of q, as where the plain formulas compute in it: in bfloat16 a score
+    of 10 to 0.03. Blocks add up in dk and dv in at least float32. A mask has no gradient.
     """
-    B, H, T, _ = q.shape
     bias = torch.where(mask, 0.0, -torch.inf) if mask is not None and mask.dtype == torch.bool else mask
     if bias is not None:
-        bias = bias.to(q.dtype).expand(B, H, T, k.shape[2])  # a view
-    at_once = min(queries_at_once, T)
-    sequences = max(scores_at_once // (H * at_once * k.shape[2]), 1)
-    parts = []
-    for start in range(0, B, sequences):
-        part = slice(start, start + sequences)
-        of_part = None if bias is None else bias[part]
-        parts.append(_by_products(q[part], k[part], v[part], of_part, is_causal, at_once))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+        bias = bias.to(q.dtype).expand(*q.shape[:3], k.shape[2])  # a view
+    return _by_products(q, k, v, bias, is_causal, queries_at_once, scores_at_once)
 
 
 # Operators of their own, into which torch.compile does not see: it would write out each block.
@@ -110,31 +105,49 @@ def attention_by_products(
 
 @torch.library.custom_op("transformer::attention_by_products", mutates_args=())
 def _by_products(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, at_once: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    queries_at_once: int,
+    scores_at_once: int,
 ) -> Tensor:
-    y, values = _heads_like(q), v.flatten(0, 1)
-    for rows, seen, p in _weights(q, k, bias, is_causal, at_once):
-        y[:, :, rows] = (p @ values[:, seen]).unflatten(0, y.shape[:2])
+    y = _heads_like(q)
+    for part in _parts(k, queries_at_once, scores_at_once):
+        values = v[part].flatten(0, 1)
+        for rows, seen, p in _weights(q[part], k[part], _of(bias, part), is_causal, queries_at_once):
+            y[part, :, rows] = torch.bmm(p, values[:, seen]).unflatten(0, (-1, q.shape[1]))
     return y
 
 
 @torch.library.custom_op("transformer::attention_by_products_backward", mutates_args=())
 def _by_products_backward(
-    dy: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, is_causal: bool, at_once: int
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    is_causal: bool,
+    queries_at_once: int,
+    scores_at_once: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The formulas of ref_numpy/attention.py, by their numbers."""
-    dq, scale = _heads_like(q), 1 / sqrt(q.shape[-1])
-    queries, keys, values, dy = (tensor.flatten(0, 1) for tensor in (q, k, v, dy))
-    precise = torch.promote_types(q.dtype, torch.float32)  # for long sums
-    dk, dv = (torch.zeros_like(values, dtype=precise) for _ in range(2))
-    for rows, seen, p in _weights(q, k, bias, is_causal, at_once):
-        dv[:, seen] += p.mT @ dy[:, rows]  # (1)
-        dp = dy[:, rows] @ values[:, seen].mT  # (2)
-        ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)  # (3)
-        dq[:, :, rows] = (ds @ keys[:, seen]).mul_(scale).unflatten(0, dq.shape[:2])  # (4)
-        dk[:, seen] += ds.mT @ queries[:, rows]  # (4)
-    dk *= scale
-    return dq, dk.to(k.dtype).view(k.shape), dv.to(v.dtype).view(v.shape)
+    scale, precise = 1 / sqrt(q.shape[-1]), torch.promote_types(q.dtype, torch.float32)
+    dq, dk, dv = _heads_like(q), k.new_empty(k.shape), v.new_empty(v.shape)
+    for part in _parts(k, queries_at_once, scores_at_once):
+        queries, keys, values, of_y = (tensor[part].flatten(0, 1) for tensor in (q, k, v, dy))
+        of_keys, of_values = (torch.zeros(keys.shape, dtype=precise, device=k.device) for _ in range(2))
+        for rows, seen, p in _weights(q[part], k[part], _of(bias, part), is_causal, queries_at_once):
+            of_values[:, seen] += torch.bmm(p.mT, of_y[:, rows])  # (1)
+            dp = torch.bmm(of_y[:, rows], values[:, seen].mT)  # (2)
+            ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)  # (3)
+            of_queries = torch.bmm(ds, keys[:, seen]).mul_(scale)  # (4)
+            dq[part, :, rows] = of_queries.unflatten(0, (-1, q.shape[1]))
+            of_keys[:, seen] += torch.bmm(ds.mT, queries[:, rows])  # (4)
+        dk[part] = of_keys.mul_(scale).view(k[part].shape)
+        dv[part] = of_values.view(v[part].shape)
+    return dq, dk, dv
 
 
 @_by_products.register_fake
@@ -148,13 +161,12 @@ def _(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, 
 
 
 def _keep(ctx: FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    *tensors, is_causal, at_once = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.settings = is_causal, at_once
+    ctx.save_for_backward(*inputs[:4])
+    ctx.settings = inputs[4:]
 
 
 def _backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
-    return *_by_products_backward(dy, *ctx.saved_tensors, *ctx.settings), None, None, None
+    return *_by_products_backward(dy, *ctx.saved_tensors, *ctx.settings), None, None, None, None
 
 
 _by_products.register_autograd(_backward, setup_context=_keep)
@@ -162,23 +174,34 @@ _by_products.register_autograd(_backward, setup_context=_keep)
 
 def _heads_like(q: Tensor) -> Tensor:
     """An empty tensor of q's shape (B, H, T, D), in which the heads of a place lie side by side."""
-    return torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+    B, H, T, D = q.shape
+    return q.new_empty(B, T, H, D).transpose(1, 2)
+
+
+def _parts(k: Tensor, queries_at_once: int, scores_at_once: int) -> Iterator[slice]:
+    """The sequences, some at a time."""
+    B, H, S, _ = k.shape
+    size = max(scores_at_once // (H * queries_at_once * S), 1)
+    return (slice(start, start + size) for start in range(0, B, size))
+
+
+def _of(bias: Tensor | None, part: slice) -> Tensor | None:
+    return None if bias is None else bias[part]
 
 
 def _weights(
     q: Tensor, k: Tensor, bias: Tensor | None, is_causal: bool, at_once: int
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Blocks of queries, the keys that they may see, and their weights (B H, queries, keys)."""
-    (B, H, T, D), S = q.shape, k.shape[2]
-    scale, queries, keys = 1 / sqrt(D), q.flatten(0, 1), k.flatten(0, 1)
+    T, S = q.shape[2], k.shape[2]
+    scale, queries, keys = 1 / sqrt(q.shape[-1]), q.flatten(0, 1), k.flatten(0, 1)
     later = torch.full((at_once, at_once), -torch.inf, dtype=q.dtype, device=q.device).triu_(1)
     for start in range(0, T, at_once):
         stop = min(start + at_once, T)
         last = stop if is_causal else S
-        of_block = queries[:, start:stop], keys[:, :last].mT
-        scores = torch.baddbmm(q.new_empty(()), *of_block, beta=0, alpha=scale)
+        added = q.new_empty(()) if bias is None else bias[:, :, start:stop, :last].flatten(0, 1)
+        beta = 0 if bias is None else 1
+        scores = torch.baddbmm(added, queries[:, start:stop], keys[:, :last].mT, beta=beta, alpha=scale)
         if is_causal:
             scores[:, :, start:] += later[: stop - start, : stop - start]
-        if bias is not None:
-            scores.unflatten(0, (B, H)).add_(bias[:, :, start:stop, :last])
         yield slice(start, stop), slice(last), scores.softmax(-1)

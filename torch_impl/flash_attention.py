@@ -131,7 +131,7 @@ def _by_blocks(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, queri
         pattern = pattern._replace(mask=pattern.mask.expand(B, H, T, S))  # a view
     size = queries_at_once if _depends_on_query(pattern) else T
     if T <= size:
-        return _block(q, k, v, pattern, 0, 0)
+        return _block(q, k, v, pattern, 0, 0, k.numel())
     blocks = []
     for start in range(0, T, size):
         stop = min(start + size, T)
@@ -139,13 +139,24 @@ def _by_blocks(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, queri
         last = stop if pattern.causal else S
         parts = q[:, :, start:stop], k[:, :, first:last], v[:, :, first:last]
         blocks.append(
-            checkpoint(_block, *parts, pattern, start, first, use_reentrant=False, preserve_rng_state=False)
+            checkpoint(
+                _block,
+                *parts,
+                pattern,
+                start,
+                first,
+                k.numel(),
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
         )
     return torch.cat(blocks, dim=2)
 
 
-def _block(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, start: int, first: int) -> Tensor:
-    """Attention of the queries from start on, over the keys from first on.
+def _block(
+    q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, start: int, first: int, elements: int
+) -> Tensor:
+    """Attention of the queries from start on, over the keys from first on; all keys have so many elements.
 
     What the kernels make of a row without keys differs from one to the next. Such a row is let see
     everything, which is finite, and its result is then replaced by 0, which also stops its gradient.
@@ -165,7 +176,7 @@ def _block(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionPattern, start: in
         # Of four axes: given three, the CPU falls back on the plain formulas.
         bias = (slopes[h] * -(t - s).abs()).to(q.dtype)[None]  # (1, H, T, S)
         allowed = torch.where(allowed, bias, -torch.inf)
-    y = fused_attention(q, k, v, allowed)
+    y = fused_attention(q, k, v, allowed, elements=elements)
     return torch.where(sees_something, y, 0.0) if can_be_blind else y
 
 

@@ -95,14 +95,14 @@ BUGS = [
         (
             "products_keep_the_last_block",
             "The gradient of the keys is that of the last block of queries alone.",
-            "dk[:, seen] += ds.mT",
-            "dk[:, seen] = ds.mT",
+            "of_keys[:, seen] += torch.bmm",
+            "of_keys[:, seen] = torch.bmm",
         ),
         (
             "products_dq_unscaled",
             "The gradient of the queries lacks the factor 1 / sqrt D.",
-            "(ds @ keys[:, seen]).mul_(scale)",
-            "(ds @ keys[:, seen])",
+            "torch.bmm(ds, keys[:, seen]).mul_(scale)",
+            "torch.bmm(ds, keys[:, seen])",
         ),
         (
             "products_bias_of_the_first_block",
