@@ -1,5 +1,6 @@
 """A run folder belongs to one process at a time, and to nobody when that process is gone."""
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,28 @@ def test_a_lock_of_which_nothing_is_known(tmp_path, holder):
         (tmp_path / "run" / "lock.json").write_bytes(damage)
         with pytest.raises(InputError, match="in use: another process trains"), locked(tmp_path / "run"):
             pass
+
+
+def test_a_folder_that_is_moved_while_its_run_goes_on(small_run, monkeypatch):
+    """The run was said not to have begun."""
+    monkeypatch.setattr(run, "announce", lambda prepared, request: prepared.folder.rename("moved"))
+    outcome = small_run("--out", "run")
+    assert outcome.code == 1 and "run: moved or deleted while the run went on" in outcome.error
+    assert Path("moved/lock").is_file() and not Path("run").exists()
+
+
+def test_what_took_the_name_of_a_folder_is_left_alone(small_run, monkeypatch):
+    """A run that failed without a checkpoint removed it."""
+
+    def replaced(prepared, request):
+        prepared.folder.rename("moved")
+        prepared.folder.mkdir()
+        (prepared.folder / "mine").touch()
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(run, "announce", replaced)
+    assert small_run("--out", "run").code == 1
+    assert Path("run/mine").is_file()
 
 
 def test_a_run_holds_its_folder_from_the_start(small_run, monkeypatch):

@@ -4,7 +4,7 @@ import errno
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torch_impl.training.config import RunConfig
@@ -47,15 +47,31 @@ def create_folder(out: Path | None, config: RunConfig) -> Path:
 @contextmanager
 def kept_once_begun(folder: Path) -> Iterator[None]:
     """A new run's folder goes when the run ends without a checkpoint or a report: nothing can go on from
-    there, and its name is free again. Until then an OSError is NotBegun."""
+    there, and its name is free again. Until then an OSError is NotBegun.
+
+    A folder that was moved meanwhile is not looked for, and what has its name now is left alone.
+    """
+    own = _identity(folder)
     try:
         try:
             yield
-        except OSError:
+        except OSError as error:
+            if _identity(folder) != own:
+                gone = "moved or deleted while the run went on"
+                raise FileNotFoundError(errno.ENOENT, gone, str(folder)) from error
             if (folder / "last").is_dir():
                 raise
             with system_errors_told():
                 raise
     finally:
-        if not (folder / "last").is_dir() and not (folder / "report.html").is_file():
+        begun = (folder / "last").is_dir() or (folder / "report.html").is_file()
+        if not begun and _identity(folder) == own:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from another of its name; None where there is none."""
+    with suppress(OSError):
+        found = folder.stat()
+        return found.st_dev, found.st_ino
+    return None
