@@ -71,7 +71,7 @@ def test_parity_of_products(agree, arguments, sloped, seed):
     seed=seeds,
 )
 def test_products_of_any_block_are_plain_attention(arguments, order, queries_at_once, scores_at_once, seed):
-    """Values and gradients in float64, and what torch.compile has to know of the operators."""
+    """Values and gradients in float64."""
     q, k, v, mask = arguments.values()
     if order == "causal":
         k, v = (np.resize(tensor, q.shape) for tensor in (k, v))

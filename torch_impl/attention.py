@@ -115,8 +115,8 @@ def _by_products(
 ) -> Tensor:
     y = _heads_like(q)
     for part in _parts(k, queries_at_once, scores_at_once):
-        values = v[part].flatten(0, 1)
-        for rows, seen, p in _weights(q[part], k[part], _of(bias, part), is_causal, queries_at_once):
+        queries, keys, values = (tensor[part].flatten(0, 1) for tensor in (q, k, v))
+        for rows, seen, p in _weights(queries, keys, bias, part, is_causal, queries_at_once):
             y[part, :, rows] = torch.bmm(p, values[:, seen]).unflatten(0, (-1, q.shape[1]))
     return y
 
@@ -138,7 +138,7 @@ def _by_products_backward(
     for part in _parts(k, queries_at_once, scores_at_once):
         queries, keys, values, of_y = (tensor[part].flatten(0, 1) for tensor in (q, k, v, dy))
         of_keys, of_values = (torch.zeros(keys.shape, dtype=precise, device=k.device) for _ in range(2))
-        for rows, seen, p in _weights(q[part], k[part], _of(bias, part), is_causal, queries_at_once):
+        for rows, seen, p in _weights(queries, keys, bias, part, is_causal, queries_at_once):
             of_values[:, seen] += torch.bmm(p.mT, of_y[:, rows])  # (1)
             dp = torch.bmm(of_y[:, rows], values[:, seen].mT)  # (2)
             ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype)  # (3)
@@ -185,21 +185,21 @@ def _parts(k: Tensor, queries_at_once: int, scores_at_once: int) -> Iterator[sli
     return (slice(start, start + size) for start in range(0, B, size))
 
 
-def _of(bias: Tensor | None, part: slice) -> Tensor | None:
-    return None if bias is None else bias[part]
-
-
 def _weights(
-    q: Tensor, k: Tensor, bias: Tensor | None, is_causal: bool, at_once: int
+    queries: Tensor, keys: Tensor, bias: Tensor | None, part: slice, is_causal: bool, at_once: int
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Blocks of queries, the keys that they may see, and their weights (B H, queries, keys)."""
-    T, S = q.shape[2], k.shape[2]
-    scale, queries, keys = 1 / sqrt(q.shape[-1]), q.flatten(0, 1), k.flatten(0, 1)
-    later = torch.full((at_once, at_once), -torch.inf, dtype=q.dtype, device=q.device).triu_(1)
+    """Blocks of queries, the keys that they may see, and their weights (N, queries, keys).
+
+    Of N = sequences times heads queries are (N, T, D) and keys (N, S, D); the bias (B, H, T, S) is of all
+    sequences, of which these are a part.
+    """
+    (_, T, D), S = queries.shape, keys.shape[1]
+    scale, nothing = 1 / sqrt(D), queries.new_empty(())
+    later = queries.new_full((at_once, at_once), -torch.inf).triu_(1)
     for start in range(0, T, at_once):
         stop = min(start + at_once, T)
         last = stop if is_causal else S
-        added = q.new_empty(()) if bias is None else bias[:, :, start:stop, :last].flatten(0, 1)
+        added = nothing if bias is None else bias[part, :, start:stop, :last].flatten(0, 1)
         beta = 0 if bias is None else 1
         scores = torch.baddbmm(added, queries[:, start:stop], keys[:, :last].mT, beta=beta, alpha=scale)
         if is_causal:

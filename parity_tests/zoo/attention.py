@@ -107,8 +107,8 @@ BUGS = [
         (
             "products_bias_of_the_first_block",
             "Every block of queries gets the bias of the first one.",
-            "bias[:, :, start:stop, :last]",
-            "bias[:, :, : stop - start, :last]",
+            "bias[part, :, start:stop, :last]",
+            "bias[part, :, : stop - start, :last]",
         ),
     ),
     *bugs(
