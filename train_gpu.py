@@ -3,14 +3,13 @@
 `python train_gpu.py sweep [PRESET] --vary NAME=VALUE,VALUE [--flags]` trains several and compares them.
 """
 
-import errno
 import os
 import re
 import sys
 
 from ref_numpy.config import ConfigError
 from torch_impl.training.command_line import Request, parse
-from torch_impl.training.files import InputError
+from torch_impl.training.files import InputError, refusal
 from torch_impl.training.stopping import Diverged
 from torch_impl.training.terminal import lasting_output, show_what_can_be_shown
 
@@ -32,7 +31,7 @@ def _train(arguments: list[str]) -> int:
     except (InputError, ConfigError) as error:
         return _refuse(error)
     except OSError as error:  # of a path that cannot be looked at
-        return _refuse(InputError(f"{error.filename}: {error.strerror}"))
+        return _refuse(InputError(refusal(error)))
     from torch_impl.training.beginning import NotBegun
     from torch_impl.training.ranks import AnotherFailed  # imports torch, which --help can do without
     from torch_impl.training.run import train
@@ -78,9 +77,10 @@ def _sweep(arguments: list[str]) -> int:
     try:
         return sweep(arguments)
     except (InputError, ConfigError) as error:
-        return _fail(str(error), 2)
+        return _refuse(error)
     except OSError as error:
-        return _fail(f"{error.filename or 'the folder of the sweep'}: {error.strerror}", 1)
+        goes_on = "; what was saved before is whole, and the same command goes on from it"
+        return _fail(refusal(error) + goes_on * (error.errno is not None), 1)
 
 
 def _explain(error: Exception, request: Request) -> str | None:
@@ -88,13 +88,8 @@ def _explain(error: Exception, request: Request) -> str | None:
     from torch_impl.training.memory import OutOfMemory, ran_out  # imports torch
 
     if isinstance(error, OSError):
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            place = error.filename or "the run folder"
-            return (
-                f"the disk is full, writing {place}; what was saved before is whole. Make room, then --resume"
-            )
-        saved = "; what was saved before is whole. Mend that, then --resume"
-        return f"{error.filename}: {error.strerror}{saved}" if error.filename else str(error)
+        goes_on = "; what was saved before is whole, and --resume goes on from it"
+        return refusal(error) + goes_on * (error.errno is not None)
     if isinstance(error, OutOfMemory):
         return str(error)
     if ran_out(error):

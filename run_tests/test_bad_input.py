@@ -112,7 +112,7 @@ def test_a_folder_that_nobody_may_write_to_any_more(small_run, cli, on_file_oper
     outcome = small_run("--out", "run")
     on_file_operation(None)
     assert outcome.code == 1
-    assert re.search(r"last.new: Permission denied; what was saved before is whole.*--resume", outcome.error)
+    assert re.search(r"last: Permission denied; .*what was saved before is whole.*--resume", outcome.error)
     assert cli("--resume", "run").code == 0
     assert content(Path("run")) == content(Path("whole"))
 

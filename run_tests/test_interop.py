@@ -189,5 +189,6 @@ def test_an_export_that_is_interrupted_or_fails_leaves_nothing(small_run, capsys
 
         monkeypatch.setattr(interop, "write_tensors", fails)
         assert interop.main(["--model", "run", "--out", "hf"]) == code
-        assert "nothing was written" in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert "nothing was written" in told and (code == 130 or "is full, writing hf; make room;" in told)
         assert set(Path().iterdir()) == before

@@ -1,6 +1,7 @@
 """A run folder belongs to one process at a time, and to nobody when that process is gone."""
 
 import errno
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from run_tests.conftest import SMALL, content
-from torch_impl.training import run
+from torch_impl.training import prepare, run, sweep
 from torch_impl.training.files import InputError
 from torch_impl.training.lock import locked
 
@@ -83,8 +84,61 @@ def test_a_folder_that_is_moved_while_its_run_goes_on(small_run, monkeypatch):
     """The run was said not to have begun."""
     monkeypatch.setattr(run, "announce", lambda prepared, request: prepared.folder.rename("moved"))
     outcome = small_run("--out", "run")
-    assert outcome.code == 1 and "run: moved or deleted while the run went on" in outcome.error
+    assert outcome.code == 1 and "run was moved or deleted meanwhile" in outcome.error
     assert Path("moved/lock").is_file() and not Path("run").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there a folder with open files keeps its name")
+def test_a_run_writes_nothing_into_a_folder_that_took_the_name_of_its_own(small_run, cli, monkeypatch):
+    """The lock went along with the renamed folder, and the checkpoints into the other run."""
+    assert small_run("--out", "whole").code == 0
+    assert small_run("--out", "other").code == 0
+    train_steps = run.train_steps
+
+    def renamed(folder, step):
+        def steps(state, sample, config):
+            for metrics in train_steps(state, sample, config):
+                yield metrics
+                if state.step == step:
+                    Path(folder).rename(f"{folder}-moved")
+                    shutil.copytree("other", folder)
+
+        monkeypatch.setattr(run, "train_steps", steps)
+        begin = small_run("--out", folder) if step == 6 else cli("--resume", folder)
+        assert begin.code == 1 and f"{folder} was moved or deleted meanwhile" in begin.error
+        assert content(Path(folder)) == content(Path("other"))
+
+    renamed("run", 6)
+    renamed("run-moved", 9)
+    monkeypatch.setattr(run, "train_steps", train_steps)
+    assert cli("--resume", "run-moved-moved").code == 0
+    assert content(Path("run-moved-moved")) == content(Path("whole"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there a folder with open files keeps its name")
+def test_a_sweep_writes_nothing_into_a_folder_that_took_the_name_of_its_own(cli, text, monkeypatch):
+    def renamed(arguments):
+        Path("swept").rename("moved")
+        Path("swept").mkdir()
+        return 0
+
+    monkeypatch.setattr(sweep, "launch", renamed)
+    outcome = cli("sweep", *SMALL.split(), "--train-file", text, "--vary", "d_ff=8,16", "--out", "swept")
+    assert outcome.code == 1 and "swept was moved or deleted meanwhile" in outcome.error
+    assert not list(Path("swept").iterdir())
+
+
+def test_two_runs_that_begin_at_once_in_one_folder(small_run, monkeypatch):
+    """The one that came second was told that a file exists, and not what to do."""
+    make_tokenizer = prepare.make_tokenizer
+
+    def meanwhile(*arguments):
+        Path("run").mkdir()
+        return make_tokenizer(*arguments)
+
+    monkeypatch.setattr(prepare, "make_tokenizer", meanwhile)
+    outcome = small_run("--out", "run")
+    assert outcome.code == 2 and "run exists, and a run is never overwritten; name another" in outcome.error
 
 
 def test_what_took_the_name_of_a_folder_is_left_alone(small_run, monkeypatch):

@@ -1,5 +1,6 @@
 """Sweeps: a run for each combination, a table, and what happens when something goes wrong in between."""
 
+import errno
 import json
 import signal
 from pathlib import Path
@@ -120,6 +121,21 @@ def test_a_run_that_fails_is_a_row_and_not_the_end(sweep, launched, monkeypatch)
     assert sweep(*flags).code == 0
     assert [args[-4] for args in launched[before:]] == ["--learning-rate=2e-3"]
     assert sweep("--vary", "learning_rate=1e30,1e31", *flags[:4], "--out", "bad").code == 1
+
+
+def test_a_disk_that_fills_up_beneath_a_sweep(sweep, launched, on_file_operation):
+    """What went on from there was not said."""
+
+    def full(event, path):
+        if path.name == "table.md.new" and launched:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    on_file_operation(full)
+    outcome = sweep(*GRID, "--out", "swept")
+    on_file_operation(None)
+    assert outcome.code == 1 and "the disk is full, writing swept" in outcome.error
+    assert "the same command goes on" in outcome.error and len(launched) == 1
+    assert sweep(*GRID, "--out", "swept").code == 0
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ref_numpy.config import ConfigError, SamplingConfig
 from ref_numpy.conversation import Conversation, Message, to_record, well_formed
-from torch_impl.training.files import InputError, find_checkpoint, write_new_file
+from torch_impl.training.files import InputError, find_checkpoint, refusal, write_new_file
 from torch_impl.training.flags import parse_flags
 from torch_impl.training.terminal import Lines, interrupt_only_noted
 from torch_impl.training.visible import visible
@@ -122,7 +122,7 @@ class Chat:
         except InputError as error:
             tell(str(error))
         except OSError as error:
-            tell(f"{argument}: {error.strerror}")
+            tell(refusal(error))
         return True
 
     def conversation(self, *more: Message) -> Conversation:
@@ -295,7 +295,8 @@ def main(arguments: list[str]) -> int:
     except BrokenPipeError:  # the reader has seen enough; nor may the interpreter's last flush complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, MemoryError) as error:
-        print(f"chat: error: {error or 'out of memory'}", file=sys.stderr)
+        reason = refusal(error) if isinstance(error, OSError) else "out of memory"
+        print(f"chat: error: {reason}", file=sys.stderr)
         return 1
     return 0
 

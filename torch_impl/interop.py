@@ -18,7 +18,7 @@ import torch
 
 from ref_numpy.conversation import END_OF_TURN, ROLE_TOKENS
 from torch_impl.training.checkpoint import load_model
-from torch_impl.training.files import InputError, find_checkpoint, new_folder
+from torch_impl.training.files import InputError, find_checkpoint, new_folder, refusal
 from torch_impl.training.flags import check_text, parse_flags
 from torch_impl.training.hf_config import hf_config, read_hf_config
 from torch_impl.training.hf_tensors import read_hf_tensors, to_hf_tensors
@@ -133,7 +133,8 @@ def main(arguments: list[str]) -> int:
         print("interop: error: interrupted; nothing was written", file=sys.stderr)
         return 130
     except (OSError, MemoryError) as error:
-        print(f"interop: error: {error or 'out of memory'}; nothing was written", file=sys.stderr)
+        reason = refusal(error) if isinstance(error, OSError) else "out of memory"
+        print(f"interop: error: {reason}; nothing was written", file=sys.stderr)
         return 1
     return 0
 

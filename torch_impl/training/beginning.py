@@ -1,14 +1,14 @@
 """The folder of a new run, which stays once there is something in it to go on from."""
 
-import errno
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torch_impl.training.config import RunConfig
-from torch_impl.training.files import InputError
+from torch_impl.training.files import InputError, refusal
+from torch_impl.training.lock import locked
 
 
 class NotBegun(Exception):
@@ -21,12 +21,7 @@ def system_errors_told() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        place = error.filename or "the run folder"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            said = f"the disk is full, writing {place}; the run has not begun. Make room, and ask again"
-        else:
-            said = f"{place}: {error.strerror or error}; the run has not begun"
-        raise NotBegun(said) from error
+        raise NotBegun(f"{refusal(error)}; the run has not begun") from error
 
 
 def create_folder(out: Path | None, config: RunConfig) -> Path:
@@ -39,39 +34,35 @@ def create_folder(out: Path | None, config: RunConfig) -> Path:
         folder = folder.with_name(f"{name}-{attempt}")
     try:
         folder.mkdir(parents=True)
+    except FileExistsError as error:
+        raise InputError(f"{folder} exists, and a run is never overwritten; name another --out") from error
     except OSError as error:
         raise InputError(f"cannot create the run folder {folder}: {error.strerror}") from error
     return folder
 
 
 @contextmanager
-def kept_once_begun(folder: Path) -> Iterator[None]:
-    """A new run's folder goes when the run ends without a checkpoint or a report: nothing can go on from
-    there, and its name is free again. Until then an OSError is NotBegun.
+def kept_once_begun(folder: Path) -> Iterator[Callable[[], None]]:
+    """Locks a new run's folder, as `locked` does, and removes it when the run ends without a checkpoint or a
+    report: nothing can go on from there, and its name is free again. Until then an OSError is NotBegun.
 
     A folder that was moved meanwhile is not looked for, and what has its name now is left alone.
     """
-    own = _identity(folder)
+    idle = False
     try:
-        try:
-            yield
-        except OSError as error:
-            if _identity(folder) != own:
-                gone = "moved or deleted while the run went on"
-                raise FileNotFoundError(errno.ENOENT, gone, str(folder)) from error
-            if (folder / "last").is_dir():
-                raise
-            with system_errors_told():
-                raise
+        with locked(folder) as require_ours:
+            try:
+                yield require_ours
+            except OSError:
+                require_ours()
+                if (folder / "last").is_dir():
+                    raise
+                with system_errors_told():
+                    raise
+            finally:
+                with suppress(OSError):
+                    require_ours()
+                    idle = not ((folder / "last").is_dir() or (folder / "report.html").is_file())
     finally:
-        begun = (folder / "last").is_dir() or (folder / "report.html").is_file()
-        if not begun and _identity(folder) == own:
+        if idle:  # and the lock let go, for Windows removes no open file
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _identity(folder: Path) -> tuple[int, int] | None:
-    """What tells a folder from another of its name; None where there is none."""
-    with suppress(OSError):
-        found = folder.stat()
-        return found.st_dev, found.st_ino
-    return None

@@ -16,7 +16,7 @@ from ref_numpy.bpe_format import SPLITS, TokenizerError, to_gpt2_files, to_json
 from torch_impl.bpe import check_training
 from torch_impl.training.bpe_corpus import byte_bar, encode_texts, train_on_texts
 from torch_impl.training.bpe_inspect import Files, Inspect, Source, texts
-from torch_impl.training.files import InputError, replace_file, unused_name
+from torch_impl.training.files import InputError, refusal, replace_file, unused_name
 from torch_impl.training.flags import one_line_errors
 from torch_impl.training.terminal import show_what_can_be_shown
 
@@ -224,7 +224,7 @@ def main(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        message, code = f"{error.filename}: {error.strerror}" if error.filename else str(error), 1
+        message, code = refusal(error), 1
     except KeyboardInterrupt:
         message, code = "interrupted; nothing was written", 130
     else:

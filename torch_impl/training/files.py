@@ -1,5 +1,6 @@
 """Files and folders that are whole or absent: written beside, flushed to disk, renamed into place."""
 
+import errno
 import os
 import secrets
 import shutil
@@ -23,6 +24,23 @@ class InputError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(visible(message))
+
+
+def refusal(error: OSError) -> str:
+    """What the system refuses, in one line: the path, the reason, and the mend where there is one."""
+    place = visible(str(error.filename or ""))
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full{place and ', writing '}{place}; make room"
+    told = f"{place}{place and ': '}{error.strerror or error}"
+    if place and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{told}; give this user the right to it, or name another"
+    return told
+
+
+def named_after(error: BaseException, path: Path) -> None:
+    """Gives an OSError the name that somebody knows, in place of a temporary one or none."""
+    if isinstance(error, OSError):
+        error.filename, error.filename2 = str(path), None
 
 
 def flush_to_disk(path: Path) -> None:
@@ -79,8 +97,7 @@ def _write_by_way_of(new: Path, path: Path, content: bytes) -> None:
         patiently(new.replace, path)
     except BaseException as error:
         new.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            error.filename, error.filename2 = str(path), None  # which is the name that somebody knows
+        named_after(error, path)
         raise
     flush_to_disk(path.parent)
 
@@ -100,6 +117,9 @@ def write_new_file(path: Path, content: bytes) -> None:
         patiently(new.replace, path)
     except FileExistsError:
         raise InputError(f"{path} exists, and is not overwritten; name another file") from None
+    except OSError as error:
+        named_after(error, path)
+        raise
     finally:
         new.unlink(missing_ok=True)
     flush_to_disk(path.parent)
@@ -129,8 +149,9 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         if folder.exists():
             patiently(folder.rename, old)
         patiently(new.rename, folder)
-    except BaseException:
+    except BaseException as error:
         settle_folder(folder)
+        named_after(error, folder)
         raise
     flush_to_disk(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
@@ -152,8 +173,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
             flush_to_disk(path)
         flush_to_disk(new)
         patiently(new.rename, folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(new, ignore_errors=True)
+        named_after(error, folder)
         raise
     flush_to_disk(folder.parent)
 

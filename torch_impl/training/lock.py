@@ -6,8 +6,9 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from torch_impl.training.files import InputError, write_file
@@ -25,11 +26,14 @@ else:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[Callable[[], None]]:
     """Within the block the folder is this process's. Raises InputError where it is another's.
 
     The system holds the lock on an open file, and lets go of it when the process ends, however it ends: what
     is left of a killed run is a file, which stops nobody. The process's name stands in lock.json.
+
+    The lock goes along with a folder that is renamed, but what is written goes to whoever has the name then:
+    yields what is to be called before, and raises FileNotFoundError where the name leads elsewhere by now.
     """
     with (folder / "lock").open("ab") as file:
         try:
@@ -42,7 +46,17 @@ def locked(folder: Path) -> Iterator[None]:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # no locks on this disk
                 raise
         write_file(folder / "lock.json", json.dumps(_myself()).encode("ascii"))
-        yield
+        yield partial(_require_the_same, folder, file.fileno())
+
+
+def _require_the_same(folder: Path, descriptor: int) -> None:
+    with suppress(FileNotFoundError, NotADirectoryError):
+        if os.path.samestat(os.fstat(descriptor), (folder / "lock").stat()):
+            return
+    raise FileNotFoundError(
+        f"{folder} was moved or deleted meanwhile, and nothing more is written there; what was saved before "
+        "is where the folder is now"
+    )
 
 
 def _myself() -> dict[str, str | int]:

@@ -16,7 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 
-from torch_impl.training.files import InputError, replace_file
+from torch_impl.training.files import InputError, refusal, replace_file
 from torch_impl.training.flags import parse_flags
 from torch_impl.training.telemetry import MetricsLog, Row
 from torch_impl.training.terminal import lasting_output, show_what_can_be_shown
@@ -194,7 +194,7 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         message, code = "interrupted", 130
     except OSError as error:
-        message, code = f"{error.filename}: {error.strerror}" if error.filename else str(error), 1
+        message, code = refusal(error), 1
     else:
         return 0
     print(f"plot: error: {message}", file=sys.stderr)

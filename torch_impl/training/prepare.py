@@ -3,6 +3,7 @@
 import os
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from torch_impl.training.config import RunConfig, read_config
 from torch_impl.training.corpus import Corpus, make_tokenizer
 from torch_impl.training.device import Place, choose_place
 from torch_impl.training.events import TensorBoardEvents
-from torch_impl.training.files import InputError, settle_folder
+from torch_impl.training.files import InputError, refuse_links, settle_folder
 from torch_impl.training.growth import with_chat_tokens, with_new_rows
 from torch_impl.training.lock import locked
 from torch_impl.training.looks import Look
@@ -53,6 +54,7 @@ class Run:
     """What a run holds while it trains."""
 
     folder: Path
+    require_folder: Callable[[], None]  # before what is written: raises FileNotFoundError where it was moved
     place: Place
     config: RunConfig
     tokenizer: Tokenizer
@@ -83,9 +85,13 @@ class _Saved(NamedTuple):
 def prepare(request: Request, ranks: Ranks, held: ExitStack) -> Run:
     """The run that the request describes. Raises InputError or ConfigError where it cannot be.
 
-    A new run's folder is made, and locked for as long as `held` is, when nothing can be wrong with the
+    The folder is locked for as long as `held` is; a new run's is made when nothing can be wrong with the
     request any more. Of several processes the first one writes, before the others read.
     """
+    require_folder = _no_folder_of_its_own
+    if request.resume and ranks.first:
+        refuse_links(request.resume)
+        require_folder = held.enter_context(locked(request.resume))
     require_same_flags(request, ranks)
     refuse_uneven(request, ranks)
     _settle_order_of_sums(request.config.run.deterministic)
@@ -144,8 +150,7 @@ def prepare(request: Request, ranks: Ranks, held: ExitStack) -> Run:
         state = _start(model, config, place, ranks)
         folder = ranks.told(create_folder(request.out, config) if ranks.first else None)
         if ranks.first:
-            held.enter_context(kept_once_begun(folder))
-            held.enter_context(locked(folder))
+            require_folder = held.enter_context(kept_once_begun(folder))
         metrics = MetricsLog(folder / "metrics.jsonl")
     else:
         progress, folder = saved.progress, request.resume
@@ -153,10 +158,12 @@ def prepare(request: Request, ranks: Ranks, held: ExitStack) -> Run:
         put_back(folder / "last", state, progress)
         metrics = MetricsLog(folder / "metrics.jsonl")
         if ranks.first:
+            require_folder()
             metrics.forget_from(progress.next_row)
 
     return Run(
         folder=folder,
+        require_folder=require_folder,
         place=place,
         config=config,
         tokenizer=tokenizer,
@@ -167,6 +174,10 @@ def prepare(request: Request, ranks: Ranks, held: ExitStack) -> Run:
         metrics=metrics,
         events=TensorBoardEvents(folder / "tensorboard", progress.next_row) if ranks.first else None,
     )
+
+
+def _no_folder_of_its_own() -> None:
+    """What a process that writes nothing requires of the folder."""
 
 
 def _settle_order_of_sums(deterministic: bool) -> None:

@@ -1,6 +1,7 @@
 """The command line of quantisation: a trained run in, a smaller model out, and what that costs."""
 
 import math
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +20,7 @@ from torch_impl.training.config import ConfigError, QuantisationSettings, read_c
 from torch_impl.training.conversation_file import load_conversations
 from torch_impl.training.corpus import encoded, load_corpus
 from torch_impl.training.device import Place, place_to_read
-from torch_impl.training.files import InputError, find_checkpoint, whole_folder
+from torch_impl.training.files import InputError, find_checkpoint, refusal, whole_folder
 from torch_impl.training.flags import check_text, parse_flags
 from torch_impl.training.repeating import as_typed
 from torch_impl.training.telemetry import faces_of_loss
@@ -91,6 +92,8 @@ def parse(arguments: list[str]) -> Request:
         raise InputError(f"{out} exists, and is not overwritten; name another --out")
     if not out.parent.is_dir():
         raise InputError(f"{out.parent} is no folder; make it first, or name another --out")
+    if not os.access(out.parent, os.W_OK):
+        raise InputError(f"{out.parent} cannot be written to; name another --out")
     return Request(flags, settings, find_checkpoint(Path(flags.run_folder)), out)
 
 
@@ -185,7 +188,7 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         message, code = "interrupted", 130
     except OSError as error:
-        message, code = f"{error.filename}: {error.strerror}" if error.filename else str(error), 1
+        message, code = refusal(error), 1
     except MemoryError:
         message, code = "out of memory", 1
     else:

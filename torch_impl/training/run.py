@@ -22,9 +22,8 @@ from torch_impl.training.checkpoint import OWED, save_checkpoint
 from torch_impl.training.command_line import Request
 from torch_impl.training.divergence import diverged, read_pending
 from torch_impl.training.events import TensorBoardEvents
-from torch_impl.training.files import refuse_links, write_file
+from torch_impl.training.files import write_file
 from torch_impl.training.keeping import keep_newest
-from torch_impl.training.lock import locked
 from torch_impl.training.looks import look, look_is_due
 from torch_impl.training.memory import OutOfMemory, accounted
 from torch_impl.training.prepare import Run, prepare
@@ -44,9 +43,6 @@ def train(request: Request) -> int:
     the run has said already why it ends."""
     with ExitStack() as held:
         ranks = held.enter_context(joined(torch.cuda.is_available()))
-        if request.resume and ranks.first:
-            refuse_links(request.resume)
-            held.enter_context(locked(request.resume))
         with system_errors_told():
             run = prepare(request, ranks, held)
             announce(run, request)
@@ -91,6 +87,7 @@ def _how_to_talk(run: Run) -> str:
 def _report(run: Run, ended: str, told: str, sample: str | None = None) -> None:
     """Write the report, and say the most important of it."""
     if run.state.ranks.first:
+        run.require_folder()
         found = write_report(run, ended, told, sample)
         print(f"{in_short(found)}\nreport: {run.folder / 'report.html'}")
 
@@ -101,6 +98,7 @@ def _report_failure(run: Run, error: Diverged | OutOfMemory) -> None:
     diverged, ranks = isinstance(error, Diverged), run.state.ranks
     if ranks.first:
         with suppress(OSError):  # what is told already is worse
+            run.require_folder()
             write_report(run, "diverged" if diverged else "out of memory", str(error))
     if diverged:
         with suppress(RuntimeError):  # another one is gone already
@@ -225,6 +223,7 @@ def _evaluate(
     }
     progress.loss_sum, progress.loss_count = 0.0, 0
     if run.events is not None:
+        run.require_folder()
         run.metrics.append(row)
         run.events.scalars(progress.step, row)
     known = f"; ln V = {math.log(config.model.vocab_size):.3f}" if progress.step == 0 else ""
@@ -249,6 +248,7 @@ def _save(run: Run, name: str) -> None:
         raise diverged(run, run.progress.step, f"weights are not finite: {', '.join(bad[:8])}")
     run.progress.seconds = run.seconds()
     run.progress.loss_scale = run.state.scaler.state_dict() or None
+    run.require_folder()
     save_checkpoint(run.folder / name, run.config, run.tokenizer, run.state, run.progress)
     if name == "last" and run.progress.owed is None and run.state.ranks.first:
         keep_newest(run.folder, run.progress.step, run.config.run.keep_checkpoints)
@@ -261,6 +261,7 @@ def _write_sample(run: Run) -> str | None:
         return None
     example = run.objective.example(run.state.model, length)
     if run.state.ranks.first:
+        run.require_folder()
         write_file(run.folder / "sample.txt", example.encode("utf-8"))
     print(f"\n{visible(example) if sys.stdout.isatty() else example}\n")
     return example

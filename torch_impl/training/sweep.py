@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -42,8 +43,8 @@ def sweep(arguments: list[str]) -> int:
         plan.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot create the folder {plan.folder}: {error.strerror}") from error
-    with locked(plan.folder):
-        return _run_all(plan)
+    with locked(plan.folder) as require_folder:
+        return _run_all(plan, require_folder)
 
 
 def _check_folder(plan: Plan) -> None:
@@ -84,7 +85,7 @@ def _has_checkpoint(run: Path) -> bool:
     return (whole_folder(run / "last") / "training.json").is_file()
 
 
-def _run_all(plan: Plan) -> int:
+def _run_all(plan: Plan, require_folder: Callable[[], None]) -> int:
     failed: dict[str, str] = {}
     table = tell(plan, failed)
     for number, trial in enumerate(plan.trials, 1):
@@ -94,9 +95,11 @@ def _run_all(plan: Plan) -> int:
         if folder.is_dir() and not folder.is_symlink():
             with locked(folder):  # a run outlives a sweep that was killed
                 pass
+        require_folder()
         print(f"\nrun {number} of {len(plan.trials)}: {trial.name}", flush=True)
         with interrupt_only_noted() as interrupt:  # the run hears it as well, saves and leaves
             code = launch(_arguments(trial, folder))
+        require_folder()
         if interrupt.pressed or code in _STOPPED:
             print(f"{tell(plan, failed)}\nstopped; to go on: {plan.command}")
             return 128 - code if code < 0 else code or 130

@@ -10,7 +10,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from torch_impl.training.files import InputError, write_file
+from torch_impl.training.files import InputError, named_after, write_file
 from torch_impl.training.visible import visible
 
 Row = dict[str, float | int | None]  # an evaluation; None: not known, or no finite number
@@ -75,8 +75,9 @@ class MetricsLog:
                 while line:
                     line = line[file.write(line) :]
                 os.fsync(file.fileno())
-            except OSError:
+            except OSError as error:
                 file.truncate(size)
+                named_after(error, self.path)
                 raise
 
     def forget_from(self, step: int) -> None:
