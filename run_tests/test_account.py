@@ -122,8 +122,8 @@ def kept_for_backward(model: Embedded, sequences: int) -> int:
 
 
 def places_bytes(config: ModelConfig, size: int) -> int:
-    """At most, of places and their angles' cosines and sines, which costs.py leaves out, of each stack, and of
-    the loss' own two numbers."""
+    """At most, of places and their angles' cosines and sines, which costs.py leaves out, in each stack, and
+    of the loss' own two numbers."""
     T, D, stacks = config.context_length, config.head_width, 1 + (config.architecture == "encoder-decoder")
     copies = 1 if size == 4 else 1 + 4 * config.n_layer
     return 16 + stacks * 2 * (8 * T + (4 * T * D * copies if config.positions == "rope" else 0))

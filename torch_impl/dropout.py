@@ -1,5 +1,6 @@
 """Dropout with masks that are a pure function of where a unit stands. The twin of ref_numpy/dropout.py."""
 
+import functools
 import math
 
 import torch
@@ -25,8 +26,11 @@ def keep_mask(
     blocks = torch.arange(rows * blocks_per_row, device=device) + key.first_row * blocks_per_row
     bits = random_bits(Key(key.seed, DROPOUT, key.step, key.site), blocks)
     halves = [half for word in bits for half in (word & 0xFFFF, word >> 16)]
-    keep = torch.stack([half >= _threshold(p) for half in halves], dim=-1)  # (blocks, 8)
-    return keep.reshape(rows, -1)[:, :units].reshape(shape)
+    # By way of one byte for eight units, which is all that compiled kernels write of a mask and read again.
+    stays = [(half >= _threshold(p)).to(torch.uint8) << unit for unit, half in enumerate(halves)]
+    packed = functools.reduce(torch.bitwise_or, stays)
+    keep = (packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=device)) & 1  # (blocks, 8)
+    return keep.bool().reshape(rows, -1)[:, :units].reshape(shape)
 
 
 def dropout(x: Float[Tensor, "B *rest"], p: float, key: DropoutKey | None) -> Float[Tensor, "B *rest"]:
