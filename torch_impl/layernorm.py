@@ -44,7 +44,9 @@ class _RMSNorm(torch.autograd.Function):
         mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1]
         inverse_scale = torch.rsqrt(mean_square + epsilon)
         ctx.save_for_backward(x, weight, inverse_scale)
-        return (wide * inverse_scale * weight).to(x.dtype)
+        y = wide * inverse_scale * weight
+        # Compiled by PyTorch 2.11, a result that `to` gives back as it was has no gradient.
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
     @staticmethod
     @once_differentiable
