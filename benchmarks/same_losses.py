@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks.command import command
 from benchmarks.peers import load_nanogpt, nanogpts_model
 from benchmarks.rows import row, table, write_rows
 from torch_impl.data import sample_batch
@@ -79,28 +80,21 @@ def compare(flags: Flags, text: bytes) -> list[dict]:
     return [row(f"loss of step {flags.steps}, beside nanoGPT", *pairs[-1], "nats/token")]
 
 
-def main(arguments: list[str]) -> int:
-    try:
-        flags = parse_flags(Flags(), arguments, "python -m benchmarks.same_losses", __doc__)
-        most = PRESETS["nanogpt-cpu"].training.steps
-        if not 1 <= flags.steps <= most:
-            raise InputError(f"--steps {flags.steps}: it must be from 1 to {most}, the preset's")
-        load_nanogpt(flags.nanogpt)
-        if not flags.text:
-            raise InputError("--text is missing: name a text to train on")
-        text = Path(flags.text).read_bytes()
-        if len(text) < 1000:
-            raise InputError(f"--text {flags.text} has {len(text)} bytes; it needs 1,000 at least")
-        rows = compare(flags, text)
-        print(table(rows))
-        write_rows(flags.json, rows)
-    except (InputError, OSError) as error:
-        print(f"benchmarks.same_losses: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("benchmarks.same_losses: interrupted", file=sys.stderr)
-        return 130
-    return 0
+@command("benchmarks.same_losses")
+def main(arguments: list[str]) -> None:
+    flags = parse_flags(Flags(), arguments, "python -m benchmarks.same_losses", __doc__)
+    most = PRESETS["nanogpt-cpu"].training.steps
+    if not 1 <= flags.steps <= most:
+        raise InputError(f"--steps {flags.steps}: it must be from 1 to {most}, the preset's")
+    load_nanogpt(flags.nanogpt)
+    if not flags.text:
+        raise InputError("--text is missing: name a text to train on")
+    text = Path(flags.text).read_bytes()
+    if len(text) < 1000:
+        raise InputError(f"--text {flags.text} has {len(text)} bytes; it needs 1,000 at least")
+    rows = compare(flags, text)
+    print(table(rows))
+    write_rows(flags.json, rows)
 
 
 if __name__ == "__main__":

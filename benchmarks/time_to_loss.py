@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from benchmarks.command import command
 from benchmarks.peers import load_nanogpt, peer_side
 from benchmarks.rows import row, table, write_rows
 from benchmarks.sides import Side, torch_side
@@ -166,39 +167,32 @@ def tell(curves: dict[str, Curve], loss: float) -> list[dict]:
     ]
 
 
-def main(arguments: list[str]) -> int:
+@command("benchmarks.time_to_loss", "the curves end there")
+def main(arguments: list[str]) -> None:
+    flags = parse_flags(Flags(), arguments, "python -m benchmarks.time_to_loss", __doc__)
+    load_nanogpt(flags.nanogpt)
+    if flags.device not in LOSSES or (flags.device == "cuda" and not torch.cuda.is_available()):
+        raise InputError(f"--device {flags.device} is not here; it is cpu, or cuda where there is one")
+    if flags.looks < 1:
+        raise InputError(f"--looks {flags.looks}: there must be one at least")
+    if flags.out and Path(flags.out).suffix not in (".png", ".svg"):
+        raise InputError(f"--out {flags.out} must end in .png or .svg")
+    if not flags.text:
+        raise InputError("--text is missing; name a text, such as Tiny Shakespeare")
+    text = Path(flags.text).read_bytes()
+    if len(text) < 10_000:
+        raise InputError(f"--text {flags.text} has {len(text)} bytes; it needs 10,000 at least")
+    loss = flags.loss or LOSSES[flags.device]
+    curves: dict[str, Curve] = {}
     try:
-        flags = parse_flags(Flags(), arguments, "python -m benchmarks.time_to_loss", __doc__)
-        load_nanogpt(flags.nanogpt)
-        if flags.device not in LOSSES or (flags.device == "cuda" and not torch.cuda.is_available()):
-            raise InputError(f"--device {flags.device} is not here; it is cpu, or cuda where there is one")
-        if flags.looks < 1:
-            raise InputError(f"--looks {flags.looks}: there must be one at least")
-        if flags.out and Path(flags.out).suffix not in (".png", ".svg"):
-            raise InputError(f"--out {flags.out} must end in .png or .svg")
-        if not flags.text:
-            raise InputError("--text is missing; name a text, such as Tiny Shakespeare")
-        text = Path(flags.text).read_bytes()
-        if len(text) < 10_000:
-            raise InputError(f"--text {flags.text} has {len(text)} bytes; it needs 10,000 at least")
-        loss = flags.loss or LOSSES[flags.device]
-        curves: dict[str, Curve] = {}
-        try:
-            train(runners(flags.device), text, flags, curves)
-        finally:  # what is measured by then is told, whatever came
-            curves = {name: curve for name, curve in curves.items() if curve.points}
-            rows = tell(curves, loss)
-            print(table(rows))
-            write_rows(flags.json, rows)
-            if flags.out and curves:
-                draw(curves, loss, Path(flags.out))
-    except (InputError, OSError) as error:
-        print(f"benchmarks.time_to_loss: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("benchmarks.time_to_loss: interrupted; the curves end there", file=sys.stderr)
-        return 130
-    return 0
+        train(runners(flags.device), text, flags, curves)
+    finally:  # what is measured by then is told, whatever came
+        curves = {name: curve for name, curve in curves.items() if curve.points}
+        rows = tell(curves, loss)
+        print(table(rows))
+        write_rows(flags.json, rows)
+        if flags.out and curves:
+            draw(curves, loss, Path(flags.out))
 
 
 if __name__ == "__main__":

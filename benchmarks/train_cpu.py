@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.command import command
 from benchmarks.peers import has_compiler, load_nanogpt, peer_side
 from benchmarks.rows import OURS, Measured, paired, row, write_rows
 from benchmarks.sides import Side, torch_side
@@ -201,31 +202,24 @@ def table(results: dict[str, dict[str, Measured]], limits: dict[str, float]) -> 
     return "\n".join(lines)
 
 
-def main(arguments: list[str]) -> int:
+@command("benchmarks.train_cpu", "other shapes are not measured")
+def main(arguments: list[str]) -> None:
+    flags = parse_flags(Flags(), arguments, "python -m benchmarks.train_cpu", __doc__)
+    load_nanogpt(flags.nanogpt)
+    if not flags.text:
+        raise InputError("--text is missing; name a text, such as Tiny Shakespeare")
+    if flags.turns < 1:
+        raise InputError(f"--turns {flags.turns}: there must be one at least")
+    text = Path(flags.text).read_bytes()
+    print(surroundings())
+    limits = ceilings()
+    results: dict[str, dict[str, Measured]] = {}
     try:
-        flags = parse_flags(Flags(), arguments, "python -m benchmarks.train_cpu", __doc__)
-        load_nanogpt(flags.nanogpt)
-        if not flags.text:
-            raise InputError("--text is missing; name a text, such as Tiny Shakespeare")
-        if flags.turns < 1:
-            raise InputError(f"--turns {flags.turns}: there must be one at least")
-        text = Path(flags.text).read_bytes()
-        print(surroundings())
-        limits = ceilings()
-        results: dict[str, dict[str, Measured]] = {}
-        try:
-            for shape, config in SHAPES.items():
-                results[shape] = measure(shape, *tokens_for(config, text), flags)
-        finally:  # what is measured by then is told, whatever came
-            print(table(results, limits))
-            write_rows(flags.json, [*paired(results), *ceiling_rows(results, limits)])
-    except (InputError, OSError) as error:
-        print(f"benchmarks.train_cpu: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("benchmarks.train_cpu: interrupted; other shapes are not measured", file=sys.stderr)
-        return 130
-    return 0
+        for shape, config in SHAPES.items():
+            results[shape] = measure(shape, *tokens_for(config, text), flags)
+    finally:  # what is measured by then is told, whatever came
+        print(table(results, limits))
+        write_rows(flags.json, [*paired(results), *ceiling_rows(results, limits)])
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.command import command
 from benchmarks.peers import has_compiler, load_nanogpt, peer_side
 from benchmarks.rows import OURS, Measured, paired, row, write_rows
 from benchmarks.sides import Side, torch_side
@@ -185,44 +186,37 @@ def shapes_of(flags: Flags) -> dict[str, RunConfig]:
     return shapes
 
 
-def main(arguments: list[str]) -> int:
+@command("benchmarks.train_gpu", "other shapes are not measured")
+def main(arguments: list[str]) -> None:
+    flags = parse_flags(Flags(), arguments, "python -m benchmarks.train_gpu", __doc__)
+    load_nanogpt(flags.nanogpt)
+    if flags.device not in ("cuda", "cpu") or (flags.device == "cuda" and not torch.cuda.is_available()):
+        raise InputError(f"--device {flags.device} is not here; --device cpu --shapes toy is for a look")
+    if flags.turns < 1:
+        raise InputError(f"--turns {flags.turns}: there must be one at least")
+    if flags.batch_size < 0:
+        raise InputError(f"--batch-size {flags.batch_size}: it is 0, or what a step takes")
+    if not flags.text:
+        raise InputError("--text is missing; name a text, such as Tiny Shakespeare")
+    text, shapes = Path(flags.text).read_bytes(), shapes_of(flags)
+    if len(text) < 10_000:
+        raise InputError(f"--text {flags.text} has {len(text)} bytes; it needs 10,000 at least")
+    products, copies = ceilings(flags.device)
+    peak = flags.peak_tflops * 1e12 or products
+    name = torch.cuda.get_device_name() if flags.device == "cuda" else "CPU"
+    print(f"{name}, PyTorch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
+    print(f"products {products / 1e12:.1f} TFLOP/s in bfloat16, copies {copies / 1e9:.0f} GB/s")
+    if not has_compiler():
+        print("no C++ compiler is found, so no side is compiled")
+    results: dict[str, dict[str, Measured]] = {}
     try:
-        flags = parse_flags(Flags(), arguments, "python -m benchmarks.train_gpu", __doc__)
-        load_nanogpt(flags.nanogpt)
-        if flags.device not in ("cuda", "cpu") or (flags.device == "cuda" and not torch.cuda.is_available()):
-            raise InputError(f"--device {flags.device} is not here; --device cpu --shapes toy is for a look")
-        if flags.turns < 1:
-            raise InputError(f"--turns {flags.turns}: there must be one at least")
-        if flags.batch_size < 0:
-            raise InputError(f"--batch-size {flags.batch_size}: it is 0, or what a step takes")
-        if not flags.text:
-            raise InputError("--text is missing; name a text, such as Tiny Shakespeare")
-        text, shapes = Path(flags.text).read_bytes(), shapes_of(flags)
-        if len(text) < 10_000:
-            raise InputError(f"--text {flags.text} has {len(text)} bytes; it needs 10,000 at least")
-        products, copies = ceilings(flags.device)
-        peak = flags.peak_tflops * 1e12 or products
-        name = torch.cuda.get_device_name() if flags.device == "cuda" else "CPU"
-        print(f"{name}, PyTorch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
-        print(f"products {products / 1e12:.1f} TFLOP/s in bfloat16, copies {copies / 1e9:.0f} GB/s")
-        if not has_compiler():
-            print("no C++ compiler is found, so no side is compiled")
-        results: dict[str, dict[str, Measured]] = {}
-        try:
-            tokens = np.frombuffer(text, np.uint8).astype(np.int64)
-            for shape, config in shapes.items():
-                results[shape] = measure(shape, config, tokens, flags, peak)
-        finally:  # what is measured by then is told, whatever came
-            print(table(results, shapes))
-            rows = [*paired(results), *ceiling_rows(results, shapes, products, copies)]
-            write_rows(flags.json, rows)
-    except (InputError, OSError) as error:
-        print(f"benchmarks.train_gpu: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("benchmarks.train_gpu: interrupted; other shapes are not measured", file=sys.stderr)
-        return 130
-    return 0
+        tokens = np.frombuffer(text, np.uint8).astype(np.int64)
+        for shape, config in shapes.items():
+            results[shape] = measure(shape, config, tokens, flags, peak)
+    finally:  # what is measured by then is told, whatever came
+        print(table(results, shapes))
+        rows = [*paired(results), *ceiling_rows(results, shapes, products, copies)]
+        write_rows(flags.json, rows)
 
 
 if __name__ == "__main__":

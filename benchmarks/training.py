@@ -15,6 +15,7 @@ from pydoc_data.topics import topics
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks.command import command
 from benchmarks.peers import load_nanogpt, peer_side
 from benchmarks.rows import Measured, row, table, write_rows
 from benchmarks.sides import torch_side
@@ -83,28 +84,21 @@ def compare(flags: Flags, text: bytes) -> list[dict]:
     return rows
 
 
-def main(arguments: list[str]) -> int:
-    try:
-        flags = parse_flags(Flags(), arguments, "python -m benchmarks.training", __doc__)
-        if flags.block < 1 or not 2 * flags.block <= flags.steps <= CONFIG.training.steps:
-            raise InputError(
-                f"--steps {flags.steps}, --block {flags.block}: there must be two blocks at least, and "
-                f"no more than {CONFIG.training.steps} steps"
-            )
-        load_nanogpt(flags.nanogpt)
-        text = Path(flags.text).read_bytes() if flags.text else "\n".join(topics.values()).encode("utf-8")
-        if len(text) < 1000:
-            raise InputError(f"--text {flags.text} has {len(text)} bytes; it needs 1,000 at least")
-        rows = compare(flags, text)
-        print(table(rows))
-        write_rows(flags.json, rows)
-    except (InputError, OSError) as error:
-        print(f"benchmarks.training: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("benchmarks.training: interrupted", file=sys.stderr)
-        return 130
-    return 0
+@command("benchmarks.training")
+def main(arguments: list[str]) -> None:
+    flags = parse_flags(Flags(), arguments, "python -m benchmarks.training", __doc__)
+    if flags.block < 1 or not 2 * flags.block <= flags.steps <= CONFIG.training.steps:
+        raise InputError(
+            f"--steps {flags.steps}, --block {flags.block}: there must be two blocks at least, and "
+            f"no more than {CONFIG.training.steps} steps"
+        )
+    load_nanogpt(flags.nanogpt)
+    text = Path(flags.text).read_bytes() if flags.text else "\n".join(topics.values()).encode("utf-8")
+    if len(text) < 1000:
+        raise InputError(f"--text {flags.text} has {len(text)} bytes; it needs 1,000 at least")
+    rows = compare(flags, text)
+    print(table(rows))
+    write_rows(flags.json, rows)
 
 
 if __name__ == "__main__":
