@@ -29,7 +29,7 @@ def _train(arguments: list[str]) -> int:
     try:
         request = parse(arguments)
     except (InputError, ConfigError) as error:
-        return _refuse(error)
+        return _refuse(InputError(f"{error}; see --help"))
     except OSError as error:  # of a path that cannot be looked at
         return _refuse(InputError(refusal(error)))
     from torch_impl.training.beginning import NotBegun
@@ -51,7 +51,7 @@ def _train(arguments: list[str]) -> int:
         return _fail(message, 1)
 
 
-def _refuse(error: Exception) -> int:
+def _refuse(error: InputError | ConfigError) -> int:
     """Say what is wrong with a request: of several processes one, be it that all of them found it, or that
     of another machine, on which a file is missing."""
     if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -68,7 +68,7 @@ def _refuse(error: Exception) -> int:
             error = found
         except RuntimeError:  # another is gone already
             pass
-    return _fail(f"{error}; see --help", 2)
+    return _fail(str(error), 2)
 
 
 def _sweep(arguments: list[str]) -> int:

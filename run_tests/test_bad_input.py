@@ -150,7 +150,7 @@ def test_a_disk_that_fills_up_at_any_moment(small_run, cli, on_file_operation):
     small_run("--out", "run")
     on_file_operation(None)
     assert operations > 100
-    for fatal in range(7, operations, 13):
+    for fatal in [2, 3, 4, 5, *range(7, operations, 13)]:  # 1 is the folder itself
         shutil.rmtree("run", ignore_errors=True)
         seen = 0
 

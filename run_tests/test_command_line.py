@@ -218,5 +218,5 @@ def test_settings_and_configs_share_no_flag():
 
 
 def test_resume_refuses_a_folder_without_a_checkpoint(tmp_path):
-    with pytest.raises(InputError, match="holds no finished checkpoint"):
+    with pytest.raises(InputError, match="has no last"):
         parse(["--resume", str(tmp_path)])

@@ -11,6 +11,8 @@ from ref_numpy import bpe as ref_bpe
 from torch_impl.training import files
 from torch_impl.training.files import (
     InputError,
+    new_folder,
+    refusal,
     refuse_links,
     replace_file,
     replaced_folder,
@@ -130,6 +132,32 @@ def test_a_failed_first_save_leaves_nothing(tmp_path):
         (new / "one").write_text("half", encoding="utf-8")
         raise OSError(errno.ENOSPC, "No space left on device")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_in_a_copy_keeps_the_name_of_what_is_copied(tmp_path):
+    """The folder that was being made was blamed for a file in another one."""
+    with pytest.raises(OSError) as error, new_folder(tmp_path / "step-10"):
+        (tmp_path / "last" / "model.safetensors").read_bytes()
+    assert error.value.filename == str(tmp_path / "last" / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("number", "path", "told"),
+    [
+        (errno.ENOSPC, "a", "the disk is full, writing a; make room"),
+        (errno.ENOSPC, None, "the disk is full, writing standard output; make room"),
+        (errno.EACCES, "a", "a: because; give this user the right to it, or use another place"),
+        (errno.EIO, "a", "a: because"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(number, path, told):
+    assert refusal(OSError(number, "because", path), "standard output") == told
+
+
+def test_on_windows_a_file_that_is_open_elsewhere_is_no_matter_of_rights():
+    error = PermissionError(errno.EACCES, "it is being used by another process", "a")
+    error.winerror = 32
+    assert refusal(error) == "a: it is being used by another process"
 
 
 @pytest.mark.parametrize("write", [write_file, replace_file])

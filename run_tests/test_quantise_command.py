@@ -1,6 +1,7 @@
 """A trained run, quantised from the command line: what is written, reported, loaded again and refused."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -119,6 +120,12 @@ def test_a_mistake_is_one_line_and_writes_nothing(quantised, arguments, message)
     assert code == 2 and out == ""
     assert last.startswith("quantise: error: ") and message in last and "Traceback" not in error
     assert not list(Path().glob("small*"))
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_measured(quantised, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    code, out, error = quantised("run", "--out", "small")
+    assert code == 2 and out == "" and "cannot be written to; name another --out" in error
 
 
 def test_weights_that_are_no_numbers_are_refused(quantised):
@@ -249,7 +256,7 @@ def test_a_config_that_does_not_fit_is_refused(small, capsys, quantisation, mess
 def test_what_is_quantised_is_neither_trained_nor_quantised_again(small, quantised, cli):
     code, _, error = quantised("small", "--out", "smaller")
     assert code == 2 and "small is quantised already" in error
-    assert "holds no finished checkpoint" in cli("--resume", "small").error
+    assert "small has no last" in cli("--resume", "small").error
     shutil.rmtree("run/last")
     shutil.copytree("small", "run/last")
     assert "run is quantised, and only generates" in cli("--resume", "run").error

@@ -138,6 +138,12 @@ def test_a_disk_that_fills_up_beneath_a_sweep(sweep, launched, on_file_operation
     assert sweep(*GRID, "--out", "swept").code == 0
 
 
+def test_a_request_that_the_system_can_never_meet_begins_nothing(sweep):
+    """The same command was said to go on from there."""
+    outcome = sweep(*GRID, "--out", "x" * 300)
+    assert outcome.code == 2 and "File name too long" in outcome.error and "goes on" not in outcome.error
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

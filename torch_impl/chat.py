@@ -295,7 +295,7 @@ def main(arguments: list[str]) -> int:
     except BrokenPipeError:  # the reader has seen enough; nor may the interpreter's last flush complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, MemoryError) as error:
-        reason = refusal(error) if isinstance(error, OSError) else "out of memory"
+        reason = refusal(error) if isinstance(error, OSError) else str(error) or "out of memory"
         print(f"chat: error: {reason}", file=sys.stderr)
         return 1
     return 0

@@ -133,7 +133,7 @@ def main(arguments: list[str]) -> int:
         print("interop: error: interrupted; nothing was written", file=sys.stderr)
         return 130
     except (OSError, MemoryError) as error:
-        reason = refusal(error) if isinstance(error, OSError) else "out of memory"
+        reason = refusal(error) if isinstance(error, OSError) else str(error) or "out of memory"
         print(f"interop: error: {reason}; nothing was written", file=sys.stderr)
         return 1
     return 0

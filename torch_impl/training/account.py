@@ -29,7 +29,7 @@ from torch_impl.training.costs import (
     sent_bytes,
     training_bytes,
 )
-from torch_impl.training.files import InputError, find_checkpoint, replace_file
+from torch_impl.training.files import InputError, find_checkpoint, refusal, replace_file
 from torch_impl.training.flags import parse_flags
 from torch_impl.training.presets import PRESETS
 from torch_impl.training.terminal import show_what_can_be_shown
@@ -310,7 +310,7 @@ def main(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        message, code = f"{error.filename or 'standard output'}: {error.strerror}", 1
+        message, code = refusal(error, "standard output"), 1
     else:
         return 0
     print(f"account: error: {message}", file=sys.stderr)

@@ -24,7 +24,7 @@ def system_errors_told() -> Iterator[None]:
         raise NotBegun(f"{refusal(error)}; the run has not begun") from error
 
 
-def create_folder(out: Path | None, config: RunConfig) -> Path:
+def _create_folder(out: Path | None, config: RunConfig) -> Path:
     """The run folder that is asked for, or one with a name of its own. Raises InputError if it cannot be."""
     name = f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = out or Path("runs") / name
@@ -37,22 +37,23 @@ def create_folder(out: Path | None, config: RunConfig) -> Path:
     except FileExistsError as error:
         raise InputError(f"{folder} exists, and a run is never overwritten; name another --out") from error
     except OSError as error:
-        raise InputError(f"cannot create the run folder {folder}: {error.strerror}") from error
+        raise InputError(f"cannot create the run folder: {refusal(error)}") from error
     return folder
 
 
 @contextmanager
-def kept_once_begun(folder: Path) -> Iterator[Callable[[], None]]:
-    """Locks a new run's folder, as `locked` does, and removes it when the run ends without a checkpoint or a
-    report: nothing can go on from there, and its name is free again. Until then an OSError is NotBegun.
+def new_run_folder(out: Path | None, config: RunConfig) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """Makes a new run's folder, locks it, as `locked` does, and removes it when the run ends without a
+    checkpoint or a report: nothing can go on from there, and its name is free again. Until then an OSError
+    is NotBegun. Raises InputError where the folder cannot be made.
 
     A folder that was moved meanwhile is not looked for, and what has its name now is left alone.
     """
-    idle = False
+    folder, idle = _create_folder(out, config), True
     try:
         with locked(folder) as require_ours:
             try:
-                yield require_ours
+                yield folder, require_ours
             except OSError:
                 require_ours()
                 if (folder / "last").is_dir():
@@ -60,6 +61,7 @@ def kept_once_begun(folder: Path) -> Iterator[Callable[[], None]]:
                 with system_errors_told():
                     raise
             finally:
+                idle = False
                 with suppress(OSError):
                     require_ours()
                     idle = not ((folder / "last").is_dir() or (folder / "report.html").is_file())

@@ -224,7 +224,7 @@ def main(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        message, code = refusal(error), 1
+        message, code = refusal(error, "standard output"), 1
     except KeyboardInterrupt:
         message, code = "interrupted; nothing was written", 130
     else:

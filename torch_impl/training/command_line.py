@@ -19,7 +19,7 @@ from torch_impl.training.config import (
     TokenizerSettings,
     read_config,
 )
-from torch_impl.training.files import InputError, find_checkpoint
+from torch_impl.training.files import InputError, find_checkpoint, whole_folder
 from torch_impl.training.flags import check_text, dashed, parse_flags
 from torch_impl.training.presets import PRESETS
 
@@ -141,6 +141,8 @@ def _resume(arguments: list[str], preset: str | None, folder: Path) -> Request:
         raise InputError(f"--resume goes on with the preset of {folder}; leave out {preset!r}")
     if not folder.is_dir():
         raise InputError(f"{folder} is no run folder")
+    if not whole_folder(folder / "last").is_dir():
+        raise InputError(f"{folder} has no last/ to go on from; name another run, or begin a new one")
     start = read_config(folder / "last")
     if start.quantisation is not None:
         raise InputError(f"{folder} is quantised, and only generates; resume the run that it was made from")

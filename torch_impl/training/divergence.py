@@ -47,6 +47,7 @@ def _tell_spike(run: Run, step: int, loss: float) -> None:
     grown = ", ".join(f"{name} {times:.1f} times" for name, times in run.spikes.grown(run.state)[:_TOLD])
     kept = f"is kept as {run.folder / f'before-step-{step}'}"
     if run.state.ranks.first:
+        run.require_folder()
         try:
             keep_newest(run.folder, step, _KEPT_FROM_BEFORE, "before-step")
         except OSError as error:  # a full disk does not end a run that has nothing to save now

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from torch_impl.training.visible import visible
 
-_HELD = (5, 32)
-"""What Windows says where somebody else has a file open: access denied, sharing violation."""
+_SHARING_VIOLATION = 32
+_HELD = (5, _SHARING_VIOLATION)
+"""What Windows says where somebody else has a file open; 5 is access denied."""
 
 
 class InputError(ValueError):
@@ -26,20 +27,23 @@ class InputError(ValueError):
         super().__init__(visible(message))
 
 
-def refusal(error: OSError) -> str:
-    """What the system refuses, in one line: the path, the reason, and the mend where there is one."""
-    place = visible(str(error.filename or ""))
+def refusal(error: OSError, nameless: str = "") -> str:
+    """What the system refuses, in one line: the path, the reason, and the mend where there is one. `nameless`
+    is what an error is about that names no path."""
+    place = visible(str(error.filename or nameless))
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full{place and ', writing '}{place}; make room"
     told = f"{place}{place and ': '}{error.strerror or error}"
-    if place and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{told}; give this user the right to it, or name another"
+    held = getattr(error, "winerror", None) == _SHARING_VIOLATION  # which Python calls EACCES as well
+    if place and not held and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{told}; give this user the right to it, or use another place"
     return told
 
 
 def named_after(error: BaseException, path: Path) -> None:
-    """Gives an OSError the name that somebody knows, in place of a temporary one or none."""
-    if isinstance(error, OSError):
+    """Gives an OSError in writing a path its name, which somebody knows, in place of none, or of a temporary
+    one, which begins with it. An error about something else, such as what is copied there, keeps its own."""
+    if isinstance(error, OSError) and str(error.filename or path).startswith(str(path)):
         error.filename, error.filename2 = str(path), None
 
 

@@ -19,7 +19,7 @@ from torch_impl.training.beams import BeamFlags, beam_of, continuations
 from torch_impl.training.checkpoint import LoadedModel, load_model
 from torch_impl.training.config import read_config
 from torch_impl.training.device import place_to_read
-from torch_impl.training.files import InputError, find_checkpoint
+from torch_impl.training.files import InputError, find_checkpoint, refusal
 from torch_impl.training.flags import check_text, dashed, parse_flags
 from torch_impl.training.memory import ran_out
 from torch_impl.training.text import Text
@@ -267,7 +267,7 @@ def main(arguments: list[str]) -> int:
     except BrokenPipeError:  # the reader has seen enough; nor may the interpreter's last flush complain
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        print(f"generate: error: {error.filename or 'standard output'}: {error.strerror}", file=sys.stderr)
+        print(f"generate: error: {refusal(error, 'standard output')}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
         if not ran_out(error):

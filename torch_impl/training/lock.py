@@ -35,6 +35,7 @@ def locked(folder: Path) -> Iterator[Callable[[], None]]:
     The lock goes along with a folder that is renamed, but what is written goes to whoever has the name then:
     yields what is to be called before, and raises FileNotFoundError where the name leads elsewhere by now.
     """
+    own = folder.stat()
     with (folder / "lock").open("ab") as file:
         try:
             _lock(file.fileno())
@@ -46,17 +47,26 @@ def locked(folder: Path) -> Iterator[Callable[[], None]]:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # no locks on this disk
                 raise
         write_file(folder / "lock.json", json.dumps(_myself()).encode("ascii"))
-        yield partial(_require_the_same, folder, file.fileno())
+        yield partial(_require_the_same, folder, own, file.fileno())
 
 
-def _require_the_same(folder: Path, descriptor: int) -> None:
+def _require_the_same(folder: Path, own: os.stat_result, descriptor: int) -> None:
     with suppress(FileNotFoundError, NotADirectoryError):
-        if os.path.samestat(os.fstat(descriptor), (folder / "lock").stat()):
+        if os.path.samestat(own, folder.stat()) and _is_or_was(folder / "lock", os.fstat(descriptor)):
             return
     raise FileNotFoundError(
-        f"{folder} was moved or deleted meanwhile, and nothing more is written there; what was saved before "
-        "is where the folder is now"
+        f"{folder} was moved, deleted or taken over meanwhile, and nothing more is written there; what was "
+        "saved before is where the folder is now"
     )
+
+
+def _is_or_was(path: Path, file: os.stat_result) -> bool:
+    """False where a path is another file. A folder that is deleted leaves its number to the next one of its
+    name, but no file that is open does; and who deletes a lock by hand harms no run."""
+    try:
+        return os.path.samestat(file, path.stat())
+    except FileNotFoundError:
+        return True
 
 
 def _myself() -> dict[str, str | int]:

@@ -18,7 +18,7 @@ from torch_impl.float8 import use_float8
 from torch_impl.seq2seq import make_model
 from torch_impl.train import FromHost, StepMetrics, TrainState, start
 from torch_impl.training.agreement import refuse_uneven, require_same_flags, tensors_sha256
-from torch_impl.training.beginning import create_folder, kept_once_begun
+from torch_impl.training.beginning import new_run_folder
 from torch_impl.training.captured import CudaGraphs
 from torch_impl.training.checkpoint import (
     Progress,
@@ -148,9 +148,10 @@ def prepare(request: Request, ranks: Ranks, held: ExitStack) -> Run:
             _begin_with_word_vectors(model, config, tokenizer, objective.train_tokens, ranks)
         progress = Progress(corpus.sha256())
         state = _start(model, config, place, ranks)
-        folder = ranks.told(create_folder(request.out, config) if ranks.first else None)
+        folder = None
         if ranks.first:
-            require_folder = held.enter_context(kept_once_begun(folder))
+            folder, require_folder = held.enter_context(new_run_folder(request.out, config))
+        folder = ranks.told(folder)
         metrics = MetricsLog(folder / "metrics.jsonl")
     else:
         progress, folder = saved.progress, request.resume

@@ -8,7 +8,7 @@ torch.profiler slows the steps that it watches, and none of the others.
 import gzip
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,10 +21,10 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
 from torch_impl.train import StepMetrics
-from torch_impl.training.files import write_file
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it reports its own start and end on stderr
 
+TRACE = "trace.json.gz"
 _WARM_UP = 10  # steps: the first ones compile, and fetch memory
 _WATCHED = 5  # steps at most
 _SHOWN = 10
@@ -50,9 +50,14 @@ def steps_to_watch(done: int, steps: int, every: tuple[int, ...]) -> range:
 
 
 def profiled(
-    steps: Iterator[StepMetrics], before: int, watched: int, folder: Path, device: torch.device
+    steps: Iterator[StepMetrics],
+    before: int,
+    watched: int,
+    keep: Callable[[bytes], Path],
+    device: torch.device,
 ) -> Iterator[StepMetrics]:
-    """Passes steps on, and after so many of them before watches as many as it is told."""
+    """Passes steps on, and after so many of them before watches as many as it is told. `keep` writes their
+    trace, and tells where."""
     yield from islice(steps, before)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
     with profile(activities=activities) as profiler:
@@ -63,8 +68,7 @@ def profiled(
     if last is None:
         return
     found = operations(profiler.key_averages())
-    write_trace(profiler, folder / "trace.json.gz")
-    tqdm.write(f"{table(found, watched)}\nthe trace: {folder / 'trace.json.gz'}, for ui.perfetto.dev")
+    tqdm.write(f"{table(found, watched)}\nthe trace: {keep(compressed(profiler))}, for ui.perfetto.dev")
     yield last
     yield from steps
 
@@ -110,9 +114,9 @@ def shortened(name: str, width: int) -> str:
     return f"{name[: width // 2 - 1]}…{name[-(width - width // 2) :]}"
 
 
-def write_trace(profiler: profile, path: Path) -> None:
-    """Put the trace at a path, in one piece. Raises OSError where the disk is full or not writable."""
+def compressed(profiler: profile) -> bytes:
+    """The trace, by way of a file, as PyTorch exports it. Raises OSError where the disk for such is full."""
     with TemporaryDirectory() as folder:
         plain = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(plain))
-        write_file(path, gzip.compress(plain.read_bytes()))
+        return gzip.compress(plain.read_bytes())

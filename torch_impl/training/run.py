@@ -8,8 +8,9 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -43,7 +44,7 @@ def train(request: Request) -> int:
     the run has said already why it ends."""
     with ExitStack() as held:
         ranks = held.enter_context(joined(torch.cuda.is_available()))
-        with system_errors_told():
+        with nullcontext() if request.resume else system_errors_told():
             run = prepare(request, ranks, held)
             announce(run, request)
         if ranks.first:
@@ -119,6 +120,7 @@ def _train(run: Run, stop: StopRequest, profile: bool) -> bool:
         _evaluate(run, stop, progress.owed or dict.fromkeys(OWED), None)
         _save(run, "last")
     elif run.state.ranks.first:
+        run.require_folder()
         keep_newest(run.folder, progress.step, settings.keep_checkpoints)
     if _weary(run):
         return True
@@ -158,13 +160,19 @@ def _train(run: Run, stop: StopRequest, profile: bool) -> bool:
 
 def _profiled(run: Run, steps: Iterator[StepMetrics]) -> Iterator[StepMetrics]:
     """The steps that are left, of which a few are watched."""
-    from torch_impl.training.profiling import profiled, steps_to_watch
+    from torch_impl.training.profiling import TRACE, profiled, steps_to_watch
 
     done, settings = run.progress.step, run.config.run
     watched = steps_to_watch(
         done, run.config.training.steps, (settings.eval_every, settings.checkpoint_every)
     )
-    return profiled(steps, watched.start - 1 - done, len(watched), run.folder, run.place.device)
+
+    def keep(trace: bytes) -> Path:
+        run.require_folder()
+        write_file(run.folder / TRACE, trace)
+        return run.folder / TRACE
+
+    return profiled(steps, watched.start - 1 - done, len(watched), keep, run.place.device)
 
 
 def _weary(run: Run) -> bool:

@@ -17,7 +17,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from torch_impl.training.config import RunConfig, read_config
-from torch_impl.training.files import InputError, whole_folder
+from torch_impl.training.files import InputError, refusal, whole_folder
 from torch_impl.training.lock import locked
 from torch_impl.training.sweep_plan import Plan, Trial, make_plan
 from torch_impl.training.sweep_results import FINAL, ending, tell
@@ -37,12 +37,12 @@ def sweep(arguments: list[str]) -> int:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("a sweep starts its runs by itself, each in one process; start it without torchrun")
-    plan = make_plan(arguments)
-    _check_folder(plan)
     try:
+        plan = make_plan(arguments)
+        _check_folder(plan)
         plan.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot create the folder {plan.folder}: {error.strerror}") from error
+    except OSError as error:  # nothing has begun
+        raise InputError(refusal(error)) from error
     with locked(plan.folder) as require_folder:
         return _run_all(plan, require_folder)
 
