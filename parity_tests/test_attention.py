@@ -140,6 +140,15 @@ def test_a_query_that_sees_nothing_gets_zero_and_passes_nothing_back(offered):
     assert got.gradients["q"][0, 0, 1].tolist() == [0, 0, 0, 0]
 
 
+def test_where_there_are_no_keys_nothing_is_seen():
+    """The reference failed on the largest of no scores."""
+    q, k = np.ones((1, 2, 3, 4)), np.ones((1, 2, 0, 4))
+    mask = np.ones((3, 0), bool)
+    y, _ = attention_forward(q, k, k, mask)
+    got = attention(*map(torch.from_numpy, (q, k, k, mask)))
+    assert y.shape == got.shape == (1, 2, 3, 4) and not y.any() and not got.any()
+
+
 @given(arguments=attention_cases(), data=st.data())
 def test_what_a_mask_hides_has_no_influence(arguments, data):
     """Forbidden keys and values may be anything."""

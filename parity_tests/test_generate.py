@@ -211,6 +211,27 @@ def test_an_empty_prompt_is_refused():
             next(texts)
 
 
+@pytest.mark.parametrize("id", [-1, 5, 99])
+def test_a_prompt_that_is_not_of_the_vocabulary_is_refused(id):
+    """One side went on from the last token of the vocabulary instead."""
+    config = ModelConfig(vocab_size=5, context_length=8, n_layer=1, n_head=1, d_model=4)
+    params = model_params(config, 0)
+    with pytest.raises(ValueError, match=f"token id {id} is outside the vocabulary of 5"):
+        next(generate(params, np.array([1, id]), config, 1))
+    with pytest.raises(ValueError, match=f"token id {id} is outside the vocabulary of 5"):
+        next(fast.generate(model_of(config, params), torch.tensor([1, id]), 1))
+
+
+def test_each_prompt_needs_a_stream():
+    config = ModelConfig(vocab_size=5, context_length=8, n_layer=1, n_head=1, d_model=4)
+    params, ids = model_params(config, 0), np.array([1])
+    with pytest.raises(ValueError, match="1 streams for 2 prompts"):
+        next(generate_batch(params, [ids, ids], config, 1, streams=[0]))
+    with pytest.raises(ValueError, match="1 streams for 2 prompts"):
+        prompts = [torch.from_numpy(ids)] * 2
+        next(fast.generate_batch(model_of(config, params), prompts, 1, streams=[0]))
+
+
 def test_without_a_seed_it_is_0_and_each_prompt_has_its_stream():
     config = ModelConfig(vocab_size=7, context_length=5, n_layer=1, n_head=1, d_model=4)
     params, prompts = model_params(config, 0), [np.array([1]), np.array([2, 3])]
@@ -221,8 +242,6 @@ def test_without_a_seed_it_is_0_and_each_prompt_has_its_stream():
     model, tensors = model_of(config, params), list(map(torch.from_numpy, prompts))
     assert [*fast.generate_batch(model, tensors, 5)] == [*generate_batch(params, prompts, config, 5)]
     assert [*fast.generate(model, tensors[0], 5)] == [*generate(params, prompts[0], config, 5)]
-    with pytest.raises(ValueError, match="shorter"):
-        next(generate_batch(params, prompts, config, 5, streams=[1]))
     config = replace(config, architecture="encoder-decoder")
     params = model_params(config, 0)
     answers = [[*answer(params, prompts[1], config, 5, **seed)] for seed in ({}, {"seed": 0}, {"seed": 1})]

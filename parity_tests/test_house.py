@@ -26,7 +26,6 @@ SHARED = {
     "ref_numpy.dropout": {"DropoutKey"},
     "ref_numpy.loss": {"IGNORE"},
     "ref_numpy.masks": {"PADDING"},
-    "ref_numpy.muon": {"acts_on"},  # which matrices are Muon's, and nothing of what it does
     "ref_numpy.parameters": None,
     "ref_numpy.dates": None,
     "ref_numpy.conversation": None,

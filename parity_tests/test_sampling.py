@@ -229,6 +229,15 @@ def test_forbidden_tokens_are_never_chosen_not_even_greedily(sample, array):
 
 
 @pytest.mark.parametrize(("sample", "array"), BOTH)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(("logits", "forbidden"), [([0.0, -np.inf], (0,)), ([-np.inf, -np.inf], ())])
+def test_where_no_token_is_possible_none_is_chosen(sample, array, temperature, logits, forbidden):
+    """Greedily one side took a forbidden token, and the other one that does not exist."""
+    with pytest.raises(ValueError, match="can be chosen"):
+        sample(array(logits), [], SamplingConfig(temperature=temperature, forbidden=forbidden), 0.5)
+
+
+@pytest.mark.parametrize(("sample", "array"), BOTH)
 def test_greedy_takes_the_first_of_equals(sample, array):
     assert sample(array([1.0, 3.0, 3.0, 2.0]), [], SamplingConfig(temperature=0.0), 0.99) == 1
 

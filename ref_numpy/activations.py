@@ -5,7 +5,7 @@ Not here: gated units (they are part of the feed-forward layer).
 """
 
 from functools import cache
-from math import erf, factorial, pi, sqrt
+from math import erfc, factorial, pi, sqrt
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +30,7 @@ def relu_backward(dy: Float[Array, "*shape"], x: Float[Array, "*shape"]) -> Floa
 
 
 _NODES_PER_UNIT = 128
-_FARTHEST = 8.5  # beyond it Phi is 0 or 1 in all digits of float64
+_FARTHEST = 8.5  # below -8.5 x Phi(x) is less than 1e-16, and taken to be 0; above, Phi is 1 in float64
 _LAST_NODE = round(_FARTHEST * _NODES_PER_UNIT)
 
 
@@ -43,12 +43,14 @@ def _taylor_of_normal_cdf(order: int, dtype: DTypeLike) -> Array:
     """
     a = np.arange(-_LAST_NODE, _LAST_NODE + 1) / _NODES_PER_UNIT
     density = np.exp(-0.5 * a * a) / sqrt(2.0 * pi)
-    rows = [np.array([0.5 * (1.0 + erf(node / sqrt(2.0))) for node in a])]
+    rows = [np.array([0.5 * erfc(-node / sqrt(2.0)) for node in a])]  # 1 + erf would cancel for negative a
     hermite, before = np.ones_like(a), np.zeros_like(a)
     for k in range(1, order + 1):
         rows.append((-1) ** (k - 1) * hermite * density / factorial(k))
         hermite, before = a * hermite - (k - 1) * before, hermite
-    return np.stack(rows).astype(dtype)
+    terms = np.stack(rows).astype(dtype)
+    terms[:, 0] = 0  # whose node stands for all that is below
+    return terms
 
 
 def _normal_cdf(x: Array) -> Array:
@@ -104,8 +106,9 @@ def gelu_tanh_backward(dy: Float[Array, "*shape"], x: Float[Array, "*shape"]) ->
 
 
 def _sigmoid(x: Array) -> Array:
-    """1 / (1 + exp(-x)), written by tanh, which does not overflow for large negative x."""
-    return 0.5 * (1.0 + np.tanh(0.5 * x))
+    """1 / (1 + exp(-x)). By tanh it would lose its digits where x is negative."""
+    with np.errstate(over="ignore"):  # exp(-x) = inf gives 0, the limit
+        return 1.0 / (1.0 + np.exp(-x))
 
 
 def silu_forward(x: Float[Array, "*shape"]) -> tuple[Float[Array, "*shape"], Array]:

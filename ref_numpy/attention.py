@@ -38,7 +38,7 @@ def attention_forward(
     if slopes is not None:
         scores = scores + alibi_bias(slopes, *scores.shape[-2:], scores.dtype)
     scores = np.where(mask, scores, -np.inf)
-    highest = scores.max(axis=-1, keepdims=True)
+    highest = scores.max(axis=-1, keepdims=True, initial=-np.inf)
     highest = np.where(np.isneginf(highest), 0, highest)  # a row that sees nothing: -inf - 0, not -inf + inf
     weights = np.exp(scores - highest)  # shifted so that the largest is exp(0): cannot overflow
     total = weights.sum(axis=-1, keepdims=True)

@@ -19,7 +19,7 @@ hypothesis of sum s < 0 reaches at most s / M^alpha, as a sum only falls:
     full       like estimate, and also when `width` are finished
 
 which are `early_stopping` "never", False and True of Hugging Face. A beam of width 1 is over when it has
-finished one: that is greedy decoding.
+finished one: that is greedy decoding, but for what ties on the grid below.
 
 Phrases that must appear: candidates from which they cannot all be written any more are ruled out, exactly, by
 the least number of tokens that it would take. So that those who are on their way are not crowded out by those
@@ -27,9 +27,9 @@ who put it off, candidates are put into banks by this number, and the places of 
 banks in turn, least number first (dynamic beam allocation, Post and Vilar 2018, section 3; their banks
 count the tokens that have been met). Without phrases there is one bank, and candidates come by their sums.
 
-Log-probabilities are rounded to multiples of 2^-24, finer than float32 logits are: their sums are then exact
-in any order, what ought to tie does, and both implementations choose alike. Of equals the earlier hypothesis
-comes first, then the lower token id; of equals that are finished the one found first.
+Log-probabilities are rounded to multiples of 2^-24, finer than float32 logits of 1 and above are: their sums
+are then exact in any order, what ought to tie does, and both implementations choose alike. Of equals the
+earlier hypothesis comes first, then the lower token id; of equals that are finished the one found first.
 
 Shapes: B hypotheses, T tokens of prompt and hypothesis, V vocabulary.
 Not here: the model and its cache, batches of prompts, sampling among the candidates, diverse groups.

@@ -55,7 +55,8 @@ class ModelConfig:
     n_head: int = 4
     """Number of attention heads, H; must divide d_model."""
     n_kv_head: int = 0
-    """Number of key/value heads, K, each read by H / K heads (grouped queries); 0 means n_head."""
+    """Number of key/value heads of self-attention, K, each read by H / K heads (grouped queries); 0 means
+    n_head."""
     d_model: int = 96
     """Width of the residual stream, C."""
     d_ff: int = 0
@@ -67,7 +68,7 @@ class ModelConfig:
     norm_epsilon: float = 1e-5
     """Added to the variance (rmsnorm: to the mean square), inside the root."""
     qk_norm: bool = False
-    """Queries and keys pass an RMSNorm over the head width, with weights of their own."""
+    """Queries and keys of self-attention pass an RMSNorm over the head width, with weights of their own."""
     attention_pattern: str = "full"
     """Which layers see everything and which a window, repeated over the layers: full; local, local, full."""
     window: int = 0

@@ -3,7 +3,7 @@
 Shapes: B batch, T time, S length of the memory, C width, H heads, D = C / H head width.
 Parameters come as a dict: q.weight (C, C), kv.weight (2 C, C), proj.weight (C, C), each perhaps with .bias.
 The rows of kv.weight are k of all heads, then v.
-Not here: positions (the two sequences have no distance), grouped queries.
+Not here: positions (the two sequences have no distance), grouped queries, norms of queries and keys.
 """
 
 from typing import NamedTuple

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from numpy import ndarray as Array
 
 from ref_numpy.activations import (
+    GeluCache,
     gelu_backward,
     gelu_forward,
     gelu_tanh_backward,
@@ -30,7 +31,7 @@ ACTIVATIONS = {
 
 class FFNCache(NamedTuple):
     up: LinearCache
-    hidden: Array  # input of the activation
+    hidden: Array | GeluCache  # of the activation
     down: LinearCache
     activation: str
 

@@ -59,8 +59,9 @@ def generate_batch(
     """Yields the next token of each prompt, n_tokens times: what each would give alone.
 
     Token i of prompt b takes its u from (seed, i, streams[b]), by default from stream 0. Shorter texts have
-    padding before them. Raises ValueError where there are no prompts or one is empty, for a model that is no
-    decoder, and for logits that are not numbers.
+    padding before them. Raises ValueError where there are no prompts or one is empty, for a token outside the
+    vocabulary, a number of streams that is not that of the prompts, a model that is no decoder, and logits
+    that are not numbers.
     """
     if config.architecture != "decoder":
         raise ValueError(f"an {config.architecture} does not continue a text; only a decoder does")
@@ -68,6 +69,8 @@ def generate_batch(
         raise ValueError("there are no prompts, but the model needs at least one to go on from")
     if any(prompt.size == 0 for prompt in prompts):
         raise ValueError("the prompt is empty, but the model needs at least one token to go on from")
+    if streams is not None and len(streams) != len(prompts):
+        raise ValueError(f"{len(streams)} streams for {len(prompts)} prompts: each needs one")
     texts, streams = [prompt.tolist() for prompt in prompts], streams or [0] * len(prompts)
     past = empty_cache(config, len(texts), params["token_embedding.weight"].dtype)
     starts = None

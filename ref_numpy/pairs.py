@@ -36,7 +36,7 @@ class PairBatch(NamedTuple):
 def padded(rows: Sequence[Integer[Array, "_"]], filling: int) -> Integer[Array, "P S"]:
     """The rows one below the other, each filled up to the longest."""
     lengths = np.array([len(row) for row in rows])
-    filled = np.full((len(rows), lengths.max(initial=0)), filling)
+    filled = np.full((len(rows), lengths.max()), filling)
     filled[np.arange(filled.shape[1]) < lengths[:, None]] = np.concatenate(rows)  # row by row
     return filled
 

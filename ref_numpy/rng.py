@@ -4,8 +4,8 @@ Philox 4x32-10 (Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as ea
 turns a 128-bit counter and a 64-bit key into 128 random bits. Nothing is stored between calls, so a run
 draws the same numbers in NumPy and in PyTorch, on one device or on eight, uninterrupted or resumed.
 
-How the bits of a draw are addressed. No two draws of a step share an address, so none share their bits (dates
-and the held-out masks of an encoder are drawn once, as if they were of step 0):
+How the bits of a draw are addressed. No two draws of a step share an address, so none share their bits. (What
+is drawn once, dates and an encoder's example, has the address of what step 0 draws for that purpose.)
 
     key      = (seed mod 2^32, seed div 2^32)
     counter  = (block, stream, step, purpose)      four 32-bit words, block counting from 0

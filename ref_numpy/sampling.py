@@ -72,7 +72,7 @@ def filtered_logits(
     """The logits of what may be drawn, in this order. At temperature 0 that is the likeliest token alone, the
     first of equals. Raises ValueError where every token is forbidden, or one that does not exist, and for
     logits that are not numbers."""
-    if not logits.max() < np.inf:
+    if not np.isfinite(logits.max()):
         raise ValueError("the logits are not numbers, so no token can be chosen")
     x = logits.astype(np.float64)
     if config.repetition_penalty != 1:

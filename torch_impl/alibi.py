@@ -43,7 +43,11 @@ def alibi_bias(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
 ) -> Float[Tensor, "H T S"]:
-    """bias[h, t, s] = -slope_h |t - s|, where the queries are the last of the places of the keys."""
+    """bias[h, t, s] = -slope_h |t - s|, where the queries are the last of the places of the keys.
+
+    Rounded once, as flash_attention does: bfloat16 has few of the distances, and not all slopes.
+    """
     asking = torch.arange(keys - queries, keys, device=device)
     distance = (asking[:, None] - torch.arange(keys, device=device)).abs()
-    return -torch.as_tensor(slopes, dtype=dtype, device=device)[:, None, None] * distance
+    precise = torch.promote_types(dtype, torch.float32)
+    return (-torch.as_tensor(slopes, dtype=precise, device=device)[:, None, None] * distance).to(dtype)

@@ -22,8 +22,8 @@ _WORTH_PRODUCTS = 2**18
 
 def attention(
     q: Float[Tensor, "B H T D"],
-    k: Float[Tensor, "B H S D"],
-    v: Float[Tensor, "B H S D"],
+    k: Float[Tensor, "B K S D"],
+    v: Float[Tensor, "B K S D"],
     mask: Bool[Tensor, "*#mask"],
     slopes: tuple[float, ...] | Float[Tensor, "H"] | None = None,
 ) -> Float[Tensor, "B H T D"]:
@@ -35,7 +35,8 @@ def attention(
     sees_something = mask.any(dim=-1, keepdim=True)
     allowed = mask | ~sees_something
     if slopes is not None:
-        bias = alibi_bias(slopes, q.shape[-2], k.shape[-2], q.dtype, q.device)
+        # Of four axes: given three, the CPU falls back on the plain formulas.
+        bias = alibi_bias(slopes, q.shape[-2], k.shape[-2], q.dtype, q.device)[None]
         allowed = torch.where(allowed, bias, -torch.inf)
     y = fused_attention(q, k, v, allowed)
     return torch.where(sees_something, y, 0.0)

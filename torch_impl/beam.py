@@ -36,7 +36,6 @@ class Rules(NamedTuple):
     """S states by A columns: one for each token that has a name here, and the last for all others."""
 
     named: Tensor  # (A - 1,) tokens
-
     column: Tensor  # (V,) of each token
     following: Tensor  # (S, A) states
     needed: Tensor  # (S, A) least number of tokens after this one until no phrase is missing

@@ -1,4 +1,4 @@
-"""Fused attention, and the one place where its kernel is chosen. The twin of ref_numpy/flash_attention.py.
+"""Fused attention, and where a pattern's path is chosen. The twin of ref_numpy/flash_attention.py.
 
 The tiles are the kernels': scaled_dot_product_attention knows the causal order of itself, flex_attention
 compiles a kernel for windows, ALiBi, documents and padding. flex_attention trains on CUDA only; elsewhere

@@ -66,8 +66,9 @@ def generate_batch(
     Token i of prompt b takes its u from (seed, i, streams[b]), by default from stream 0. Shorter texts have
     padding before them. With same_work (by default on CUDA) all steps after the first do the same, so that on
     CUDA they are one replayed graph, and tokens are read while the next ones are computed; not so with ALiBi,
-    or texts of unequal length. Raises ValueError where there are no prompts or one is empty, for a model that
-    is no decoder, and for logits that are not numbers.
+    or texts of unequal length. Raises ValueError where there are no prompts or one is empty, for a token
+    outside the vocabulary, a number of streams that is not that of the prompts, a model that is no decoder,
+    and logits that are not numbers.
     """
     config = model.config
     if config.architecture != "decoder":
@@ -76,7 +77,11 @@ def generate_batch(
         raise ValueError("there are no prompts, but the model needs at least one to go on from")
     if any(prompt.numel() == 0 for prompt in prompts):
         raise ValueError("the prompt is empty, but the model needs at least one token to go on from")
+    if streams is not None and len(streams) != len(prompts):
+        raise ValueError(f"{len(streams)} streams for {len(prompts)} prompts: each needs one")
     texts = [prompt.tolist() for prompt in prompts]
+    for outside in (id for text in texts for id in text if not 0 <= id < config.vocab_size):
+        raise ValueError(f"token id {outside} is outside the vocabulary of {config.vocab_size}")
     writing = _Writing(model, texts, sampling, seed, streams or [0] * len(texts))
     if same_work is None:
         same_work = writing.last.device.type == "cuda"
@@ -241,10 +246,12 @@ def answer(
     """Yields the target that an encoder-decoder writes for a source, up to its end, which is left out.
 
     It has at most n_tokens, and at most as many as the context is long. Token i takes its u from (seed, i,
-    stream). Raises ValueError for a source that is empty or longer than the context length, or logits that
-    are not numbers.
+    stream). Raises ValueError for a source that is empty or longer than the context length, a model that is
+    no encoder-decoder, or logits that are not numbers.
     """
     config, device = model.config, model.token_embedding.weight.device
+    if config.architecture != "encoder-decoder":
+        raise ValueError(f"this {config.architecture} does not answer; only an encoder-decoder does")
     if not 0 < source.numel() <= config.context_length:
         raise ValueError(f"the source has {source.numel()} tokens, not 1 to {config.context_length}")
     present = torch.ones(1, source.numel(), dtype=torch.bool, device=device)

@@ -96,8 +96,6 @@ def attend_after(
     k, v = past.extend(layer, k, v)
     if mask is None and slopes is None:
         return flash_attention(q, k, v, AttentionPattern())
-    if (readers := q.shape[1] // k.shape[1]) > 1:  # by 1 it would be a copy of all the room
-        k, v = k.repeat_interleave(readers, 1), v.repeat_interleave(readers, 1)
     if mask is None:
         mask = torch.ones((), dtype=torch.bool, device=q.device).expand(q.shape[2], k.shape[2])
     if mask.is_floating_point():

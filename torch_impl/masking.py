@@ -63,7 +63,7 @@ def evaluate_masked(
     max_tokens: int | None = None,
     ranks: Ranks = ALONE,
 ) -> MaskedLoss:
-    """Loss and accuracy on a text, under masks that are the same whenever it is evaluated.
+    """Loss and accuracy on a text, under masks that are the same whenever so many windows at a time are.
 
     The windows, and the processes that divide them, are those of train.evaluate. Raises ValueError for a
     text of fewer than two tokens.

@@ -1,7 +1,6 @@
 """Muon for the matrices inside the blocks, AdamW for all else. The twin of ref_numpy/muon.py."""
 
 from collections import defaultdict
-from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -72,7 +71,7 @@ class Muon(torch.optim.AdamW):
         self._step_supports_amp_scaling = False  # a step with float16's overflow has to be left out whole
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
+    def step(self) -> None:
         """Muon's matrices first. AdamW passes over what has no gradient, so theirs are then taken away."""
         for group in self.param_groups:
             if group["momentum"] is not None:
@@ -80,7 +79,7 @@ class Muon(torch.optim.AdamW):
                 self._muon(served, group)
                 for param in served:
                     param.grad = None
-        super().step(closure)
+        super().step()
 
     def _muon(self, params: list[Tensor], group: dict) -> None:
         rate, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
@@ -90,9 +89,10 @@ class Muon(torch.optim.AdamW):
             if not state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
                 state["exp_avg"] = torch.zeros_like(param)
-            state["step"] += 1
             divided = hasattr(param, "full_tensor")
             alike[param.shape, id(param) if divided else 0].append(param)
+        if params:
+            torch._foreach_add_([self.state[param]["step"] for param in params], 1)
         for ((rows, columns), _), same in alike.items():
             averages = [self.state[param]["exp_avg"] for param in same]
             gradients = [param.grad for param in same]

@@ -88,7 +88,7 @@ def choose(
     what was seen."""
     x = allowed_logits(logits, seen, forbidden, config)
     if config.temperature == 0:  # the first of equals
-        return torch.where(x.amax(-1) < inf, x.argmax(-1), x.shape[-1])
+        return torch.where(x.amax(-1).isfinite(), x.argmax(-1), x.shape[-1])
     return draw(likely_logits(x, config), u)
 
 
@@ -122,8 +122,8 @@ def filtered_logits(
     Raises ValueError where every token is forbidden, or one that does not exist, and for logits that are not
     numbers.
     """
-    _require_numbers(bool(logits.amax() < inf))
     x = allowed_logits(logits, *_rules(logits, seen, config), config)
+    _require_numbers(bool(logits.amax().isfinite() & x.amax().isfinite()))
     if config.temperature == 0:
         return x.masked_fill(torch.arange(x.numel(), device=x.device) != x.argmax(), -inf)
     return likely_logits(x, config)
