@@ -79,8 +79,7 @@ def _sweep(arguments: list[str]) -> int:
     except (InputError, ConfigError) as error:
         return _refuse(error)
     except OSError as error:
-        goes_on = "; what was saved before is whole, and the same command goes on from it"
-        return _fail(refusal(error) + goes_on * (error.errno is not None), 1)
+        return _fail(refusal(error), 1)
 
 
 def _explain(error: Exception, request: Request) -> str | None:

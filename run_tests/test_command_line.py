@@ -217,6 +217,28 @@ def test_settings_and_configs_share_no_flag():
     assert len(names) == len(set(names))
 
 
+def test_where_a_new_run_may_not_be(tmp_path):
+    """In a checkpoint it went when that was replaced; and the cache made the folder before the run did."""
+    (tmp_path / "last").mkdir()
+    (tmp_path / "last" / "training.json").touch()
+    for out, message in (
+        (tmp_path, "--resume it"),
+        (tmp_path / "last" / "new" / "er", "lies in a checkpoint"),
+    ):
+        with pytest.raises(InputError, match=message):
+            parse(["--out", str(out)])
+    new = tmp_path / "new"
+    for cache in (new, new / "cache"):
+        with pytest.raises(InputError, match=r"lies in .*new, which the run makes; name another --cache"):
+            parse(["--out", str(new), "--cache", str(cache)])
+    new.mkdir()
+    with pytest.raises(InputError, match=r"exists, and a run is never overwritten; name another --out$"):
+        parse(["--out", str(new)])
+    (new / "lock").touch()
+    with pytest.raises(InputError, match=r"holds no checkpoint to go on from; unless .* delete it"):
+        parse(["--out", str(new)])
+
+
 def test_resume_refuses_a_folder_without_a_checkpoint(tmp_path):
     with pytest.raises(InputError, match="has no last"):
         parse(["--resume", str(tmp_path)])

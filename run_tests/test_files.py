@@ -134,6 +134,21 @@ def test_a_failed_first_save_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_whose_path_leads_elsewhere_meanwhile_is_not_touched(tmp_path):
+    """What was renamed and removed then was another run's."""
+    save(tmp_path / "last", "other's")
+
+    def elsewhere():
+        raise FileNotFoundError("moved")
+
+    with (
+        pytest.raises(FileNotFoundError, match="moved"),
+        replaced_folder(tmp_path / "last", elsewhere) as new,
+    ):
+        (new / "one").write_text("ours", encoding="utf-8")
+    assert state(tmp_path / "last") == {"other's"} and new.is_dir()
+
+
 def test_an_error_in_a_copy_keeps_the_name_of_what_is_copied(tmp_path):
     """The folder that was being made was blamed for a file in another one."""
     with pytest.raises(OSError) as error, new_folder(tmp_path / "step-10"):
@@ -148,6 +163,7 @@ def test_an_error_in_a_copy_keeps_the_name_of_what_is_copied(tmp_path):
         (errno.ENOSPC, None, "the disk is full, writing standard output; make room"),
         (errno.EACCES, "a", "a: because; give this user the right to it, or use another place"),
         (errno.EIO, "a", "a: because"),
+        (errno.EIO, "a\nb\x1b", "a\\nb\\x1b: because"),
     ],
 )
 def test_what_the_system_refuses_is_one_line(number, path, told):

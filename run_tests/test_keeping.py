@@ -43,6 +43,15 @@ def test_a_kept_checkpoint_is_whole_and_a_place_to_begin_from(small_run, cli, te
     assert cli("cpu", "--init-from", "run/step-10", *flags).code == 0
 
 
+def test_what_is_no_checkpoint_is_not_removed_as_one(tmp_path):
+    """A run of another name inside this one was."""
+    for name, file in (("last", "training.json"), ("step-3", "last"), ("step-5", "training.json")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).touch()
+    keep_newest(tmp_path, 7, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last", "step-3", "step-7"]
+
+
 def test_a_disk_without_links_keeps_copies(tmp_path, monkeypatch):
     (tmp_path / "last").mkdir()
     (tmp_path / "last" / "file").write_bytes(b"content")

@@ -1,7 +1,6 @@
 """A run folder belongs to one process at a time, and to nobody when that process is gone."""
 
 import errno
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -91,53 +90,93 @@ def test_a_folder_that_is_moved_while_its_run_goes_on(small_run, monkeypatch):
     assert Path("moved/lock").is_file() and not Path("run").exists()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there a folder with open files keeps its name")
-def test_a_run_writes_nothing_into_a_folder_that_took_the_name_of_its_own(small_run, cli, monkeypatch):
+def all_of(folder: str) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def replaced(small_run, monkeypatch):
+    """To be called within a run: the name of its folder goes to another run, which stays as it is to the last
+    byte."""
+    assert small_run("--out", "run", "--sample-tokens", 5).code == 0
+    (Path("run") / "last.new").mkdir()  # it is saving
+    (Path("run") / "before-step-1").mkdir()
+    (Path("run") / "before-step-1" / "training.json").touch()
+    other = all_of("run")
+    Path("run").rename("other")
+
+    def moved() -> None:
+        if Path("other").is_dir():
+            Path("run").rename("moved")
+            Path("other").rename("run")
+
+    yield moved
+    assert all_of("run") == other and Path("run/last.new").is_dir()
+
+
+renames_open_folders = pytest.mark.skipif(
+    sys.platform == "win32", reason="there a folder with open files keeps its name"
+)
+
+
+@renames_open_folders
+@pytest.mark.parametrize("step", [6, 12])
+@pytest.mark.parametrize("flags", [(), ("--sample-tokens", 5), ("--profile",)])
+def test_a_run_writes_nothing_into_a_folder_that_took_the_name_of_its_own(
+    small_run, cli, monkeypatch, replaced, step, flags
+):
     """The lock went along with the renamed folder, and the checkpoints into the other run."""
     assert small_run("--out", "whole").code == 0
-    assert small_run("--out", "other").code == 0
     train_steps = run.train_steps
 
-    def renamed(folder, step):
-        def steps(state, sample, config):
-            for metrics in train_steps(state, sample, config):
-                yield metrics
-                if state.step == step:
-                    Path(folder).rename(f"{folder}-moved")
-                    shutil.copytree("other", folder)
-
-        monkeypatch.setattr(run, "train_steps", steps)
-        begin = small_run("--out", folder) if step == 6 else cli("--resume", folder)
-        assert begin.code == 1 and f"{folder} was moved, deleted or taken over meanwhile" in begin.error
-        assert content(Path(folder)) == content(Path("other"))
-
-    renamed("run", 6)
-    renamed("run-moved", 9)
-    monkeypatch.setattr(run, "train_steps", train_steps)
-    assert cli("--resume", "run-moved-moved").code == 0
-    assert content(Path("run-moved-moved")) == content(Path("whole"))
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="there a folder with open files keeps its name")
-@pytest.mark.parametrize(("flags", "step"), [((), 1), (("--profile",), 7)])
-def test_nor_a_trace_or_what_is_kept_from_before_a_leap(small_run, monkeypatch, flags, step):
-    """The leap even removed what the other run had kept from before its own."""
-    assert small_run("--out", "other").code == 0
-    Path("other/before-step-1").mkdir()
-    before, train_steps = sorted(Path("other").rglob("*")), run.train_steps
-
-    def renamed(state, sample, config):
+    def steps(state, sample, config):
         for metrics in train_steps(state, sample, config):
             yield metrics
             if state.step == step:
-                Path("run").rename("moved")
-                Path("other").rename("run")
+                replaced()
 
-    monkeypatch.setattr(run, "train_steps", renamed)
-    monkeypatch.setattr(SpikeWatch, "leaps", lambda self, loss: not flags)
-    assert "run was moved, deleted or taken over meanwhile" in small_run("--out", "run", *flags).error
-    Path("run").rename("other")
-    assert sorted(Path("other").rglob("*")) == before
+    monkeypatch.setattr(run, "train_steps", steps)
+    outcome = small_run("--out", "run", *flags)
+    assert outcome.code == 1 and "run was moved, deleted or taken over meanwhile" in outcome.error
+    monkeypatch.setattr(run, "train_steps", train_steps)
+    assert cli("--resume", "moved", "--sample-tokens", 0).code == 0
+    ours, same = content(Path("moved")), content(Path("whole"))
+    for both in (ours, same):
+        del both["last/config.json"], both["best/config.json"]  # which name the flags
+    assert ours == same
+
+
+@renames_open_folders
+@pytest.mark.parametrize("loss", [None, float("nan")])
+def test_nor_what_is_kept_from_before_a_leap_or_told_of_a_failure(small_run, monkeypatch, replaced, loss):
+    """The leap even removed what the other run had kept from before its own. A failed step was repeated from
+    the other one's checkpoint, and a traceback was the end."""
+    train_steps = run.train_steps
+
+    def steps(state, sample, config):
+        for metrics in train_steps(state, sample, config):
+            yield metrics if loss is None else metrics._replace(loss=metrics.loss * loss)
+            replaced()
+
+    monkeypatch.setattr(run, "train_steps", steps)
+    monkeypatch.setattr(SpikeWatch, "leaps", lambda self, loss: True)
+    error = small_run("--out", "run", "--log-every", 2).error
+    assert "run was moved, deleted or taken over" in error
+
+
+@renames_open_folders
+@pytest.mark.parametrize("moment", ["choose_place", "load_for", "put_back"])
+def test_nor_does_one_that_is_about_to_go_on(small_run, cli, monkeypatch, replaced, moment):
+    """It cleaned up after the other one's save, which was under way, and dropped its newest evaluations."""
+    assert small_run("--out", "run", "--steps", 4).code == 0
+    act = getattr(prepare, moment)
+
+    def then_moved(*arguments):
+        replaced()
+        return act(*arguments)
+
+    monkeypatch.setattr(prepare, moment, then_moved)
+    assert "run was moved, deleted or taken over" in cli("--resume", "run", "--steps", 6).error
 
 
 def test_a_lock_that_is_deleted_by_hand_stops_no_run(small_run, monkeypatch):
@@ -150,7 +189,7 @@ def test_a_lock_that_is_deleted_by_hand_stops_no_run(small_run, monkeypatch):
             require_ours()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there a folder with open files keeps its name")
+@renames_open_folders
 def test_a_sweep_writes_nothing_into_a_folder_that_took_the_name_of_its_own(cli, text, monkeypatch):
     def renamed(arguments):
         Path("swept").rename("moved")
@@ -210,6 +249,53 @@ def test_what_took_the_name_of_a_folder_is_left_alone(small_run, monkeypatch):
     monkeypatch.setattr(run, "announce", replaced)
     assert small_run("--out", "run").code == 1
     assert Path("run/mine").is_file()
+
+
+def test_what_fails_in_a_folder_that_was_moved_is_told_as_that(small_run, monkeypatch):
+    def failing(folder, *others):
+        folder.parent.rename("moved")
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(run, "save_checkpoint", failing)
+    outcome = small_run("--out", "run")
+    assert outcome.code == 1 and "run was moved, deleted or taken over" in outcome.error
+
+
+def test_what_somebody_else_put_into_a_new_folder_stays(small_run, monkeypatch):
+    """A run that failed without a checkpoint removed it, be it another run's last checkpoint."""
+
+    def failing(prepared, request):
+        Path("run/notes.txt").touch()
+        raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr(run, "announce", failing)
+    assert small_run("--out", "run").code == 1
+    assert Path("run/notes.txt").is_file()
+
+
+def test_a_new_folder_that_another_process_has_locked_already_stays(small_run, monkeypatch):
+    monkeypatch.setattr(lock, "_lock", Mock(side_effect=BlockingIOError(errno.EAGAIN, "taken")))
+    outcome = small_run("--out", "run")
+    assert outcome.code == 2 and "run is in use" in outcome.error and Path("run").is_dir()
+
+
+def test_a_run_whose_last_checkpoint_cannot_get_its_name_back_stays(small_run, cli, monkeypatch):
+    """All was deleted, its best checkpoint as well, and the run said not to have begun."""
+    rename, renamed = Path.rename, []
+
+    def refused(path, target):
+        if Path(target).name == "last":
+            renamed.append(path)
+            if len(renamed) > 2:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refused)
+    outcome = small_run("--out", "run")
+    assert outcome.code == 1 and "what was saved before is whole, and --resume goes on" in outcome.error
+    assert Path("run/last.old").is_dir() and Path("run/best").is_dir()
+    monkeypatch.setattr(Path, "rename", rename)
+    assert cli("--resume", "run").code == 0
 
 
 def test_a_run_holds_its_folder_from_the_start(small_run, monkeypatch):

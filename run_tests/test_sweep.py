@@ -134,8 +134,15 @@ def test_a_disk_that_fills_up_beneath_a_sweep(sweep, launched, on_file_operation
     outcome = sweep(*GRID, "--out", "swept")
     on_file_operation(None)
     assert outcome.code == 1 and "the disk is full, writing swept" in outcome.error
-    assert "the same command goes on" in outcome.error and len(launched) == 1
+    assert "; to go on: python train_gpu.py sweep " in outcome.error and len(launched) == 1
     assert sweep(*GRID, "--out", "swept").code == 0
+
+
+def test_a_sweep_that_was_killed_while_it_wrote_its_first_file_begins_again(sweep):
+    """It was said to be no sweep."""
+    Path("swept").mkdir()
+    Path("swept/lock.json.new").touch()
+    assert sweep("--vary", "learning_rate=1e-3", "--out", "swept").code == 0
 
 
 def test_a_request_that_the_system_can_never_meet_begins_nothing(sweep):

@@ -8,7 +8,10 @@ from pathlib import Path
 
 from torch_impl.training.config import RunConfig
 from torch_impl.training.files import InputError, refusal
-from torch_impl.training.lock import locked
+from torch_impl.training.lock import InUse, locked
+
+_OF_A_BEGINNING = {"lock", "lock.json", "lock.json.new", "tensorboard", "last.new"}
+"""What a run folder holds until its first checkpoint is whole."""
 
 
 class NotBegun(Exception):
@@ -24,28 +27,35 @@ def system_errors_told() -> Iterator[None]:
         raise NotBegun(f"{refusal(error)}; the run has not begun") from error
 
 
+def has_only_begun(folder: Path) -> bool:
+    """Whether nothing in a run folder is there to go on from, nor anything of somebody else's."""
+    return {path.name for path in folder.iterdir()} <= _OF_A_BEGINNING
+
+
 def _create_folder(out: Path | None, config: RunConfig) -> Path:
     """The run folder that is asked for, or one with a name of its own. Raises InputError if it cannot be."""
-    name = f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = out or Path("runs") / name
-    attempt = 1
-    while out is None and folder.exists():  # another run of the same second
-        attempt += 1
-        folder = folder.with_name(f"{name}-{attempt}")
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError as error:
-        raise InputError(f"{folder} exists, and a run is never overwritten; name another --out") from error
-    except OSError as error:
-        raise InputError(f"cannot create the run folder: {refusal(error)}") from error
-    return folder
+    first = out or Path("runs") / f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder, attempt = first, 1
+    while True:
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except OSError as error:
+            if not folder.exists():
+                raise InputError(f"cannot create the run folder: {refusal(error)}") from error
+            if out is not None:
+                raise InputError(
+                    f"{folder} exists, and a run is never overwritten; name another --out"
+                ) from error
+        attempt += 1  # another run of the same second has the name
+        folder = first.with_name(f"{first.name}-{attempt}")
 
 
 @contextmanager
 def new_run_folder(out: Path | None, config: RunConfig) -> Iterator[tuple[Path, Callable[[], None]]]:
-    """Makes a new run's folder, locks it, as `locked` does, and removes it when the run ends without a
-    checkpoint or a report: nothing can go on from there, and its name is free again. Until then an OSError
-    is NotBegun. Raises InputError where the folder cannot be made.
+    """Makes a new run's folder, locks it, as `locked` does, and removes it when the run ends without anything
+    to go on from or to look at: its name is free again. Until then an OSError is NotBegun. Raises InputError
+    where the folder cannot be made, or another process has taken it.
 
     A folder that was moved meanwhile is not looked for, and what has its name now is left alone.
     """
@@ -56,7 +66,7 @@ def new_run_folder(out: Path | None, config: RunConfig) -> Iterator[tuple[Path, 
                 yield folder, require_ours
             except OSError:
                 require_ours()
-                if (folder / "last").is_dir():
+                if not has_only_begun(folder):
                     raise
                 with system_errors_told():
                     raise
@@ -64,7 +74,22 @@ def new_run_folder(out: Path | None, config: RunConfig) -> Iterator[tuple[Path, 
                 idle = False
                 with suppress(OSError):
                     require_ours()
-                    idle = not ((folder / "last").is_dir() or (folder / "report.html").is_file())
+                    idle = has_only_begun(folder)
+    except InUse:
+        idle = False
+        raise
     finally:
         if idle:  # and the lock let go, for Windows removes no open file
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def resumed_run_folder(folder: Path) -> Iterator[Callable[[], None]]:
+    """Locks the folder of a run that goes on, as `locked` does. Where it was moved meanwhile, that is said,
+    and not what followed from it."""
+    with locked(folder) as require_ours:
+        try:
+            yield require_ours
+        except (OSError, InputError):
+            require_ours()
+            raise

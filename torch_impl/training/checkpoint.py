@@ -78,7 +78,12 @@ class LoadedModel(NamedTuple):
 
 
 def save_checkpoint(
-    folder: Path, config: RunConfig, tokenizer: Tokenizer, state: TrainState, progress: Progress
+    folder: Path,
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    state: TrainState,
+    progress: Progress,
+    require_folder: Callable[[], None],
 ) -> None:
     """Write a checkpoint in one piece. Raises OSError where it cannot; the one before is then still there.
 
@@ -96,7 +101,7 @@ def save_checkpoint(
     if not first:
         return
     training = {"format_version": FORMAT_VERSION, **asdict(progress)}
-    with replaced_folder(folder) as new:
+    with replaced_folder(folder, require_folder) as new:
         _write_model(new, config, tokenizer, weights)
         write_tensors(new / "optimizer.safetensors", moments)
         content = json.dumps(training, indent=2, allow_nan=False)

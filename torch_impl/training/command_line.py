@@ -11,6 +11,7 @@ from typing import NamedTuple
 import tyro
 
 from ref_numpy.config import ModelConfig, TrainConfig
+from torch_impl.training.beginning import has_only_begun
 from torch_impl.training.config import (
     TOKENIZERS,
     RunConfig,
@@ -122,8 +123,8 @@ def parse(arguments: list[str]) -> Request:
         _refuse_another_model(flags, start, init_from)
     out = Path(flags.folder.out) if flags.folder.out else None
     check_text("--out", str(out))  # the library of safetensors opens no other folder
-    if out is not None and (out.exists() or out.is_symlink()):
-        raise InputError(f"{out} exists, and a run is never overwritten; name another --out, or --resume it")
+    if out is not None:
+        _check_out(out, Path(flags.folder.cache))
     config = _configure(flags, start)
     name = config.tokenizer.tokenizer
     if name not in TOKENIZERS and not Path(name).is_file():
@@ -134,6 +135,26 @@ def parse(arguments: list[str]) -> Request:
     _check_architecture(config)
     _check_word_vectors(config)
     return Request(config, out, None, init_from, Path(flags.folder.cache), profile=flags.folder.profile)
+
+
+def _check_out(out: Path, cache: Path) -> None:
+    """Raises InputError where a new run's folder cannot be."""
+    if out.is_dir() and whole_folder(out / "last").is_dir():
+        raise InputError(f"{out} exists, and a run is never overwritten; name another --out, or --resume it")
+    if out.is_dir() and (out / "lock").exists() and has_only_begun(out):
+        raise InputError(
+            f"{out} exists, and holds no checkpoint to go on from; unless its run has just begun, delete it, "
+            "or name another --out"
+        )
+    if out.exists() or out.is_symlink():
+        raise InputError(f"{out} exists, and a run is never overwritten; name another --out")
+    for parent in out.absolute().parents:
+        if (parent / "training.json").is_file():
+            raise InputError(
+                f"{out} lies in a checkpoint, {parent}, which its run replaces; name another --out"
+            )
+    if out.absolute() in (cache.absolute(), *cache.absolute().parents):
+        raise InputError(f"--cache {cache} lies in {out}, which the run makes; name another --cache")
 
 
 def _resume(arguments: list[str], preset: str | None, folder: Path) -> Request:

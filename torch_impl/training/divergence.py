@@ -61,6 +61,7 @@ def _tell_spike(run: Run, step: int, loss: float) -> None:
 def _cause(run: Run, step: int, stop: StopRequest) -> str:
     """Which component and which tensors are to blame, found by repeating the step."""
     tqdm.write(f"step {step} failed; repeating it from the last checkpoint to see where (Ctrl-C leaves)")
+    run.require_folder()
     try:
         return offenders(run, step, stop)
     except (MemoryError, RuntimeError) as error:  # it needs more than the step did, where that was compiled
@@ -73,7 +74,9 @@ def diverged(run: Run, step: int, what: str) -> Diverged:
     """The error that ends the run at a step, with what may help."""
     config = run.config.training
     clip = "" if 0 < config.clip <= 1 else ", --clip 1"
+    last = run.folder / "last"
+    good = f"The last good checkpoint is {last}. " if last.is_dir() else ""
     return Diverged(
-        f"step {step}: {what}; stopped. The last good checkpoint is {run.folder / 'last'}. Try a run with "
-        f"--learning-rate below {config.learning_rate}, --warmup-steps above {config.warmup_steps}{clip}"
+        f"step {step}: {what}; stopped. {good}Try a run with --learning-rate below {config.learning_rate}, "
+        f"--warmup-steps above {config.warmup_steps}{clip}"
     )

@@ -18,6 +18,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 from torch.utils.tensorboard.summary import histogram_raw, text
 
+from torch_impl.training.files import named_after
 from torch_impl.training.telemetry import Row
 
 _BINS = 64
@@ -37,8 +38,12 @@ class TensorBoardEvents:
             self._write(step=step, session_log=SessionLog(status=SessionLog.START))
 
     def _write(self, **content: Any) -> None:
-        self.records.write(Event(wall_time=time.time(), **content).SerializeToString())
-        self.file.flush()
+        try:
+            self.records.write(Event(wall_time=time.time(), **content).SerializeToString())
+            self.file.flush()
+        except OSError as error:
+            named_after(error, Path(self.file.name))
+            raise
 
     def scalars(self, step: int, values: Row) -> None:
         """One point on each named curve that has a value."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch_impl.training.visible import visible
+from torch_impl.training.visible import in_one_line
 
 _SHARING_VIOLATION = 32
 _HELD = (5, _SHARING_VIOLATION)
@@ -24,16 +24,16 @@ class InputError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(visible(message))
+        super().__init__(in_one_line(message))
 
 
 def refusal(error: OSError, nameless: str = "") -> str:
     """What the system refuses, in one line: the path, the reason, and the mend where there is one. `nameless`
     is what an error is about that names no path."""
-    place = visible(str(error.filename or nameless))
+    place, reason = (in_one_line(str(told)) for told in (error.filename or nameless, error.strerror or error))
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full{place and ', writing '}{place}; make room"
-    told = f"{place}{place and ': '}{error.strerror or error}"
+    told = f"{place}{place and ': '}{reason}"
     held = getattr(error, "winerror", None) == _SHARING_VIOLATION  # which Python calls EACCES as well
     if place and not held and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{told}; give this user the right to it, or use another place"
@@ -135,12 +135,13 @@ def _beside(folder: Path) -> tuple[Path, Path]:
 
 
 @contextmanager
-def replaced_folder(folder: Path) -> Iterator[Path]:
+def replaced_folder(folder: Path, require_place: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """A new, empty folder to write into, which takes the place of `folder` when the block ends well.
 
     Two renames do it, since no system swaps folders everywhere: folder -> .old, .new -> folder. At every
     moment one of folder and .old is whole; `settle_folder` and `whole_folder` know which. If the block or
-    the disk fails, the new folder is removed, the old one stays, and the error goes on.
+    the disk fails, the new folder is removed, the old one stays, and the error goes on. Before anything is
+    renamed or removed then, `require_place` may raise OSError: the path leads elsewhere since.
     """
     new, old = _beside(folder)
     settle_folder(folder)
@@ -150,10 +151,12 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         for path in new.iterdir():
             flush_to_disk(path)
         flush_to_disk(new)
+        require_place()
         if folder.exists():
             patiently(folder.rename, old)
         patiently(new.rename, folder)
     except BaseException as error:
+        require_place()
         settle_folder(folder)
         named_after(error, folder)
         raise

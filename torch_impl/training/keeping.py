@@ -17,8 +17,9 @@ _STALE = re.compile(r"(before-)?step-\d+\.[0-9a-f]{8}\.(new|old)")  # half made,
 
 
 def kept_checkpoints(run: Path, kind: str = "step") -> list[Path]:
-    """The folders of a run that are called kind-N, oldest first."""
-    steps = {path: path.name.removeprefix(f"{kind}-") for path in run.glob(f"{kind}-*") if path.is_dir()}
+    """The checkpoints of a run that are called kind-N, oldest first."""
+    found = [path.parent for path in run.glob(f"{kind}-*/training.json")]
+    steps = {path: path.name.removeprefix(f"{kind}-") for path in found}
     return sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: int(steps[path]))
 
 

@@ -25,9 +25,17 @@ else:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+"""What a disk without locks answers: then the folder is anybody's."""
+
+
+class InUse(InputError):
+    """The folder is another process's."""
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[Callable[[], None]]:
-    """Within the block the folder is this process's. Raises InputError where it is another's.
+    """Within the block the folder is this process's. Raises InUse where it is another's.
 
     The system holds the lock on an open file, and lets go of it when the process ends, however it ends: what
     is left of a killed run is a file, which stops nobody. The process's name stands in lock.json.
@@ -41,10 +49,10 @@ def locked(folder: Path) -> Iterator[Callable[[], None]]:
             _lock(file.fileno())
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-                raise InputError(
+                raise InUse(
                     f"{folder} is in use: {_holder(folder)} trains there; wait for it, or stop it with Ctrl-C"
                 ) from error
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # no locks on this disk
+            if error.errno not in _NO_LOCKS:
                 raise
         write_file(folder / "lock.json", json.dumps(_myself()).encode("ascii"))
         yield partial(_require_the_same, folder, own, file.fileno())

@@ -18,7 +18,7 @@ from torch_impl.float8 import use_float8
 from torch_impl.seq2seq import make_model
 from torch_impl.train import FromHost, StepMetrics, TrainState, start
 from torch_impl.training.agreement import refuse_uneven, require_same_flags, tensors_sha256
-from torch_impl.training.beginning import new_run_folder
+from torch_impl.training.beginning import new_run_folder, resumed_run_folder
 from torch_impl.training.captured import CudaGraphs
 from torch_impl.training.checkpoint import (
     Progress,
@@ -34,7 +34,6 @@ from torch_impl.training.device import Place, choose_place
 from torch_impl.training.events import TensorBoardEvents
 from torch_impl.training.files import InputError, refuse_links, settle_folder
 from torch_impl.training.growth import with_chat_tokens, with_new_rows
-from torch_impl.training.lock import locked
 from torch_impl.training.looks import Look
 from torch_impl.training.memory import fitted, refuse_what_cannot_fit
 from torch_impl.training.objectives import Objective, load_for, make_objective
@@ -91,7 +90,7 @@ def prepare(request: Request, ranks: Ranks, held: ExitStack) -> Run:
     require_folder = _no_folder_of_its_own
     if request.resume and ranks.first:
         refuse_links(request.resume)
-        require_folder = held.enter_context(locked(request.resume))
+        require_folder = held.enter_context(resumed_run_folder(request.resume))
     require_same_flags(request, ranks)
     refuse_uneven(request, ranks)
     _settle_order_of_sums(request.config.run.deterministic)
@@ -109,7 +108,7 @@ def prepare(request: Request, ranks: Ranks, held: ExitStack) -> Run:
         )
     sharded = config.run.shard and ranks.size > 1
     home = torch.device("cpu") if sharded else place.device  # of the model while it is whole
-    saved = _load(request.resume, place.dtype, home, ranks) if request.resume else None
+    saved = _load(request.resume, require_folder, place.dtype, home, ranks) if request.resume else None
     corpus = load_for(config)
     ranks.require_the_same("text", corpus.sha256())
     if saved is None:
@@ -162,6 +161,10 @@ def prepare(request: Request, ranks: Ranks, held: ExitStack) -> Run:
             require_folder()
             metrics.forget_from(progress.next_row)
 
+    events = None
+    if ranks.first:
+        events = TensorBoardEvents(folder / "tensorboard", progress.next_row)
+        held.callback(events.close)
     return Run(
         folder=folder,
         require_folder=require_folder,
@@ -173,7 +176,7 @@ def prepare(request: Request, ranks: Ranks, held: ExitStack) -> Run:
         objective=objective,
         before=progress.seconds,
         metrics=metrics,
-        events=TensorBoardEvents(folder / "tensorboard", progress.next_row) if ranks.first else None,
+        events=events,
     )
 
 
@@ -223,8 +226,11 @@ def _first_model(
     return model.to(device)
 
 
-def _load(folder: Path, dtype: torch.dtype, device: torch.device, ranks: Ranks) -> _Saved:
+def _load(
+    folder: Path, require_folder: Callable[[], None], dtype: torch.dtype, device: torch.device, ranks: Ranks
+) -> _Saved:
     if ranks.first:
+        require_folder()
         settle_folder(folder / "last")
         settle_folder(folder / "best")
     ranks.wait()

@@ -68,7 +68,9 @@ def profiled(
     if last is None:
         return
     found = operations(profiler.key_averages())
-    tqdm.write(f"{table(found, watched)}\nthe trace: {keep(compressed(profiler))}, for ui.perfetto.dev")
+    trace = compressed(profiler)
+    kept = "no room for it among temporary files" if trace is None else f"{keep(trace)}, for ui.perfetto.dev"
+    tqdm.write(f"{table(found, watched)}\nthe trace: {kept}")
     yield last
     yield from steps
 
@@ -114,9 +116,9 @@ def shortened(name: str, width: int) -> str:
     return f"{name[: width // 2 - 1]}…{name[-(width - width // 2) :]}"
 
 
-def compressed(profiler: profile) -> bytes:
-    """The trace, by way of a file, as PyTorch exports it. Raises OSError where the disk for such is full."""
+def compressed(profiler: profile) -> bytes | None:
+    """The trace, by way of a file, as PyTorch exports it; None where it wrote none, for want of room."""
     with TemporaryDirectory() as folder:
         plain = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(plain))
-        return gzip.compress(plain.read_bytes())
+        return gzip.compress(plain.read_bytes()) if plain.is_file() else None

@@ -160,9 +160,10 @@ def joined(on_cuda: bool) -> Iterator[Ranks]:
     try:
         store, rank, size = next(iter(dist.rendezvous("env://", timeout=PATIENCE)))
         local_rank, local_size = (int(os.environ.get(n, "0")) for n in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
-    except ValueError as error:
+    except (ValueError, dist.DistNetworkError) as error:
+        reason = str(error).partition("\n")[0]
         raise InputError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but its processes cannot meet ({error}); start them "
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but its processes cannot meet ({reason}); start them "
             "with torchrun, or unset it"
         ) from None
     # torchrun's store outlives the processes that it starts anew, and tells where those before them were.

@@ -47,8 +47,6 @@ def train(request: Request) -> int:
         with nullcontext() if request.resume else system_errors_told():
             run = prepare(request, ranks, held)
             announce(run, request)
-        if ranks.first:
-            held.callback(run.events.close)
         with stop_requests() as stop:
             try:
                 with accounted(run.config, run.place, ranks):
@@ -257,7 +255,7 @@ def _save(run: Run, name: str) -> None:
     run.progress.seconds = run.seconds()
     run.progress.loss_scale = run.state.scaler.state_dict() or None
     run.require_folder()
-    save_checkpoint(run.folder / name, run.config, run.tokenizer, run.state, run.progress)
+    save_checkpoint(run.folder / name, run.config, run.tokenizer, run.state, run.progress, run.require_folder)
     if name == "last" and run.progress.owed is None and run.state.ranks.first:
         keep_newest(run.folder, run.progress.step, run.config.run.keep_checkpoints)
 

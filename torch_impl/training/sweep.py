@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -33,18 +34,25 @@ def sweep(arguments: list[str]) -> int:
     """Carry out a sweep; the exit code: 0, 1 where no run came to its end, or that of a run that was stopped.
 
     Raises InputError for a mistake in any of the runs, before the first one, and for a run that another
-    process trains.
+    process trains; and OSError, which says how to go on, where the system refuses something after that.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("a sweep starts its runs by itself, each in one process; start it without torchrun")
-    try:
-        plan = make_plan(arguments)
-        _check_folder(plan)
-        plan.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:  # nothing has begun
-        raise InputError(refusal(error)) from error
-    with locked(plan.folder) as require_folder:
-        return _run_all(plan, require_folder)
+    with ExitStack() as held:
+        try:
+            plan = make_plan(arguments)
+            _check_folder(plan)
+            plan.folder.mkdir(parents=True, exist_ok=True)
+            require_folder = held.enter_context(locked(plan.folder))
+        except OSError as error:  # nothing has begun
+            raise InputError(refusal(error)) from error
+        try:
+            return _run_all(plan, require_folder)
+        except OSError as error:
+            if error.errno is None:  # the folder was moved
+                raise
+            goes_on = f"what was saved before is whole; to go on: {plan.command}"
+            raise OSError(f"{refusal(error)}; {goes_on}") from error
 
 
 def _check_folder(plan: Plan) -> None:
@@ -52,6 +60,7 @@ def _check_folder(plan: Plan) -> None:
     if not plan.folder.exists():
         return
     names = {path.name for path in plan.folder.iterdir()} if plan.folder.is_dir() else {"a file"}
+    names = {name.removesuffix(".new") for name in names}  # of a sweep that was killed
     if names and "results.json" not in names and not names <= _OWN_FILES:
         raise InputError(f"{plan.folder} exists, and is no sweep; name another --out")
     for trial in plan.trials:
@@ -92,10 +101,10 @@ def _run_all(plan: Plan, require_folder: Callable[[], None]) -> int:
         folder = plan.folder / trial.name
         if (ending(folder) or {}).get("ended") in FINAL:
             continue
+        require_folder()
         if folder.is_dir() and not folder.is_symlink():
             with locked(folder):  # a run outlives a sweep that was killed
                 pass
-        require_folder()
         print(f"\nrun {number} of {len(plan.trials)}: {trial.name}", flush=True)
         with interrupt_only_noted() as interrupt:  # the run hears it as well, saves and leaves
             code = launch(_arguments(trial, folder))
