@@ -336,3 +336,16 @@ def test_numbers_are_finite():
     assert all(
         math.isfinite(number) and number >= 0 for group in numbers.values() for number in group.values()
     )
+
+
+@pytest.mark.parametrize(("preset", "vocab_size"), [("masked", 512 + 1), ("chat", 1024 + 4)])
+def test_a_preset_counts_the_tokens_that_a_run_of_it_adds(preset, vocab_size):
+    """The mask token, and those of conversations, were missing."""
+    assert account.parse([preset]).model.vocab_size == vocab_size
+
+
+def test_a_vocabulary_that_only_the_text_decides_is_said_to_be_assumed(capsys):
+    assert account.main(["dates"]) == 0
+    assert "V 256, T 32 (V is assumed, as the text decides; --vocab-size sets it)" in capsys.readouterr().out
+    assert account.main(["dates", "--vocab-size", "53"]) == 0
+    assert "assumed" not in capsys.readouterr().out

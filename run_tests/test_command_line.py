@@ -217,6 +217,14 @@ def test_settings_and_configs_share_no_flag():
     assert len(names) == len(set(names))
 
 
+def test_a_preset_of_another_task_is_not_dropped_for_the_sake_of_a_model(small_run, cli, text):
+    """A decoder was trained, and nobody masked anything."""
+    assert small_run("--out", "run", "--steps", 1).code == 0
+    outcome = cli("masked", "--init-from", "run", "--train-file", text)
+    assert outcome.code == 2
+    assert "preset masked is for an architecture encoder, and the model in " in outcome.error
+
+
 def test_where_a_new_run_may_not_be(tmp_path):
     """In a checkpoint it went when that was replaced; and the cache made the folder before the run did."""
     (tmp_path / "last").mkdir()

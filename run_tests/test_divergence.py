@@ -77,6 +77,13 @@ def test_a_gradient_that_is_none_though_the_forward_pass_is_finite(small_run, mo
     assert (departs in error) == bool(flags)
 
 
+def test_no_component_is_blamed_that_the_model_has_not(small_run):
+    """Attention's inputs were told to come back broken from the norm of keys, of which there is none."""
+    flags = ("--schedule", "constant", "--warmup-steps", 0, "--clip", 0)
+    error = small_run("--out", "run", "--learning-rate", 3000, "--steps", 40, *flags).error
+    assert "blocks.0." in error and "_norm" not in error
+
+
 def test_a_failure_that_only_the_compiled_step_has_is_told_as_such(small_run, monkeypatch):
     train_steps = run_module.train_steps
 

@@ -128,6 +128,21 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_anything_is_measure
     assert code == 2 and out == "" and "cannot be written to; name another --out" in error
 
 
+def test_no_more_tokens_are_told_than_are_looked_at(small_run, capsys):
+    """All of the held-out text was said to be measured, of which the run looks at a part."""
+    assert small_run("--out", "part", "--eval-tokens", 40).code == 0
+    capsys.readouterr()
+    assert quantise_command.main(["part", "--out", "less", "--tokens", "0"]) == 0
+    assert ", 40 tokens of held-out text:" in capsys.readouterr().out
+
+
+def test_a_folder_that_is_no_run_does_not_tell_its_text(quantised):
+    """It was measured on the text that a run has which names none, and was said to have held that out."""
+    assert interop.main(["--model", "run", "--out", "hf"]) == 0
+    code, _, error = quantised("hf", "--out", "small")
+    assert code == 2 and "hf does not tell what it was trained on; name a --valid-file" in error
+
+
 def test_weights_that_are_no_numbers_are_refused(quantised):
     path = Path("run/best/model.safetensors")
     tensors = load_file(path)

@@ -39,12 +39,13 @@ def test_every_evaluation_is_a_line(run):
 
 def test_the_first_lines_say_where_and_how(run):
     lines = [line for line in run.out.splitlines() if "they would take" not in line]  # by the processor
-    first, attention, products, _, third, fourth, *_ = lines
+    first, attention, products, _, third, given_way, fourth, *_ = lines
     assert first.startswith("preset cpu on cpu, float32: ")
     assert "run folder run" in first
     assert attention == "attention: scaled_dot_product_attention, causal"
     assert products in ("matrix products: oneDNN", "matrix products: PyTorch's choice")  # by the processor
-    assert third == "256 different tokens, 1.00 bytes of text in each"
+    assert third == "256 different tokens, 1.00 bytes of held-out text in each"
+    assert given_way == "warmup_steps 1, a tenth of the steps, which are fewer than the preset's 100"
     assert fourth.startswith("step 0: ") and fourth.endswith("ln V = 5.545")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ref_numpy.config import ConfigError, ModelConfig, TrainConfig
+from ref_numpy.conversation import SPECIAL_TOKENS
 from torch_impl.training.config import DEFAULT_VOCAB_SIZE, WITHOUT_PRODUCTS, RunConfig, read_config
 from torch_impl.training.costs import (
     Kernels,
@@ -34,6 +35,7 @@ from torch_impl.training.flags import parse_flags
 from torch_impl.training.presets import PRESETS
 from torch_impl.training.terminal import show_what_can_be_shown
 
+_LEARNED = ("characters", "words")  # tokenizers whose size nobody knows before the text
 _SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
 _MOMENTS = {
     "adam": "two moments, float32",
@@ -133,7 +135,9 @@ def _parse_flags(arguments: list[str], config: RunConfig, of_preset: bool = True
     precision = "float32" if precision == "auto" else precision
     training, model = config.training, config.model
     if of_preset and config.tokenizer.tokenizer == "bpe":  # else its tokenizer is not learned yet
-        model = replace(model, vocab_size=config.tokenizer.vocab_size or DEFAULT_VOCAB_SIZE)
+        of_text = config.tokenizer.vocab_size or DEFAULT_VOCAB_SIZE
+        of_chat = len(SPECIAL_TOKENS) if config.run.content == "conversations" else 0
+        model = replace(model, vocab_size=of_text + of_chat + model.added_tokens)
     return parse_flags(
         Flags(
             SourceFlags(),
@@ -247,6 +251,9 @@ def table(request: Request) -> str:
         f"{request.name}: {model.architecture}, L {model.n_layer}, C {model.d_model}, H {model.n_head}, "
         f"K {model.kv_heads}, F {model.ffn_width}, V {model.vocab_size}, T {model.context_length}"
     )
+    preset = PRESETS.get(request.name)
+    if preset and preset.tokenizer.tokenizer in _LEARNED and model.vocab_size == preset.model.vocab_size:
+        heading += " (V is assumed, as the text decides; --vocab-size sets it)"
     widths = [max(len(line[column]) for line in lines) for column in (0, 1)]
     body = (f"{name:{widths[0]}}  {number:>{widths[1]}}  {note}".rstrip() for name, number, note in lines)
     return "\n".join([heading, *body])

@@ -6,8 +6,10 @@ from torch_impl.attention import products_pay
 from torch_impl.flash_attention import Path, choose_path
 from torch_impl.linear import product_kernel
 from torch_impl.training.command_line import Request
+from torch_impl.training.config import RunConfig
 from torch_impl.training.device import products_beside_float32
 from torch_impl.training.prepare import Run
+from torch_impl.training.presets import PRESETS
 
 _SLOW, _FAST = 1.5, 0.7
 """Parts of float32's time: half precision is advised against above one, and pointed to below the other."""
@@ -26,6 +28,8 @@ def announce(run: Run, request: Request) -> None:
         f"preset {run.config.preset} on {place}: {kind} of {parameters:,} parameters{among}; "
         f"run folder {run.folder}"
     )
+    if shard and ranks.size == 1:
+        print("--shard divides nothing in one process; torchrun starts several")
     print(f"attention: {_attention_paths(run)}")
     kernel = product_kernel(place.device, place.dtype, with_gradient=True)
     told = "PyTorch, compiled" if place.compile else kernel
@@ -33,11 +37,28 @@ def announce(run: Run, request: Request) -> None:
     if ranks.first and place.device.type == "cpu" and not place.products and (advice := _advice(run)):
         print(advice)
     print(run.objective.describe())
+    if not request.resume:
+        _tell_what_gave_way(run.config)
     progress, steps = run.progress, run.config.training.steps
     if request.resume and progress.step == steps and progress.owed is None:
         print(f"finished already, at step {progress.step}; a larger --steps trains on")
     elif request.resume and not progress.is_weary(run.config.run.patience, steps):  # told where it ends
         print(f"going on after step {progress.step} of {steps}")
+
+
+def _tell_what_gave_way(config: RunConfig) -> None:
+    """Which settings of the preset the flags made impossible, and what they are now."""
+    usual, training = PRESETS[config.preset].training, config.training
+    if usual.warmup_steps > training.steps and training.warmup_steps == training.steps // 10:
+        print(
+            f"warmup_steps {training.warmup_steps}, a tenth of the steps, which are fewer than the preset's "
+            f"{usual.warmup_steps}"
+        )
+    if usual.min_learning_rate > training.learning_rate == 10 * training.min_learning_rate:
+        print(
+            f"min_learning_rate {training.min_learning_rate:g}, a tenth of the learning rate, which is below "
+            f"the preset's {usual.min_learning_rate:g}"
+        )
 
 
 def _attention_paths(run: Run) -> str:

@@ -150,7 +150,11 @@ def _watched(model: nn.Module, found: list[tuple[str, bool]], returning: list[st
 
         return module.register_forward_hook(look)
 
-    handles = [watch(name or "the model", module) for name, module in model.named_modules()]
+    handles = [
+        watch(name or "the model", module)
+        for name, module in model.named_modules()
+        if not isinstance(module, nn.Identity)  # which stands for a component that the model has not
+    ]
     try:
         yield
     finally:

@@ -91,7 +91,10 @@ def make_answering(
         found, left_out = encode_conversations(conversations, tokenizer, length)
         told.append(f"{len(conversations):,} conversations {name}")
         if left_out:
-            told[-1] += f" (exchanges left out, longer than the context of {length}: {left_out:,})"
+            told[-1] += (
+                f" ({len(found):,} pieces of them; exchanges left out, longer than the context of {length}: "
+                f"{left_out:,})"
+            )
         if not found:
             fixed = config.start.init_from and config.model.positions == "learned"
             mend = "begin with a model of a larger one" if fixed else "use a larger --context-length"

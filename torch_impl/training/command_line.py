@@ -119,6 +119,12 @@ def parse(arguments: list[str]) -> Request:
     if flags.start.init_from:
         init_from = find_checkpoint(Path(flags.start.init_from)).absolute()
         start = _initial(start, init_from)
+        kind, expected = start.model.architecture, PRESETS[start.preset].model.architecture
+        if preset is not None and kind != expected != "decoder":  # whose presets are of machines
+            raise InputError(
+                f"preset {preset} is for an architecture {expected}, and the model in {init_from} is of "
+                f"architecture {kind}; leave the preset out"
+            )
         flags = _parse_flags(rest, start, preset)
         _refuse_another_model(flags, start, init_from)
     out = Path(flags.folder.out) if flags.folder.out else None

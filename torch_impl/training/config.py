@@ -10,6 +10,7 @@ from torch_impl.training.files import InputError, whole_folder
 from torch_impl.training.hf_config import is_hf, read_hf_config
 
 FORMAT_VERSION = 1  # of the files in a checkpoint
+HUGGINGFACE = "huggingface"  # what stands for a preset where a folder is none of a run
 
 
 MOST_STEPS = 10_000_000
@@ -62,7 +63,8 @@ class RunSettings:
     checkpoint_every: int = 100
     """Steps between two checkpoints."""
     keep_checkpoints: int = 0
-    """Earlier checkpoints that are kept as step-N/, the newest of them, beside last/ and best/."""
+    """Checkpoints that are kept as step-N/, the newest of them, that of last/ included; best/ stays beside
+    them."""
     detect_anomaly: bool = False
     """Where a loss or a gradient is no finite number, compare both passes of each component with the NumPy
     reference on that batch, and name the first that departs from it."""
@@ -206,7 +208,7 @@ def read_config(checkpoint: Path) -> RunConfig:
     folder = whole_folder(checkpoint)
     path = folder / "config.json"
     if is_hf(folder):
-        return RunConfig("huggingface", read_hf_config(folder), TrainConfig(), RunSettings())
+        return RunConfig(HUGGINGFACE, read_hf_config(folder), TrainConfig(), RunSettings())
     try:
         return RunConfig.from_json(path.read_bytes())
     except FileNotFoundError as error:

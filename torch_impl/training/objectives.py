@@ -105,7 +105,8 @@ class _OnText:
         where = f"; {self.device} has no room for them, so the host makes the batches" if self.on_host else ""
         return (
             f"{self.train_tokens.numel():,} tokens to train on, {n:,} held out{where}\n"
-            f"{self.config.text_tokens:,} different tokens, {self.valid_bytes / n:.2f} bytes of text in each"
+            f"{self.config.text_tokens:,} different tokens, "
+            f"{self.valid_bytes / n:.2f} bytes of held-out text in each"
         )
 
     @property

@@ -16,7 +16,7 @@ from torch_impl.generate import generate
 from torch_impl.quantise import quantise_model
 from torch_impl.train import evaluate
 from torch_impl.training.checkpoint import LoadedModel, load_model, save_model
-from torch_impl.training.config import ConfigError, QuantisationSettings, read_config
+from torch_impl.training.config import HUGGINGFACE, ConfigError, QuantisationSettings, read_config
 from torch_impl.training.conversation_file import load_conversations
 from torch_impl.training.corpus import encoded, load_corpus
 from torch_impl.training.device import Place, place_to_read
@@ -59,6 +59,8 @@ class QuantiseFlags:
 class HeldOut(NamedTuple):
     ids: Tensor
     tokens_per_byte: float | None  # None where tokens do not hold all of the text
+    most: int | None  # so many of the tokens are looked at
+    told: str
 
 
 class Request(NamedTuple):
@@ -121,7 +123,7 @@ def carry_out(request: Request) -> None:
     except ValueError as error:
         raise InputError(f"{request.checkpoint / 'model.safetensors'}: {error}") from error
 
-    print(f"measured on {place}, {held_out.ids.numel():,} tokens of held-out text:")
+    print(f"measured on {place}, {held_out.told}:")
     for when, model in (("before", original.model), ("after", smaller.to(place.device))):
         _measure(when, model, held_out, original, flags)
     before = _bytes_of_weights(whole_folder(request.checkpoint))  # which a run may replace at any time
@@ -143,6 +145,8 @@ def _bytes_of_weights(folder: Path) -> int:
 
 def _held_out_text(loaded: LoadedModel, flags: QuantiseFlags, place: Place) -> HeldOut:
     run, tokenizer = loaded.config.run, loaded.tokenizer
+    if loaded.config.preset == HUGGINGFACE and not flags.valid_file:
+        raise InputError(f"{flags.run_folder} does not tell what it was trained on; name a --valid-file")
     # A file of one's own is all that is read: the text of the training may be gone.
     files = (flags.valid_file, flags.valid_file) if flags.valid_file else (run.train_file, run.valid_file)
     # Of conversations, what is said in them, as one text.
@@ -154,7 +158,13 @@ def _held_out_text(loaded: LoadedModel, flags: QuantiseFlags, place: Place) -> H
     lossy = isinstance(tokenizer, WordTokenizer) or (
         isinstance(tokenizer, WordLevel) and tokenizer.count_unknown(ids)
     )
-    return HeldOut(tokens_on(place.device, ids), None if lossy else ids.size / corpus.valid.size())
+    most = run.eval_tokens or None
+    told = f"{ids.size if most is None else min(ids.size, most):,} tokens of held-out text"
+    if run.content == "conversations":
+        told += ", all that is said in conversations, as plain text"
+    return HeldOut(
+        tokens_on(place.device, ids), None if lossy else ids.size / corpus.valid.size(), most, told
+    )
 
 
 def _measure(
@@ -162,7 +172,7 @@ def _measure(
 ) -> None:
     """Print loss, bits per byte and speed of writing. Raises InputError where the logits are not numbers."""
     n_tokens, name = flags.tokens, f"{flags.run_folder}, {when} it is quantised"
-    loss = evaluate(model, held_out.ids, max_tokens=loaded.config.run.eval_tokens or None)
+    loss = evaluate(model, held_out.ids, max_tokens=held_out.most)
     if math.isnan(loss):
         raise InputError(f"{name}: the model's logits are not numbers, so there is nothing to measure")
     bits = faces_of_loss(loss, held_out.tokens_per_byte)["bits_per_byte"]
