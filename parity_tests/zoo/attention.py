@@ -367,12 +367,6 @@ BUGS = [
             "if tokens > 2 else None",
         ),
         (
-            "groups_tiled",
-            "Query head h reads the cached head h mod K.",
-            "k.repeat_interleave(readers, 1)",
-            "k.repeat(1, readers, 1, 1)",
-        ),
-        (
             "written_at_the_start",
             "New keys and values overwrite the oldest.",
             "self.k[layer, :, :, self.length : S], self.v[layer, :, :, self.length : S] = k, v",

@@ -137,8 +137,8 @@ BUGS = [
         (
             "far_keys_preferred",
             "The bias has the wrong sign.",
-            "return -torch.as_tensor(slopes",
-            "return torch.as_tensor(slopes",
+            "return (-torch.as_tensor(slopes",
+            "return (torch.as_tensor(slopes",
         ),
     ),
 ]
