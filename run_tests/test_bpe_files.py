@@ -235,6 +235,8 @@ def test_what_a_tokenizer_holds_does_nothing_to_a_terminal(tmp_path, capsys):
 def test_bad_requests_are_one_line_and_write_nothing(vocabulary, corpus, tmp_path, capsys):
     out, good = tmp_path / "out.json", tmp_path / "good.json"
     bpe.BPETokenizer(vocabulary).save(good)
+    characters = tmp_path / "characters.json"
+    CharacterTokenizer.train(["abc"]).save(characters)
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     (tmp_path / "damaged.json").write_text("{", encoding="utf-8")
     (tmp_path / "ids.txt").write_text("5 99999", encoding="utf-8")
@@ -267,8 +269,11 @@ def test_bad_requests_are_one_line_and_write_nothing(vocabulary, corpus, tmp_pat
         (["encode", str(corpus), "--vocab", str(good)], "name one tokenizer"),
         (
             ["encode", str(corpus), "--tokenizer", str(tmp_path / "damaged.json")],
-            "damaged.json cannot be read",
+            "damaged.json is no tokenizer.json; name one, or a folder with vocab.json and merges.txt",
         ),
+        (["encode", str(corpus), "--tokenizer", str(tmp_path)], "holds no tokenizer"),
+        (["encode", str(corpus), "--tokenizer", str(tmp_path / "none.json")], "none.json is missing"),
+        (["encode", str(corpus), "--tokenizer", str(characters)], "is no byte pair encoding"),
         (["encode", str(corpus), *source, "--special-tokens", "<x>"], "'<x>' is no special token"),
         (["decode", str(tmp_path / "ids.txt"), *source], "id 99999 is no token"),
         (["decode", str(tmp_path / "words.txt"), *source], "words.txt holds no ids"),
@@ -337,6 +342,14 @@ def test_damaged_tokenizer_is_named(tmp_path, content):
     (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
     with pytest.raises(InputError, match=r"tokenizer\.json"):
         load_tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_a_model_without_a_type_is_of_pairs():
+    """So it stands in the tokenizer.json that GPT-2 itself is handed on with, which was refused."""
+    tokenizer = bpe.BPETokenizer(bpe.train(["some text some"], 260))
+    described = json.loads(tokenizer.to_json())
+    del described["model"]["type"]
+    assert parse_tokenizer(json.dumps(described).encode()).vocabulary == tokenizer.vocabulary
 
 
 def shifted(model):

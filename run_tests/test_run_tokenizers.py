@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
 from ref_numpy import bpe as ref
 from run_tests.conftest import content, metrics
 from torch_impl.bpe import BPETokenizer, train
-from torch_impl.training import generate_command
+from torch_impl.training import bpe_command, generate_command
 from torch_impl.training import run as run_module
+from torch_impl.training.files import InputError
 from torch_impl.training.tokenizer import ByteTokenizer, load_tokenizer
 
 BPE = ("--tokenizer", "bpe", "--vocab-size", "280")
@@ -119,6 +121,44 @@ def test_a_tokenizer_from_a_file(small_run, cli, text):
     assert content(Path("bytes"))["best/tokenizer.json"] == Path("bytes.json").read_bytes()
 
 
+def test_a_folder_with_gpt2s_two_files(small_run, cli, text, capsys):
+    """GPT-2's vocabulary is handed on so, and the tokenizer's own command writes it: no run could take it."""
+    train_bpe = ["train", str(text), "--vocab-size", "290", "--special-tokens", "<|end|>", "--workers", "1"]
+    Path("own").mkdir()
+    assert bpe_command.main([*train_bpe, "--out", "whole.json", "--out-gpt2", "own"]) == 0
+    flags = "--special-tokens", "<|end|>", "--tokenizer"
+    assert small_run("--out", "whole", *flags, "whole.json").code == 0
+    made = cache_files()
+    assert small_run("--out", "run", *flags, "own").code == 0
+    assert cache_files() == made, "the same tokens of the same text"
+    for name in ("best", "last"):
+        for file in ("tokenizer.json", "model.safetensors"):
+            assert Path("run", name, file).read_bytes() == Path("whole", name, file).read_bytes()
+    oracle = tokenizers.ByteLevelBPETokenizer.from_file("own/vocab.json", "own/merges.txt")
+    strange = text.read_text(encoding="utf-8") + "café ☃  \r\n\t123"
+    assert load_tokenizer(Path("own")).encode(strange).tolist() == oracle.encode(strange).ids
+    encode = ["encode", str(text), "--count", "--tokenizer"]
+    capsys.readouterr()
+    assert bpe_command.main([*encode, "own"]) == bpe_command.main([*encode, "whole.json"]) == 0
+    counts = capsys.readouterr().out.split()
+    assert counts[0] == counts[1]
+    shutil.rmtree("own")
+    assert cli("--resume", "run", "--steps", "14").code == 0, "the checkpoint has it"
+
+
+def test_a_folder_with_a_tokenizer_json_is_that_one():
+    Path("folder").mkdir()
+    for name in ("vocab.json", "merges.txt"):
+        Path("folder", name).write_text("damaged", encoding="utf-8")
+    with pytest.raises(InputError, match=r"vocab\.json with .*merges\.txt cannot be read.*it is damaged"):
+        load_tokenizer(Path("folder"))
+    Path("folder/merges.txt").write_bytes(b"\xff")
+    with pytest.raises(InputError, match=r"merges\.txt cannot be read as a tokenizer: 'utf-8' codec"):
+        load_tokenizer(Path("folder"))
+    ByteTokenizer().save(Path("folder/tokenizer.json"))
+    assert isinstance(load_tokenizer(Path("folder")), ByteTokenizer)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -127,7 +167,11 @@ def test_a_tokenizer_from_a_file(small_run, cli, text):
             r"runs out of pairs after \d+ merges; give it more text, or ask for --vocab-size \d+",
         ),
         (("--tokenizer", "bpe", "--special-tokens", ""), "a special token is the empty string"),
-        (("--tokenizer", "text.txt"), r"text\.txt cannot be read as a tokenizer: it is no tokenizer\.json"),
+        (
+            ("--tokenizer", "text.txt"),
+            r"text\.txt is no tokenizer\.json; name one, or a folder with vocab\.json and merges\.txt$",
+        ),
+        (("--tokenizer", "cache"), r"cache holds no tokenizer; name a folder with tokenizer\.json, or with"),
         (
             ("--tokenizer", "good.json", "--special-tokens", "<x>"),
             r"<x>: .*good\.json has no such special token",
@@ -137,6 +181,7 @@ def test_a_tokenizer_from_a_file(small_run, cli, text):
 )
 def test_what_cannot_be_is_one_line_and_makes_no_folder(small_run, flags, message):
     ByteTokenizer().save(Path("good.json"))
+    Path("cache").mkdir()
     outcome = small_run("--out", "run", *flags)
     assert outcome.code == 2
     assert re.search(message, outcome.error)

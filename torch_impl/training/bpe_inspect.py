@@ -7,12 +7,13 @@ from pathlib import Path
 
 import tyro
 
-from ref_numpy.bpe_format import SPLITS, TokenizerError, Vocabulary, from_gpt2_files, from_json
+from ref_numpy.bpe_format import SPLITS, Vocabulary
 from torch_impl.bpe import BPETokenizer
 from torch_impl.training.bpe_corpus import encode_texts
 from torch_impl.training.files import InputError
 from torch_impl.training.flags import check_text
 from torch_impl.training.text import Text
+from torch_impl.training.tokenizer import BYTES, ByteTokenizer, load_gpt2_files, load_tokenizer
 from torch_impl.training.visible import visible
 
 Files = tyro.conf.Positional[tuple[Path, ...]]
@@ -24,7 +25,7 @@ class Source:
     """Where the tokenizer comes from: --tokenizer, or --vocab with --merges."""
 
     tokenizer: Path | None = None
-    """A tokenizer.json."""
+    """A tokenizer.json, or a folder with one, or with vocab.json and merges.txt."""
     vocab: Path | None = None
     """GPT-2's vocab.json ..."""
     merges: Path | None = None
@@ -34,14 +35,14 @@ class Source:
         pair = (self.vocab, self.merges)
         if (self.tokenizer is None) == (pair == (None, None)) or (self.tokenizer is None and None in pair):
             raise InputError("name one tokenizer: --tokenizer FILE, or --vocab FILE with --merges FILE")
-        named = self.tokenizer or f"{self.vocab} with {self.merges}"
-        try:
-            if self.tokenizer is not None:
-                return BPETokenizer(from_json(self.tokenizer.read_bytes()))
-            merges = self.merges.read_bytes().decode("utf-8")
-            return BPETokenizer(from_gpt2_files(self.vocab.read_bytes(), merges))
-        except (TokenizerError, UnicodeDecodeError) as error:
-            raise InputError(f"{named} cannot be read as a tokenizer: {error}") from None
+        if self.tokenizer is None:
+            return load_gpt2_files(self.vocab, self.merges)
+        tokenizer = load_tokenizer(self.tokenizer)
+        if isinstance(tokenizer, ByteTokenizer):
+            return BPETokenizer(BYTES)
+        if not isinstance(tokenizer, BPETokenizer):
+            raise InputError(f"{self.tokenizer} is no byte pair encoding, which alone is read here; name one")
+        return tokenizer
 
 
 def texts(files: tuple[Path, ...]) -> list[Text]:

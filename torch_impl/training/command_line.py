@@ -20,7 +20,7 @@ from torch_impl.training.config import (
     TokenizerSettings,
     read_config,
 )
-from torch_impl.training.files import InputError, find_checkpoint, whole_folder
+from torch_impl.training.files import InputError, find_checkpoint, find_tokenizer, whole_folder
 from torch_impl.training.flags import check_text, dashed, parse_flags
 from torch_impl.training.presets import PRESETS
 
@@ -133,10 +133,10 @@ def parse(arguments: list[str]) -> Request:
         _check_out(out, Path(flags.folder.cache))
     config = _configure(flags, start)
     name = config.tokenizer.tokenizer
-    if name not in TOKENIZERS and not Path(name).is_file():
+    if name not in TOKENIZERS and not find_tokenizer(Path(name))[0].is_file():
         raise InputError(
             f"--tokenizer {flags.tokenizer.tokenizer}: no such file; use {', '.join(TOKENIZERS)}, or the "
-            "path of a tokenizer.json"
+            "path of a tokenizer.json, or of a folder with vocab.json and merges.txt"
         )
     _check_architecture(config)
     _check_word_vectors(config)

@@ -94,14 +94,13 @@ class TokenizerSettings:
     """What turns text into tokens. Raises ConfigError where the parts contradict each other."""
 
     tokenizer: str = "bytes"
-    """bytes, characters, words, bpe, or a tokenizer.json to take; bpe, words and characters are learned from
-    the training text."""
+    """bytes, characters, words, bpe, or one to take: a tokenizer.json, or a folder that holds one, or GPT-2's
+    vocab.json and merges.txt. bpe, words and characters are learned from the training text."""
     vocab_size: int = 0
     """Tokens in all that bpe learns, and words at most; 0 means 10000. The others have their own number."""
     special_tokens: tuple[str, ...] = ()
     """Names such as <|endoftext|> that are one token each wherever they stand in the text; for bpe, or in the
-    tokenizer.json."""
-
+    files of the tokenizer that is taken."""
     lowercase: bool = False
     """Words in lower case, as word vectors such as glove.6B have them; for words only."""
 

@@ -218,6 +218,22 @@ def find_checkpoint(folder: Path) -> Path:
     return folder.absolute()
 
 
+def find_tokenizer(path: Path) -> list[Path]:
+    """The files of the tokenizer that a user names: the path itself, or in a folder its tokenizer.json, else
+    GPT-2's vocab.json and merges.txt.
+
+    Raises InputError for a folder that holds neither.
+    """
+    if not path.is_dir():
+        return [path]
+    for names in (("tokenizer.json",), ("vocab.json", "merges.txt")):
+        if all((path / name).is_file() for name in names):
+            return [path / name for name in names]
+    raise InputError(
+        f"{path} holds no tokenizer; name a folder with tokenizer.json, or with vocab.json and merges.txt"
+    )
+
+
 def refuse_links(folder: Path) -> None:
     """Raises InputError if a folder holds a symbolic link, which would lead a write out of it."""
     for path in folder.rglob("*"):

@@ -1,4 +1,4 @@
-"""Text to token ids and back, and the file that says how: Hugging Face's tokenizer.json.
+"""Text to token ids and back, and the file that says how: Hugging Face's tokenizer.json, or GPT-2's two.
 
 Byte pair encoding has a file of its own, torch_impl.bpe; here are the simpler tokenizers behind the same
 interface: bytes, characters, words. Bytes are saved as a byte-level BPE without merges, so that the
@@ -17,9 +17,9 @@ import regex
 from jaxtyping import UInt
 from numpy import ndarray as Array
 
-from ref_numpy.bpe_format import TokenizerError, Vocabulary, from_json, to_json
+from ref_numpy.bpe_format import TokenizerError, Vocabulary, from_gpt2_files, from_json, to_json
 from torch_impl.bpe import BPETokenizer
-from torch_impl.training.files import InputError, replace_file
+from torch_impl.training.files import InputError, find_tokenizer, replace_file
 
 
 @runtime_checkable
@@ -201,15 +201,44 @@ def tokenizer_sha256(tokenizer: Tokenizer) -> str:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer that a tokenizer.json describes. Raises InputError for a damaged or foreign file."""
+    """The tokenizer that a tokenizer.json describes, or the files of a folder, as find_tokenizer finds them.
+
+    Raises InputError for a damaged or foreign file.
+    """
+    found, *merges = find_tokenizer(Path(path))
+    if merges:
+        return load_gpt2_files(found, *merges)
     try:
-        return parse_tokenizer(Path(path).read_bytes())
+        return parse_tokenizer(_read(found))
+    except NoTokenizerJson as error:
+        if found.name == "tokenizer.json":
+            raise InputError(f"{found} is damaged: {error}") from None
+        raise InputError(
+            f"{found} is no tokenizer.json; name one, or a folder with vocab.json and merges.txt"
+        ) from None
+    except TokenizerError as error:
+        raise InputError(f"{found} cannot be read as a tokenizer: {error}") from None
+
+
+def load_gpt2_files(vocab: Path, merges: Path) -> BPETokenizer:
+    """The tokenizer of GPT-2's two files. Raises InputError for damaged or foreign ones."""
+    try:
+        return BPETokenizer(from_gpt2_files(_read(vocab), _read(merges).decode("utf-8")))
+    except (TokenizerError, UnicodeDecodeError) as error:
+        raise InputError(f"{vocab} with {merges} cannot be read as a tokenizer: {error}") from None
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
     except FileNotFoundError:
         raise InputError(f"{path} is missing") from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except TokenizerError as error:
-        raise InputError(f"{path} cannot be read as a tokenizer: {error}") from None
+
+
+class NoTokenizerJson(TokenizerError):
+    """Of a content that is something else, or damaged beyond recognition."""
 
 
 def parse_tokenizer(content: bytes) -> Tokenizer:
@@ -217,7 +246,7 @@ def parse_tokenizer(content: bytes) -> Tokenizer:
     try:
         described = json.loads(content)
         model = described["model"]
-        if model["type"] == "WordLevel":
+        if model.get("type") == "WordLevel":  # the oldest files, as GPT-2's, name no type
             tokens = sorted(model["vocab"], key=model["vocab"].__getitem__)
             how = described["normalizer"], described["pre_tokenizer"]
             if how == (None, CharacterTokenizer.split):
@@ -228,7 +257,7 @@ def parse_tokenizer(content: bytes) -> Tokenizer:
     except TokenizerError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise TokenizerError(f"it is no tokenizer.json: {type(error).__name__} {error}") from None
+        raise NoTokenizerJson(f"{type(error).__name__} {error}") from None
     return ByteTokenizer() if vocabulary == BYTES else BPETokenizer(vocabulary)
 
 
