@@ -247,6 +247,36 @@ def test_a_foreign_training_json(small_run, cli, damage):
     assert "training.json" in cli("--resume", "run").error
 
 
+@pytest.mark.parametrize(
+    ("resumed", "told"),
+    [
+        (None, "a value is of the wrong kind"),
+        ({}, "a value is of the wrong kind"),
+        ([None], "a value is of the wrong kind"),
+        ([{"step": 3}], "a value is of the wrong kind"),
+        ([{"step": 3.0, "before": {}}], "a value is of the wrong kind"),
+        ([{"step": 3, "before": [["steps", 4]]}], "a value is of the wrong kind"),
+        ([{"step": 3, "before": {}, "now": {}}], "a value is of the wrong kind"),
+        ([{"step": 0, "before": {}}], "the steps are not in their order"),
+        ([{"step": 13, "before": {}}], "the steps are not in their order"),
+        ([{"step": 5, "before": {}}, {"step": 4, "before": {}}], "the steps are not in their order"),
+        ([{"step": 3, "before": {"d_model": 4}}], "not one that --resume may change"),
+        ([{"step": 3, "before": {"steps": "4"}}], "steps is '4', but must be a int"),
+        ([{"step": 3, "before": {"steps": 10**400}}], "steps is 1000"),
+        ([{"step": 3, "before": {"log_every": 0}}], "log_every is 0, but must be at least 1"),
+        ([{"step": 3, "before": {"train_file": "\0"}}], "which is no text"),
+        ([{"step": 3, "before": {"precision": {}}}], "precision is {}"),
+    ],
+)
+def test_changes_of_a_run_that_cannot_have_been(small_run, cli, resumed, told):
+    """The report makes commands of them, when a day's training is at its end."""
+    small_run("--out", "run")
+    path = Path("run/last/training.json")
+    path.write_text(json.dumps({**json.loads(path.read_bytes()), "resumed": resumed}), encoding="utf-8")
+    error = cli("--resume", "run", "--steps", 20).error
+    assert "training.json: " in error and told in error
+
+
 def test_a_compiler_that_is_missing(text):
     """torch.compile needs a C++ compiler on the CPU."""
     command = [sys.executable, str(ROOT / "train_gpu.py"), *SMALL.split(), "--train-file", str(text)]

@@ -11,13 +11,14 @@ import signal
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from unittest import mock
 
 import matplotlib.image
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from run_tests.conftest import SMALL, metrics
+from run_tests.conftest import SMALL, content, metrics
 from torch_impl.training import run as run_module
 from torch_impl.training.command_line import parse
 from torch_impl.training.config import read_config
@@ -189,3 +190,66 @@ def test_the_command_of_a_run_that_began_with_weights_repeats_it(small_run, cli,
     config = read_config(Path("again/last"))
     assert config == read_config(Path("tuned/last"))
     assert re.search(r"--init-from \S*run ", command)
+
+
+def test_the_commands_of_a_run_that_went_on_with_other_flags_repeat_it(small_run, cli):
+    """It used to be one command, made of the flags of the last: its schedule was another from step 1 on, and
+    nobody could find again what the run had found."""
+    assert small_run("--out", "run", "--micro-batches", 2).code == 0
+    assert len(report_of("run")["resumed"]) == 0 and "The command that repeats it" in Page("run").text
+    for changed in (["--steps", 20, "--eval-every", 5], [], ["--batch-size", "auto", "--steps", 24]):
+        assert cli("--resume", "run", *changed).code == 0
+    found, page = report_of("run"), Page("run").text
+    assert [each["step"] for each in found["resumed"]] == [12, 20]
+    commands = [found["command"], *(each["command"] for each in found["resumed"])]
+    assert commands[1:] == [
+        "python train_gpu.py --resume run --eval-every 5 --steps 20",
+        "python train_gpu.py --resume run --steps 24 --micro-batches 1",
+    ]
+    places = [page.index(f"{end}:{line}") for end, line in zip(("12", "20", "then"), commands, strict=True)]
+    assert places == sorted(places) and "The commands that repeat it" in page
+    for command in commands:
+        arguments = ["again" if part == "run" else part for part in shlex.split(command)[2:]]
+        assert cli(*arguments, *(() if "again" in arguments else ("--out", "again"))).code == 0
+    assert content(Path("again")) == content(Path("run"))
+    assert report_of("again")["command"] == found["command"]
+
+
+def test_a_run_that_was_stopped_and_went_on_with_other_flags_tells_when(small_run, cli, disturbed):
+    """What nothing was trained with is no part of the run; nor is what it was to be before its first step."""
+    happens = {"at": lambda step_metrics: signal.raise_signal(signal.SIGINT) or step_metrics}
+    disturbed(7, lambda step_metrics: happens["at"](step_metrics))
+    assert small_run("--out", "run").code == 130
+    happens["at"] = lambda step_metrics: step_metrics
+    assert cli("--resume", "run", "--steps", 7).code == 0  # evaluates there
+    assert cli("--resume", "run", "--shard", "--log-every", 3).code == 0  # does nothing
+    assert cli("--resume", "run", "--steps", 12, "--precision", "bfloat16").code == 0
+    assert [
+        (each["step"], each["command"].split("--resume run ")[1]) for each in report_of("run")["resumed"]
+    ] == [
+        (7, "--steps 7"),
+        (7, "--precision bfloat16 --steps 12"),
+    ]
+    assert "--steps 12" in report_of("run")["command"] and "bfloat16" not in report_of("run")["command"]
+
+
+def test_a_run_that_changes_before_its_first_step_begins_with_the_change(small_run, cli, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "_evaluate", mock.Mock(side_effect=KeyboardInterrupt))
+        assert small_run("--out", "run").code == 130
+    assert cli("--resume", "run", "--steps", 8).code == 0
+    found = report_of("run")
+    assert found["resumed"] == [] and "--steps 8" in found["command"]
+    assert cli(*shlex.split(found["command"])[2:], "--out", "again").code == 0
+    assert content(Path("again")) == content(Path("run"))
+
+
+def test_a_checkpoint_that_does_not_know_how_its_run_began_has_the_command_of_its_config(small_run, cli):
+    """So were all of them, once."""
+    assert small_run("--out", "run").code == 0 and cli("--resume", "run", "--steps", 20).code == 0
+    path = Path("run/last/training.json")
+    training = json.loads(path.read_bytes())
+    assert training.pop("resumed") == [{"step": 12, "before": {"steps": 12}}]
+    path.write_text(json.dumps(training), encoding="utf-8")
+    assert cli("--resume", "run").code == 0
+    assert report_of("run")["resumed"] == [] and "--steps 20" in report_of("run")["command"]

@@ -97,12 +97,18 @@ def test_an_evaluation_may_be_put_off_again_and_then_cut_off(small_run, cli, mon
         patch.setattr(Ranks, "dealt", lambda *them: signal.raise_signal(signal.SIGINT) or dealt(*them))
         assert cli("--resume", "run", "--patience", 9).code == 130
     assert cli("--resume", "run").code == 0
-    assert content(Path("run")) == content(Path("whole"))
+    found = content(Path("run"))
+    for name in ("last", "best"):  # alone remember that patience came late
+        training = found[str(Path(name, "training.json"))]
+        assert training["resumed"] == [{"step": 8, "before": {"patience": 0}}]
+        training["resumed"] = []
+    assert found == content(Path("whole"))
     told = [event.step for event in EventAccumulator("run/tensorboard").Reload().Scalars("val_loss")]
     assert told == [0, 4, 8, 12]
     for step in (4, 8):
         kept, wanted = (load_progress(Path(run) / f"step-{step}") for run in ("run", "whole"))
-        assert replace(kept, seconds=0.0) == replace(wanted, seconds=0.0)
+        assert len(kept.resumed) == (step == 8)
+        assert replace(kept, seconds=0.0, resumed=[]) == replace(wanted, seconds=0.0)
 
 
 @pytest.mark.parametrize("owed", [5, [], False, {"learning_rate": "", "grad_norm": []}, {"grad_norm": 1.0}])

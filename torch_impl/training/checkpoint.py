@@ -15,7 +15,7 @@ Everything read is checked against the config before it is used: a checkpoint ma
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +34,7 @@ from torch_impl.training.hf_config import is_hf
 from torch_impl.training.hf_tensors import read_hf_tensors
 from torch_impl.training.memory import refuse_context_beyond_memory
 from torch_impl.training.ranks import part_of, whole
+from torch_impl.training.repeating import Resumed, history, settings_before
 from torch_impl.training.tensor_files import opened_tensors, write_tensors
 from torch_impl.training.tokenizer import Tokenizer, load_tokenizer
 from torch_impl.transformer import Embedded
@@ -59,6 +60,13 @@ class Progress:
     seconds: float = 0.0  # spent so far, in all sessions
     loss_scale: dict[str, float] | None = None  # of float16's GradScaler
     owed: dict[str, float | None] | None = None  # of OWED, where the last step's evaluation was put off
+    resumed: list[Resumed] = field(default_factory=list)  # in their order, for the commands that repeat it
+
+    def go_on(self, old: RunConfig, new: RunConfig) -> None:
+        """Remember what a --resume changes. Before the first step that is nothing: the run begins with it."""
+        before = settings_before(old, new)
+        if before and self.step:
+            self.resumed.append(Resumed(self.step, before))
 
     @property
     def next_row(self) -> int:
@@ -178,8 +186,10 @@ def load_progress(folder: Path) -> Progress:
     try:
         values = parse_json(path.read_bytes())
         del values["format_version"]
-        values = {"owed": None, "no_better": 0} | values  # these two older checkpoints do not name
+        values = {"owed": None, "no_better": 0, "resumed": []} | values  # which older ones do not name
         _check_progress(values)
+        values["resumed"] = [Resumed(**each) for each in values["resumed"]]
+        history(read_config(folder), values["resumed"])
     except FileNotFoundError as error:
         raise InputError(f"{folder} is incomplete: no {path.name}") from error
     except ConfigError as error:
@@ -209,6 +219,21 @@ def _check_progress(values: dict[str, Any]) -> None:
         number is None or type(number) is float for number in owed
     ):
         raise ConfigError("a value is no number")
+    _check_resumed(values["resumed"], values["step"])
+
+
+def _check_resumed(listed: Any, step: int) -> None:
+    if not isinstance(listed, list) or not all(
+        isinstance(each, dict)
+        and set(each) == {part.name for part in fields(Resumed)}
+        and type(each["step"]) is int
+        and isinstance(each["before"], dict)
+        for each in listed
+    ):
+        raise ConfigError("a value is of the wrong kind")
+    steps = [1, *(each["step"] for each in listed), step]
+    if listed and steps != sorted(steps):
+        raise ConfigError("resumed: the steps are not in their order")
 
 
 def _is_number(value: Any) -> bool:

@@ -76,6 +76,7 @@ class Run:
 class _Saved(NamedTuple):
     """What a checkpoint holds, optimizer state aside."""
 
+    config: RunConfig
     tokenizer: Tokenizer
     model: Embedded
     progress: Progress
@@ -154,6 +155,7 @@ def prepare(request: Request, ranks: Ranks, held: ExitStack) -> Run:
         metrics = MetricsLog(folder / "metrics.jsonl")
     else:
         progress, folder = saved.progress, request.resume
+        progress.go_on(saved.config, config)
         state = _start(saved.model, config, place, ranks)
         put_back(folder / "last", state, progress)
         metrics = MetricsLog(folder / "metrics.jsonl")
@@ -238,7 +240,7 @@ def _load(
     if ranks.size > 1:
         found = tensors_sha256(loaded.model.state_dict())
         ranks.require_the_same(f"checkpoint in {folder}", f"{found} after step {progress.step}")
-    return _Saved(loaded.tokenizer, loaded.model, progress)
+    return _Saved(*loaded, progress)
 
 
 def _check_goes_on(request: Request, progress: Progress, corpus: Corpus) -> None:

@@ -1,14 +1,30 @@
-"""The command that repeats a run: its preset, and a flag for each setting that differs from it."""
+"""The command that repeats a run: its preset, and a flag for each setting that differs from it; and those
+that follow it, where the run went on with other settings."""
 
+import json
 import os
 import shlex
 import subprocess
-from dataclasses import fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from ref_numpy.config import ConfigError
+from torch_impl.training.command_line import CHANGEABLE
 from torch_impl.training.config import RunConfig
 from torch_impl.training.flags import dashed
 from torch_impl.training.presets import PRESETS
+
+_PARTS = ("run", "training")  # of a config, that have what --resume may change
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A --resume that changed settings of its run. How they were is enough: how they are then, the config or
+    the next one says."""
+
+    step: int  # the last before it
+    before: dict[str, Any]  # the settings that it changed, as they were
 
 
 def as_typed(arguments: list[str]) -> str:
@@ -40,6 +56,40 @@ def _flag(name: str, value: Any) -> list[str]:
 def command_of(config: RunConfig, processes: int = 1, on_a_machine: int = 1) -> str:
     """The command that repeats a run, among as many processes."""
     return as_typed([*program(processes, on_a_machine), *arguments_of(config)])
+
+
+def settings_before(old: RunConfig, new: RunConfig) -> dict[str, Any]:
+    """The settings that a --resume changes, as they were."""
+    now = _settings(new)
+    return {name: value for name, value in _settings(old).items() if value != now[name]}
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """Those of the parts that a --resume may change, of whose names none is there twice."""
+    return {name: value for part in _PARTS for name, value in asdict(getattr(config, part)).items()}
+
+
+def history(config: RunConfig, resumed: Sequence[Resumed]) -> list[RunConfig]:
+    """The configs that a run has had, of which the last is given. Raises ConfigError where it cannot have had
+    them."""
+    configs = [config]
+    for change in reversed(resumed):
+        if not change.before.keys() <= CHANGEABLE:
+            raise ConfigError("resumed: a setting is unknown, or not one that --resume may change")
+        values = json.loads(configs[-1].to_json())
+        for part in _PARTS:
+            values[part] |= {name: change.before[name] for name in values[part].keys() & change.before.keys()}
+        configs.append(RunConfig.from_json(json.dumps(values).encode("ascii")))
+    return configs[::-1]
+
+
+def resume_command(
+    folder: str, config: RunConfig, changed: Resumed, processes: int = 1, on_a_machine: int = 1
+) -> str:
+    """The command that went on with the run in a folder, and changed settings to those of the config."""
+    now = _settings(config)
+    flags = (part for name in changed.before for part in _flag(dashed(name), now[name]))
+    return as_typed([*program(processes, on_a_machine), "--resume", folder, *flags])
 
 
 def program(processes: int, on_a_machine: int) -> list[str]:

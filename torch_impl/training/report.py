@@ -1,6 +1,6 @@
 """The report of a run, written when it ends, for whatever reason.
 
-    report.html   a page by itself: figures, curves, a sample, attention maps, environment, the command
+    report.html   a page by itself: figures, curves, a sample, attention maps, environment, the commands
     report.json   the figures
 
 All that comes from the text or from the model is escaped.
@@ -22,7 +22,7 @@ from torch_impl.training.costs import in_bytes
 from torch_impl.training.files import write_file
 from torch_impl.training.memory import peak_memory
 from torch_impl.training.prepare import Run
-from torch_impl.training.repeating import command_of
+from torch_impl.training.repeating import command_of, history, resume_command
 from torch_impl.training.telemetry import draw_losses
 from torch_impl.training.visible import visible
 
@@ -68,9 +68,23 @@ def figures(run: Run, ended: str, told: str) -> dict[str, Any]:
         "last_val_loss": last.get("val_loss"),
         "last_train_loss": last.get("train_loss"),
         **{name: last[name] for name in _SHARES if name in last},
-        "command": command_of(run.config, run.state.ranks.size, run.state.ranks.local_size),
+        **commands(run),
         "text": run.progress.corpus,
         "environment": environment(run),
+    }
+
+
+def commands(run: Run) -> dict[str, Any]:
+    """The command that the run began with, and those that went on with other settings, each with the step
+    until which the one before it ran; all of them among as many processes as there are now."""
+    resumed, among = run.progress.resumed, (run.state.ranks.size, run.state.ranks.local_size)
+    first, *later = history(run.config, resumed)
+    return {
+        "command": command_of(first, *among),
+        "resumed": [
+            {"step": change.step, "command": resume_command(str(run.folder), config, change, *among)}
+            for change, config in zip(resumed, later, strict=True)
+        ],
     }
 
 
@@ -150,13 +164,22 @@ def page(run: Run, found: dict[str, Any], sample: str | None) -> str:
     if seen is not None and seen.maps:
         parts.append(f"<h2>Attention on a held-out passage, at step {seen.step:,}</h2>")
         parts.append(_picture(draw_attention(seen.maps), "attention maps"))
-    parts.append(f"<h2>The command that repeats it</h2><pre>{escape(visible(found['command']))}</pre>")
+    parts.append(_commands(found["command"], found["resumed"]))
     parts.append(
         "<h2>Environment</h2>" + _table(found["environment"] | {"SHA-256 of the text": found["text"]})
     )
     return _PAGE.substitute(
         title=escape(visible(str(run.folder))), told=escape(visible(found["told"])), content="\n".join(parts)
     )
+
+
+def _commands(first: str, resumed: list[dict[str, Any]]) -> str:
+    if not resumed:
+        return f"<h2>The command that repeats it</h2><pre>{escape(visible(first))}</pre>"
+    ends = [*(f"until step {each['step']:,}:" for each in resumed), "then:"]
+    typed = [first, *(each["command"] for each in resumed)]
+    lines = (f"<p>{end}<pre>{escape(visible(line))}</pre>" for end, line in zip(ends, typed, strict=True))
+    return f"<h2>The commands that repeat it</h2>{''.join(lines)}"
 
 
 def _table(rows: dict[str, str]) -> str:
