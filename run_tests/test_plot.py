@@ -44,6 +44,49 @@ def test_runs_are_drawn_and_told_best_first(call):
     assert second.split()[0] == "slow" and name == "both.png"
 
 
+def evaluation(step: int, loss: float, bits: float | None = None, speed: int | None = None) -> dict:
+    return {"step": step, "train_loss": None, "val_loss": loss, "bits_per_byte": bits} | {
+        "perplexity": 10 * loss,
+        "tokens_per_second": speed,
+    }
+
+
+def test_runs_with_different_tokens_are_told_by_bits_per_byte():
+    """The better model came last: its tokens hold more text, so it loses more with each."""
+    small = plot.Curve("small", [evaluation(0, 3.0, 3.0), evaluation(5, 2.0, 2.0)])
+    large = plot.Curve("large", [evaluation(0, 6.0, 2.0), evaluation(5, 4.5, 1.5), evaluation(9, 4.8, 1.6)])
+    heading, first, second = plot.table([small, large]).splitlines()
+    assert heading.split()[:4] == ["run", "steps", "best", "bits/byte"]
+    assert first.split()[:6] == ["large", "9", "4.5000", "1.5000", "5", "4.8000"]
+    assert second.split()[:5] == ["small", "5", "2.0000", "2.0000", "5"]
+    heading, *rest = plot.table([large, small, plot.Curve("words", [evaluation(0, 4.0)])]).splitlines()
+    assert "bits/byte" not in heading and [line.split()[0] for line in rest] == ["small", "words", "large"]
+
+
+def test_the_speed_of_a_run_is_that_of_its_report():
+    """It was that of the last few steps, which may have waited for something else."""
+    speeds = (None, 1000, 1200, 1100, 10)
+    rows = [evaluation(step, 3.0, speed=speed) for step, speed in enumerate(speeds)]
+    assert plot.table([plot.Curve("run", rows)]).split()[-2:] == ["1,050", "0"]
+
+
+@pytest.mark.parametrize(
+    ("y", "told"),
+    [
+        ("loss", ["run: best 3.000 at step 5", "words: best 2.000 at step 0"]),
+        ("bits_per_byte", ["run: best 1.500 at step 5", "words (has none)"]),
+        ("perplexity", ["run: best 30.000 at step 5", "words: best 20.000 at step 0"]),
+        ("tokens_per_second", ["run", "words (has none)"]),
+    ],
+)
+def test_the_legend_tells_what_is_drawn(y, told):
+    """It told the best loss whatever was drawn, and that of runs that had nothing to draw."""
+    run = [evaluation(0, 4.0, 2.0), evaluation(5, 3.0, 1.5, 100), evaluation(9, 3.5, 1.75, 90)]
+    curves = [plot.Curve("run", run), plot.Curve("words", [evaluation(0, 2.0)])]
+    (axes,) = plot.draw(curves, "step", y, log=False).axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == told
+
+
 @pytest.mark.parametrize("y", ["loss", "perplexity", "learning_rate", "grad_norm", "tokens_per_second"])
 @pytest.mark.parametrize("x", ["step", "tokens", "seconds"])
 def test_each_curve_has_the_numbers_of_its_run(x, y):

@@ -11,11 +11,13 @@ import pytest
 
 import train_gpu
 from run_tests.conftest import SMALL, metrics
+from torch_impl.training import plot, sweep_results
 from torch_impl.training import run as run_module
 from torch_impl.training import sweep as sweep_module
 from torch_impl.training.sweep import launch
 from torch_impl.training.sweep_plan import make_plan
 
+ALONE = "losses per token of different tokenizers cannot be compared"
 GRID = ("--vary", "learning_rate=1e-3,1e-2,2e-2")
 
 
@@ -66,7 +68,59 @@ def test_a_grid_with_seeds_becomes_a_table_best_first(sweep, launched):
     assert name == str(Path("swept/table.md"))
     table = Path("swept/table.md").read_text(encoding="utf-8")
     assert f"| {' | '.join(first.split()[:4])} |" in table and "--seeds 2" in table
+    assert ALONE not in table
     assert Path("swept/curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_models_of_different_tokenizers_are_compared_by_bits_per_byte(sweep, monkeypatch):
+    """By nats per token the worse model was named the best: its tokens hold less text, so each costs less."""
+    drawn = []
+
+    def draw(curves, x, y, log):
+        drawn.append((y, [[row.get(y) for row in curve.rows] for curve in curves]))
+        return plot.draw(curves, x, y, log)
+
+    monkeypatch.setattr(sweep_results, "draw", draw)
+    flags = (
+        "--tokenizer",
+        "bpe",
+        "--vary",
+        "vocab_size=258,280",
+        "--seeds",
+        2,
+        "--steps",
+        4,
+        "--out",
+        "swept",
+    )
+    outcome = sweep(*flags)
+    large, small = results("swept")
+    assert large["settings"] == {"vocab_size": "280"} and small["settings"] == {"vocab_size": "258"}
+    assert large["mean_val_loss"] > small["mean_val_loss"]
+    told = outcome.out[outcome.out.index("4 of 4 runs") :]
+    _, heading, *lines = told.splitlines()
+    assert heading.split()[:3] == ["vocab_size", "bits/byte", "spread"]
+    for combination, line, curve in zip((large, small), lines, drawn[-1][1], strict=False):
+        bits = [run["best_bits_per_byte"] for run in combination["runs"]]
+        assert combination["mean_bits_per_byte"] == mean(bits)
+        assert line.split()[1:3] == [f"{mean(bits):.4f}", f"{stdev(bits):.4f}"]
+        assert combination["spread"] == stdev(run["best_val_loss"] for run in combination["runs"])
+        assert min(curve) == pytest.approx(mean(bits))
+    assert [y for y, _ in drawn] == ["loss"] * 2 + ["bits_per_byte"] * 2
+    assert "in bits per byte" in told and ALONE in " ".join(told.split())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--vary", "tokenizer=words,bytes"), ("--tokenizer", "words", "--vary", "vocab_size=6,12")],
+)
+def test_losses_of_tokenizers_that_lose_text_are_said_not_to_compare(sweep, flags):
+    """They have no bits per byte, and stood below each other as if the first were the best."""
+    outcome = sweep(*flags, "--out", "swept")
+    assert outcome.code == 0 and "loss" in outcome.out.split("2 of 2 runs")[1].splitlines()[1].split()
+    table = Path("swept/table.md").read_text(encoding="utf-8")
+    assert "in nats per token" in table and ALONE in table
+    assert None in [combination["mean_bits_per_byte"] for combination in results("swept")]
 
 
 def test_a_sweep_that_was_stopped_goes_on_where_it_was(sweep, launched, monkeypatch):

@@ -101,6 +101,7 @@ class TokenizerSettings:
     special_tokens: tuple[str, ...] = ()
     """Names such as <|endoftext|> that are one token each wherever they stand in the text; for bpe, or in the
     files of the tokenizer that is taken."""
+
     lowercase: bool = False
     """Words in lower case, as word vectors such as glove.6B have them; for words only."""
 

@@ -8,6 +8,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Literal, NamedTuple
 
 import tyro
@@ -37,6 +38,7 @@ _AXES = {
     "grad_norm": "norm of the gradient, before clipping",
     "tokens_per_second": "tokens per second",
 }
+_OF_HELD_OUT = ("loss", "bits_per_byte", "perplexity")  # the less, the better
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def names_of(folders: list[Path]) -> list[str]:
 
 
 def draw(curves: list[Curve], x: str, y: str, log: bool) -> Figure:
-    """The curves in one picture, each in a colour of its own, its best evaluation marked."""
+    """The curves in one picture, each in a colour of its own, its best evaluation of held-out text marked."""
     figure = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -96,8 +98,10 @@ def draw(curves: list[Curve], x: str, y: str, log: bool) -> Figure:
     colours = [f"C{i}" if few else colormaps["turbo"](i / (len(curves) - 1)) for i in range(len(curves))]
     for colour, (name, rows) in zip(colours, curves, strict=True):
         shown = [row for row in rows if row.get(measured) is not None]
-        best = min(rows, key=lambda row: row["val_loss"])
-        label = f"{name}: best {best['val_loss']:.3f} at step {best['step']:,}"
+        best = min(shown, key=lambda row: row[measured]) if shown and y in _OF_HELD_OUT else None
+        label = name if shown else f"{name} (has none)"
+        if best is not None:
+            label += f": best {best[measured]:.3f} at step {best['step']:,}"
         axes.plot(
             [row[x] for row in shown], [row[measured] for row in shown], ".-", color=colour, label=label
         )
@@ -106,7 +110,7 @@ def draw(curves: list[Curve], x: str, y: str, log: bool) -> Figure:
             axes.plot(
                 [row[x] for row in trained], [row["train_loss"] for row in trained], color=colour, lw=0.7
             )
-        if best in shown and measured in ("val_loss", "bits_per_byte", "perplexity"):
+        if best is not None:
             axes.plot(best[x], best[measured], "o", mfc="none", ms=9, color=colour)
     axes.set(xlabel=_AXES[x], ylabel=_AXES[y])
     if y == "loss":
@@ -131,20 +135,26 @@ def _legend_beside(figure: Figure) -> Legend:
 
 
 def table(curves: list[Curve]) -> str:
-    """How each run ended, best first."""
-    heading = ("run", "steps", "best", "at step", "last", "tokens/s", "seconds")
-    lines = [heading]
-    for name, rows in sorted(curves, key=lambda curve: min(row["val_loss"] for row in curve.rows)):
-        best, last = min(rows, key=lambda row: row["val_loss"]), rows[-1]
-        speed = last.get("tokens_per_second")
+    """How each run ended, best first: by bits per byte, which all tokenizers share, where every run has them.
+
+    The speed is the median, as in a run's report.
+    """
+    bests = [min(curve.rows, key=lambda row: row["val_loss"]) for curve in curves]
+    whole = all(best.get("bits_per_byte") is not None for best in bests)
+    measured = "bits_per_byte" if whole else "val_loss"
+    lines = [("run", "steps", "best", *["bits/byte"] * whole, "at step", "last", "tokens/s", "seconds")]
+    for (name, rows), best in sorted(zip(curves, bests, strict=True), key=lambda pair: pair[1][measured]):
+        last = rows[-1]
+        speeds = [row["tokens_per_second"] for row in rows if row.get("tokens_per_second")]
         lines.append(
             (
                 name,
                 f"{last['step']:,}",
                 f"{best['val_loss']:.4f}",
+                *([f"{best['bits_per_byte']:.4f}"] if whole else []),
                 f"{best['step']:,}",
                 f"{last['val_loss']:.4f}",
-                f"{speed:,}" if speed else "",
+                f"{round(median(speeds)):,}" if speeds else "",
                 f"{last.get('seconds') or 0:,.0f}",
             )
         )

@@ -1,7 +1,11 @@
-"""What the runs of a sweep came to: a table by their loss, also as Markdown and JSON, and their curves."""
+"""What the runs of a sweep came to: a table, the best first, also as Markdown and JSON, and their curves.
+
+They are compared by their loss per token; where their tokens differ, by the bits per byte of the same text.
+"""
 
 import io
 import json
+import math
 import textwrap
 from pathlib import Path
 from statistics import mean, stdev
@@ -37,12 +41,28 @@ class Combination(NamedTuple):
     settings: dict[str, str]
     runs: list[dict[str, Any]]  # that have ended, one way or another
 
-    def losses(self) -> list[float]:
-        """The best held-out loss of each run that came to an end."""
-        return [run["best_val_loss"] for run in self.runs if run["ended"] in FINAL[:2]]
+    def best(self, name: str) -> list[float]:
+        """What each run that came to an end has under that name; nothing where one of them has none."""
+        found = [run[name] for run in self.runs if run["ended"] in FINAL[:2]]
+        return [] if None in found else found
 
     def name(self) -> str:
         return visible(", ".join(f"{name} {value}" for name, value in self.settings.items())) or "all seeds"
+
+
+class Measure(NamedTuple):
+    """What combinations are compared by."""
+
+    name: str  # in report.json
+    heading: str  # in the table
+    drawn: str  # in the picture
+    unit: str
+    note: str = ""
+
+
+_ALONE = "; losses per token of different tokenizers cannot be compared"
+_LOSS = Measure("best_val_loss", "loss", "loss", "nats per token")
+_BITS = Measure("best_bits_per_byte", "bits/byte", "bits_per_byte", "bits per byte", _ALONE)
 
 
 def ending(run: Path) -> dict[str, Any] | None:
@@ -54,8 +74,8 @@ def ending(run: Path) -> dict[str, Any] | None:
         return None
 
 
-def combinations(plan: Plan, failed: dict[str, str]) -> list[Combination]:
-    """The best first. `failed` says what became of runs that left no report in this session."""
+def combinations(plan: Plan, failed: dict[str, str]) -> tuple[list[Combination], Measure]:
+    """The best first, and by what. `failed` says what became of runs that left no report in this session."""
     by_settings: dict[tuple, Combination] = {}
     for trial in plan.trials:
         group = by_settings.setdefault(tuple(trial.settings.items()), Combination(trial.settings, []))
@@ -63,7 +83,25 @@ def combinations(plan: Plan, failed: dict[str, str]) -> list[Combination]:
         if found is not None:
             group.runs.append({"folder": trial.name, "seed": trial.seed, **found})
     begun = [group for group in by_settings.values() if group.runs]
-    return sorted(begun, key=lambda group: mean(group.losses()) if group.losses() else float("inf"))
+    measure = _measure(plan, [run for group in begun for run in group.runs])
+    return sorted(begun, key=lambda group: mean(group.best(measure.name) or [math.inf])), measure
+
+
+def _measure(plan: Plan, runs: list[dict[str, Any]]) -> Measure:
+    """The loss; where tokens differ, bits per byte, if all runs that came to an end have them.
+
+    Within one tokenizer the two are a multiple of each other, the same for all runs, and order them alike.
+    """
+    known = [run for run in runs if run["best_val_loss"]]
+    ratios = [run["best_bits_per_byte"] / run["best_val_loss"] for run in known if run["best_bits_per_byte"]]
+    if not ratios:  # nothing but the settings can tell
+        alike = len({trial.request.config.tokenizer for trial in plan.trials}) == 1
+    else:
+        alike = len(ratios) == len(known) and math.isclose(min(ratios), max(ratios))
+    if alike:
+        return _LOSS
+    bits = [run["best_bits_per_byte"] for run in runs if run["ended"] in FINAL[:2]]
+    return _BITS if bits and None not in bits else _LOSS._replace(note=_ALONE)
 
 
 def _result(plan: Plan, trial: Trial, failed: dict[str, str]) -> dict[str, Any] | None:
@@ -72,21 +110,21 @@ def _result(plan: Plan, trial: Trial, failed: dict[str, str]) -> dict[str, Any] 
     return ending(plan.folder / trial.name)
 
 
-def table(found: list[Combination]) -> list[tuple[str, ...]]:
+def table(found: list[Combination], measure: Measure) -> list[tuple[str, ...]]:
     """Lines of cells, the heading first."""
     names = list(found[0].settings) if found else []
     several = any(len(group.runs) > 1 for group in found)
-    lines = [(*names, "loss", *(["spread"] * several), "runs", "parameters", "time", "ended")]
+    lines = [(*names, measure.heading, *(["spread"] * several), "runs", "parameters", "time", "ended")]
     for group in found:
-        losses = group.losses()
+        best = group.best(measure.name)
         seconds = [run["seconds"] for run in group.runs if run["seconds"] is not None]
         sizes = [run["parameters"] for run in group.runs if run["parameters"] is not None]
-        spread = f"{stdev(losses):.4f}" if len(losses) > 1 else ""
+        spread = f"{stdev(best):.4f}" if len(best) > 1 else ""
         ends = dict.fromkeys(run["ended"] for run in group.runs)
         lines.append(
             (
                 *group.settings.values(),
-                f"{mean(losses):.4f}" if losses else "–",
+                f"{mean(best):.4f}" if best else "–",
                 *([spread] * several),
                 str(len(group.runs)),
                 f"{sizes[0]:,}" if sizes else "–",
@@ -102,10 +140,12 @@ def _counted(end: str, runs: list[dict[str, Any]]) -> str:
     return end if count == len(runs) else f"{count} {end}"
 
 
-_LEGEND = (
-    "loss: the best on the held-out text, in nats per token, the mean over the runs that came to their end; "
-    "spread: the sample standard deviation of these; time: the mean of all"
-)
+def _legend(measure: Measure) -> str:
+    return (
+        f"{measure.heading}: the best on the held-out text, in {measure.unit}, the mean over the runs that "
+        f"came to their end; spread: the sample standard deviation of these; time: the mean of all"
+        f"{measure.note}"
+    )
 
 
 def tell(plan: Plan, failed: dict[str, str]) -> str:
@@ -113,39 +153,43 @@ def tell(plan: Plan, failed: dict[str, str]) -> str:
 
     Raises OSError where the disk is full.
     """
-    found = combinations(plan, failed)
-    lines = table(found)
+    found, measure = combinations(plan, failed)
+    lines, legend = table(found, measure), _legend(measure)
     curves = [curve for group in found[:_DRAWN] if (curve := _mean_curve(plan, group)) is not None]
     if curves:
         png = io.BytesIO()
-        draw(curves, "step", "loss", log=False).savefig(png, format="png")
+        draw(curves, "step", measure.drawn, log=False).savefig(png, format="png")
         write_file(plan.folder / "curves.png", png.getvalue())
     results = {
         "format_version": 1,
         "command": plan.command,
-        "combinations": [
-            {
-                "settings": group.settings,
-                "mean_val_loss": mean(group.losses()) if group.losses() else None,
-                "spread": stdev(group.losses()) if len(group.losses()) > 1 else None,
-                "runs": group.runs,
-            }
-            for group in found
-        ],
+        "combinations": [_in_numbers(group) for group in found],
     }
     content = json.dumps(results, indent=2, allow_nan=False)
     write_file(plan.folder / "results.json", content.encode("ascii"))
-    write_file(plan.folder / "table.md", visible(_markdown(plan, lines, bool(curves))).encode("utf-8"))
+    page = visible(_markdown(plan, lines, legend, bool(curves)))
+    write_file(plan.folder / "table.md", page.encode("utf-8"))
     done = sum(len(group.runs) for group in found)
-    return f"\n{done} of {len(plan.trials)} runs\n{in_columns(lines)}\n{textwrap.fill(_LEGEND, 80)}"
+    return f"\n{done} of {len(plan.trials)} runs\n{in_columns(lines)}\n{textwrap.fill(legend, 80)}"
 
 
-def _markdown(plan: Plan, lines: list[tuple[str, ...]], drawn: bool) -> str:
+def _in_numbers(group: Combination) -> dict[str, Any]:
+    losses, bits = group.best("best_val_loss"), group.best("best_bits_per_byte")
+    return {
+        "settings": group.settings,
+        "mean_val_loss": mean(losses) if losses else None,
+        "mean_bits_per_byte": mean(bits) if bits else None,
+        "spread": stdev(losses) if len(losses) > 1 else None,
+        "runs": group.runs,
+    }
+
+
+def _markdown(plan: Plan, lines: list[tuple[str, ...]], legend: str, drawn: bool) -> str:
     heading, *rest = ("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
     rule = "|" + "---|" * len(lines[0])
     picture = "\n![The curves](curves.png)\n" if drawn else ""
     body = "\n".join([heading, rule, *rest])
-    return f"# Sweep\n\n    {plan.command}\n\n{body}\n\n{_LEGEND}.\n{picture}"
+    return f"# Sweep\n\n    {plan.command}\n\n{body}\n\n{legend}.\n{picture}"
 
 
 def _mean_curve(plan: Plan, group: Combination) -> Curve | None:
@@ -164,6 +208,6 @@ def _mean_curve(plan: Plan, group: Combination) -> Curve | None:
 
 
 def _mean_row(rows: list[Row]) -> Row:
-    names = ("step", "tokens", "seconds", "val_loss", "train_loss")
+    names = ("step", "tokens", "seconds", "val_loss", "train_loss", "bits_per_byte")
     values = {name: [row[name] for row in rows if row.get(name) is not None] for name in names}
     return {name: mean(found) if found else None for name, found in values.items()}
