@@ -111,14 +111,17 @@ def metrics(run: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
 
 
-def content(run: Path) -> dict[str, object]:
-    """Both checkpoints of a run and its metrics, without what a clock measured."""
+def content(run: Path, history: bool = True) -> dict[str, object]:
+    """Both checkpoints of a run and its metrics, without what a clock measured; where that is said also
+    without what --resume changed on the way."""
     files: dict[str, object] = {"metrics": metrics(run)}
     for path in sorted([*run.glob("last/*"), *run.glob("best/*")]):
         name = str(path.relative_to(run))
         files[name] = path.read_bytes()
         if path.name == "training.json":
             files[name] = {**json.loads(path.read_bytes()), "seconds": None}
+            if not history:
+                del files[name]["resumed"]
         if path.name == "config.json":
             files[name] = json.loads(path.read_bytes())
     return files
