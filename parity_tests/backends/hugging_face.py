@@ -48,12 +48,11 @@ def linear(x, weight, bias):
 
 def rope(x, places, config):
     """Theirs turns; the angles are made here, since theirs come in float32 alone."""
-    pairs = torch.arange(config.head_width // 2, device=x.device).double()
-    angles = (
-        places[..., None].double() / config.rope_scale / config.rope_base ** (2 * pairs / config.head_width)
-    )
+    pairs = torch.arange(config.head_width // 2).double()  # on the CPU: MPS has no float64
+    scaled = places[..., None].cpu().double() / config.rope_scale
+    angles = scaled / config.rope_base ** (2 * pairs / config.head_width)
     angles = angles.expand(x.shape[0], *angles.shape[-2:])  # (B, T, D / 2)
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    cos, sin = angles.cos().to(x), angles.sin().to(x)
     if config.rope_layout == "interleaved":  # its heads stand behind the places
         return modeling_gptj.apply_rotary_pos_emb(x.transpose(1, 2), sin, cos).transpose(1, 2)
     cos, sin = (torch.cat([half, half], dim=-1) for half in (cos, sin))

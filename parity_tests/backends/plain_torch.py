@@ -55,12 +55,12 @@ def learned_positions(places, weight):
 
 def rope(x, places, config):
     """As complex numbers: a pair is one, and turns by a factor of size 1."""
-    pairs = torch.arange(config.head_width // 2, device=x.device, dtype=torch.float64)
-    angle = (places.double() / config.rope_scale)[..., None] * config.rope_base ** (
+    pairs = torch.arange(config.head_width // 2, dtype=torch.float64)  # on the CPU: MPS has no float64
+    angle = (places.cpu().double() / config.rope_scale)[..., None] * config.rope_base ** (
         -2 * pairs / config.head_width
     )
     angle = angle[:, None] if places.ndim == 2 else angle
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    cos, sin = angle.cos().to(x), angle.sin().to(x)
     if config.rope_layout == "half":
         a, b = x.unflatten(-1, (2, -1)).unbind(-2)
     else:
@@ -210,8 +210,8 @@ def _embed(params, ids, places, config, key):
     if config.positions == "learned":
         x = x + params["position_embedding.weight"][places]
     elif config.positions == "sinusoidal":
-        features = torch.arange(C, device=ids.device)
-        angle = places.double()[..., None] / 10000 ** ((features // 2 * 2).double() / C)
+        features = torch.arange(C)
+        angle = places.cpu().double()[..., None] / 10000 ** ((features // 2 * 2).double() / C)
         x = x * math.sqrt(C) + torch.where(features % 2 == 0, angle.sin(), angle.cos()).to(x)
     return x if key is None else dropout(x, config.dropout, key)
 
