@@ -121,7 +121,7 @@ def content(run: Path, history: bool = True) -> dict[str, object]:
         if path.name == "training.json":
             files[name] = {**json.loads(path.read_bytes()), "seconds": None}
             if not history:
-                del files[name]["resumed"]
+                del files[name]["resumed"], files[name]["processes"], files[name]["on_a_machine"]
         if path.name == "config.json":
             files[name] = json.loads(path.read_bytes())
     return files

@@ -247,6 +247,10 @@ def test_a_foreign_training_json(small_run, cli, damage):
     assert "training.json" in cli("--resume", "run").error
 
 
+def went_on(step, before=None, **among):
+    return {"step": step, "before": before or {}, "processes": 1, "on_a_machine": 1, **among}
+
+
 @pytest.mark.parametrize(
     ("resumed", "told"),
     [
@@ -254,18 +258,22 @@ def test_a_foreign_training_json(small_run, cli, damage):
         ({}, "a value is of the wrong kind"),
         ([None], "a value is of the wrong kind"),
         ([{"step": 3}], "a value is of the wrong kind"),
-        ([{"step": 3.0, "before": {}}], "a value is of the wrong kind"),
-        ([{"step": 3, "before": [["steps", 4]]}], "a value is of the wrong kind"),
-        ([{"step": 3, "before": {}, "now": {}}], "a value is of the wrong kind"),
-        ([{"step": 0, "before": {}}], "the steps are not in their order"),
-        ([{"step": 13, "before": {}}], "the steps are not in their order"),
-        ([{"step": 5, "before": {}}, {"step": 4, "before": {}}], "the steps are not in their order"),
-        ([{"step": 3, "before": {"d_model": 4}}], "not one that --resume may change"),
-        ([{"step": 3, "before": {"steps": "4"}}], "steps is '4', but must be a int"),
-        ([{"step": 3, "before": {"steps": 10**400}}], "steps is 1000"),
-        ([{"step": 3, "before": {"log_every": 0}}], "log_every is 0, but must be at least 1"),
-        ([{"step": 3, "before": {"train_file": "\0"}}], "which is no text"),
-        ([{"step": 3, "before": {"precision": {}}}], "precision is {}"),
+        ([went_on(3.0)], "a value is of the wrong kind"),
+        ([went_on(3, [["steps", 4]])], "a value is of the wrong kind"),
+        ([went_on(3) | {"now": {}}], "a value is of the wrong kind"),
+        ([went_on(0)], "the steps are not in their order"),
+        ([went_on(13)], "the steps are not in their order"),
+        ([went_on(5), went_on(4)], "the steps are not in their order"),
+        ([went_on(3, {"d_model": 4})], "not one that --resume may change"),
+        ([went_on(3, {"steps": "4"})], "steps is '4', but must be a int"),
+        ([went_on(3, {"steps": 10**400})], "steps is 1000"),
+        ([went_on(3, {"log_every": 0})], "log_every is 0, but must be at least 1"),
+        ([went_on(3, {"train_file": "\0"})], "which is no text"),
+        ([went_on(3, {"precision": {}})], "precision is {}"),
+        ([went_on(3, {"eval_tokens": 5})], "not one that --resume may change"),
+        ([went_on(3, {}, processes=1.0)], "a value is of the wrong kind"),
+        ([went_on(3, {}, on_a_machine=0)], "on_a_machine is not between 1 and processes"),
+        ([went_on(3, {}, on_a_machine=2)], "on_a_machine is not between 1 and processes"),
     ],
 )
 def test_changes_of_a_run_that_cannot_have_been(small_run, cli, resumed, told):

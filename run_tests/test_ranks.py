@@ -187,14 +187,21 @@ def test_the_first_process_alone_speaks_and_writes(torchrun):
     assert "--nproc-per-node 3 train_gpu.py cpu" in Path("run/report.html").read_text(encoding="utf-8")
 
 
-def test_of_several_processes_one_remembers_that_the_run_went_on_with_other_flags(torchrun):
-    torchrun(2, "--out", "run")
-    assert [code for code, _, _ in torchrun(2, "--resume", "run", "--steps", 16)] == [0, 0]
-    found = json.loads(Path("run/report.json").read_bytes())
+def test_the_report_knows_among_how_many_processes_each_command_was_given(torchrun):
+    """All were told as those of the last session, whose number a batch may not even divide among."""
+    for size, flags in (
+        (2, ("--out", "run")),
+        (2, ("--resume", "run", "--steps", 16)),
+        (1, ("--resume", "run")),
+    ):
+        assert [code for code, _, _ in torchrun(size, *flags)] == [0] * size
+    found, run = json.loads(Path("run/report.json").read_bytes()), Path("run").absolute()
     among = "torchrun --nproc-per-node 2 train_gpu.py "
     assert found["command"].startswith(among + "cpu ") and "--steps 12" in found["command"]
-    command = f"{among}--resume {Path('run').absolute()} --steps 16"
-    assert found["resumed"] == [{"step": 12, "command": command}]
+    assert found["resumed"] == [
+        {"step": 12, "stopped": False, "command": f"{among}--resume {run} --steps 16"},
+        {"step": 16, "stopped": False, "command": f"python train_gpu.py --resume {run}"},
+    ]
 
 
 @pytest.mark.parametrize(

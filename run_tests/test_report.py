@@ -19,7 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from run_tests.conftest import SMALL, content, metrics
+from torch_impl.training import generate_command
 from torch_impl.training import run as run_module
+from torch_impl.training.checkpoint import load_progress
 from torch_impl.training.command_line import parse
 from torch_impl.training.config import read_config
 from torch_impl.training.presets import PRESETS
@@ -133,11 +135,13 @@ def test_a_disk_that_is_full_at_the_end_is_told_and_the_report_comes_later(small
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are text")
 @pytest.mark.usefixtures("pictures")
-def test_a_text_whose_name_is_no_utf8_is_named_in_the_report(small_run):
-    """Such a run used to fail in its report, after the last step."""
+def test_a_text_whose_name_is_no_utf8_is_named_in_the_report(small_run, cli):
+    """Such a run used to fail in its report, after the last step; and then its checkpoints were refused."""
     shutil.copy("text.txt", "text\udcfd.txt")
     outcome = small_run("--out", "run", "--train-file", "text\udcfd.txt")
     assert outcome.code == 0 and r"text\udcfd.txt" in Page("run").text
+    assert cli("--resume", "run", "--steps", 14).code == 0 and report_of("run")["step"] == 14
+    assert generate_command.main(["--model", "run", "--prompt", "The", "--max-new-tokens", "2"]) == 0
     rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     draw_losses(Path("losses.png"), rows, 256, "run\udcfd")
     assert Path("losses.png").stat().st_size
@@ -200,7 +204,7 @@ def test_the_commands_of_a_run_that_went_on_with_other_flags_repeat_it(small_run
     for changed in (["--steps", 20, "--eval-every", 5], [], ["--batch-size", "auto", "--steps", 24]):
         assert cli("--resume", "run", *changed).code == 0
     found, page = report_of("run"), Page("run").text
-    assert [each["step"] for each in found["resumed"]] == [12, 20]
+    assert [(each["step"], each["stopped"]) for each in found["resumed"]] == [(12, False), (20, False)]
     commands = [found["command"], *(each["command"] for each in found["resumed"])]
     assert commands[1:] == [
         "python train_gpu.py --resume run --eval-every 5 --steps 20",
@@ -216,21 +220,36 @@ def test_the_commands_of_a_run_that_went_on_with_other_flags_repeat_it(small_run
 
 
 def test_a_run_that_was_stopped_and_went_on_with_other_flags_tells_when(small_run, cli, disturbed):
-    """What nothing was trained with is no part of the run; nor is what it was to be before its first step."""
+    """What is asked for in two sessions, of which the first had nothing to do, is one command."""
     happens = {"at": lambda step_metrics: signal.raise_signal(signal.SIGINT) or step_metrics}
     disturbed(7, lambda step_metrics: happens["at"](step_metrics))
     assert small_run("--out", "run").code == 130
     happens["at"] = lambda step_metrics: step_metrics
     assert cli("--resume", "run", "--steps", 7).code == 0  # evaluates there
-    assert cli("--resume", "run", "--shard", "--log-every", 3).code == 0  # does nothing
+    assert cli("--resume", "run", "--shard").code == 0
     assert cli("--resume", "run", "--steps", 12, "--precision", "bfloat16").code == 0
     assert [
-        (each["step"], each["command"].split("--resume run ")[1]) for each in report_of("run")["resumed"]
-    ] == [
-        (7, "--steps 7"),
-        (7, "--precision bfloat16 --steps 12"),
-    ]
+        (each["step"], each["stopped"], each["command"].split("--resume run ")[1])
+        for each in report_of("run")["resumed"]
+    ] == [(7, True, "--steps 7"), (7, False, "--precision bfloat16 --steps 12 --shard")]
+    assert "until step 7, where it was stopped:" in Page("run").text and "until step 7:" in Page("run").text
     assert "--steps 12" in report_of("run")["command"] and "bfloat16" not in report_of("run")["command"]
+
+
+def test_flags_that_nothing_was_done_with_are_no_part_of_the_history(small_run, cli, monkeypatch):
+    """Three times somebody thought better of it."""
+    assert small_run("--out", "run").code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "train_steps", mock.Mock(side_effect=KeyboardInterrupt))
+        for steps, micro_batches in ((500, 1), (300, 2), (12, 2)):
+            flags = ("--steps", steps, "--micro-batches", micro_batches)
+            assert cli("--resume", "run", *flags).code == 130
+            assert len(load_progress(Path("run/last")).resumed) == 1
+    assert cli("--resume", "run", "--micro-batches", 1).code == 0 and report_of("run")["resumed"] == []
+    assert cli("--resume", "run", "--steps", 20).code == 0
+    assert [each["command"] for each in report_of("run")["resumed"]] == [
+        "python train_gpu.py --resume run --steps 20"
+    ]
 
 
 def test_a_run_that_changes_before_its_first_step_begins_with_the_change(small_run, cli, monkeypatch):
@@ -249,7 +268,9 @@ def test_a_checkpoint_that_does_not_know_how_its_run_began_has_the_command_of_it
     assert small_run("--out", "run").code == 0 and cli("--resume", "run", "--steps", 20).code == 0
     path = Path("run/last/training.json")
     training = json.loads(path.read_bytes())
-    assert training.pop("resumed") == [{"step": 12, "before": {"steps": 12}}]
+    assert training.pop("resumed") == [
+        {"step": 12, "before": {"steps": 12}, "processes": 1, "on_a_machine": 1}
+    ]
     path.write_text(json.dumps(training), encoding="utf-8")
     assert cli("--resume", "run").code == 0
     assert report_of("run")["resumed"] == [] and "--steps 20" in report_of("run")["command"]

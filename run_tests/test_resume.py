@@ -1,5 +1,6 @@
 """A run that was stopped, or killed at any moment, and resumed ends as the run that never was."""
 
+import errno
 import functools
 import json
 import os
@@ -99,7 +100,7 @@ def test_an_evaluation_may_be_put_off_again_and_then_cut_off(small_run, cli, mon
         assert cli("--resume", "run", "--patience", 9).code == 130
     assert cli("--resume", "run").code == 0
     assert content(Path("run"), history=False) == content(Path("whole"), history=False)
-    assert load_progress(Path("run/last")).resumed == [Resumed(8, {"patience": 0})]
+    assert load_progress(Path("run/last")).resumed == [Resumed(8, {"patience": 0}, 1, 1)]
     told = [event.step for event in EventAccumulator("run/tensorboard").Reload().Scalars("val_loss")]
     assert told == [0, 4, 8, 12]
     for step in (4, 8):
@@ -270,6 +271,42 @@ def test_more_steps_train_on(small_run, cli):
     assert [row["step"] for row in metrics(Path("run"))] == [0, 4, 8, 12, 20]
 
 
+@pytest.fixture
+def fails_after_an_evaluation(small_run, cli, monkeypatch):
+    """A run of 12 steps that is to go on to step 20, and finds the disk full after step 17."""
+    train_steps, asked = run_module.train_steps, ("--steps", 20, "--checkpoint-every", 20)
+
+    def steps(state, sample, config):
+        for step_metrics in train_steps(state, sample, config):
+            if state.step == 17:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            yield step_metrics
+
+    for folder in ("whole", "run"):
+        assert small_run("--out", folder, "--learning-rate", 1e-2).code == 0
+    assert cli("--resume", "whole", *asked).code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "train_steps", steps)
+        assert cli("--resume", "run", *asked).code == 1
+    assert [load_progress(Path("run", name)).step for name in ("last", "best")] == [12, 16]
+
+
+@pytest.mark.usefixtures("fails_after_an_evaluation")
+def test_what_a_resume_asked_for_is_not_forgotten_when_it_fails(cli):
+    """The next one found the run finished, at step 12, and best/ as the failed session had left it."""
+    assert cli("--resume", "run").code == 0
+    assert content(Path("run")) == content(Path("whole"))
+
+
+@pytest.mark.usefixtures("fails_after_an_evaluation")
+def test_a_best_that_other_flags_would_never_find_again_does_not_stay(cli):
+    assert cli("--resume", "run", "--steps", 13).code == 0
+    best, rows = load_progress(Path("run/best")), metrics(Path("run"))
+    assert [row["step"] for row in rows] == [0, 4, 8, 12, 13]
+    assert (best.step, best.best_val_loss) == (13, rows[-1]["val_loss"])
+    assert json.loads(Path("run/report.json").read_bytes())["best_step"] == 13
+
+
 def test_the_last_step_is_evaluated_though_it_is_called_so_afterwards(small_run, cli, stop_at):
     """The run had stopped after a step between two evaluations, and was told that it was its last."""
     stop_at(6)
@@ -329,6 +366,7 @@ def test_another_text_is_refused(small_run, cli, text):
         (["--batch-size", "8"], "--batch-size 8: the run in run has 4"),
         (["--tokenizer", "bpe"], "--tokenizer bpe: the run in run has bytes"),
         (["--seed", "1"], "--seed 1: the run in run has 0"),
+        (["--eval-tokens", "50"], "--eval-tokens 50: the run in run has 0"),
         (["--out", "other"], "leave out --out"),
         (["--steps", "11"], "--steps 11, but the run in run has done 12"),
     ],

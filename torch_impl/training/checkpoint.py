@@ -60,13 +60,23 @@ class Progress:
     seconds: float = 0.0  # spent so far, in all sessions
     loss_scale: dict[str, float] | None = None  # of float16's GradScaler
     owed: dict[str, float | None] | None = None  # of OWED, where the last step's evaluation was put off
+    processes: int = 1  # that train it now ...
+    on_a_machine: int = 1  # ... and how many of them on one machine
     resumed: list[Resumed] = field(default_factory=list)  # in their order, for the commands that repeat it
 
-    def go_on(self, old: RunConfig, new: RunConfig) -> None:
-        """Remember what a --resume changes. Before the first step that is nothing: the run begins with it."""
-        before = settings_before(old, new)
-        if before and self.step:
-            self.resumed.append(Resumed(self.step, before))
+    def go_on(self, old: RunConfig, new: RunConfig, processes: int, on_a_machine: int) -> bool:
+        """Remember what a --resume changes, and say whether it changes anything. What it changes before the
+        first step is how the run begins."""
+        change = Resumed(self.step, settings_before(old, new), self.processes, self.on_a_machine)
+        self.processes, self.on_a_machine = processes, on_a_machine
+        if not change.leads_elsewhere(self):
+            return False
+        last = self.resumed[-1] if self.resumed else None
+        if last is not None and last.step == self.step and not last.ended_in(old):  # nothing was done with it
+            change = self.resumed.pop().and_then(change, new)
+        if self.step and change.leads_elsewhere(self):
+            self.resumed.append(change)
+        return True
 
     @property
     def next_row(self) -> int:
@@ -95,8 +105,8 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint in one piece. Raises OSError where it cannot; the one before is then still there.
 
-    Of several processes the first one writes, and the others help it to put parameters together: the files do
-    not tell how many there were.
+    Of several processes the first one writes, and the others help it to put parameters together: but for what
+    is remembered of the commands, the files do not tell how many there were.
     """
     moments = {
         f"{name}.{moment}": state.optimizer.state[parameter][moment]
@@ -186,7 +196,8 @@ def load_progress(folder: Path) -> Progress:
     try:
         values = parse_json(path.read_bytes())
         del values["format_version"]
-        values = {"owed": None, "no_better": 0, "resumed": []} | values  # which older ones do not name
+        unnamed = {"owed": None, "no_better": 0, "resumed": [], "processes": 1, "on_a_machine": 1}
+        values = unnamed | values  # which older ones do not name
         _check_progress(values)
         values["resumed"] = [Resumed(**each) for each in values["resumed"]]
         history(read_config(folder), values["resumed"])
@@ -202,7 +213,7 @@ def _check_progress(values: dict[str, Any]) -> None:
         raise ConfigError("values are missing or unknown")
     whole = all(
         type(values[name]) is int and 0 <= values[name] < 2**63
-        for name in ("step", "best_step", "no_better", "loss_count")
+        for name in ("step", "best_step", "no_better", "loss_count", "processes", "on_a_machine")
     )
     objects = ("loss_scale", _LOSS_SCALE), ("owed", set(OWED))
     known = all(
@@ -220,14 +231,16 @@ def _check_progress(values: dict[str, Any]) -> None:
     ):
         raise ConfigError("a value is no number")
     _check_resumed(values["resumed"], values["step"])
+    for session in (values, *values["resumed"]):
+        if not 1 <= session["on_a_machine"] <= session["processes"]:
+            raise ConfigError("on_a_machine is not between 1 and processes")
 
 
 def _check_resumed(listed: Any, step: int) -> None:
     if not isinstance(listed, list) or not all(
         isinstance(each, dict)
-        and set(each) == {part.name for part in fields(Resumed)}
-        and type(each["step"]) is int
-        and isinstance(each["before"], dict)
+        and {name: type(value) for name, value in each.items()}
+        == {"step": int, "before": dict, "processes": int, "on_a_machine": int}
         for each in listed
     ):
         raise ConfigError("a value is of the wrong kind")

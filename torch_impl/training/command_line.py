@@ -25,8 +25,9 @@ from torch_impl.training.flags import check_text, dashed, parse_flags
 from torch_impl.training.presets import PRESETS
 
 # What --resume may change. The rest decides which run it is. Other steps mean another schedule from there on;
-# micro_batches, precision, device and compile change the rounding and nothing else.
-CHANGEABLE = {"steps", "micro_batches", *(field.name for field in fields(RunSettings))}
+# micro_batches, precision, device and compile change the rounding and nothing else. Losses of more or fewer
+# eval_tokens cannot be compared, and the best of a run is one.
+CHANGEABLE = {"steps", "micro_batches", *(field.name for field in fields(RunSettings))} - {"eval_tokens"}
 
 # What --init-from leaves open of the model. Also its context_length, as far as the positions reach.
 FREE_WITH_WEIGHTS = {"dropout", "rope_scale"}
@@ -192,7 +193,7 @@ def _resume(arguments: list[str], preset: str | None, folder: Path) -> Request:
         raise InputError(
             f"--content {config.run.content}: the run in {folder} learns from {start.run.content}"
         )
-    for part in ("model", "training", "tokenizer", "start"):
+    for part in ("model", "training", "tokenizer", "start", "run"):
         old, new = getattr(start, part), getattr(config, part)
         for field in fields(old):
             before, now = getattr(old, field.name), getattr(new, field.name)

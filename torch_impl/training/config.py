@@ -1,6 +1,7 @@
 """Everything that describes a run: its model, its training, and where and how it runs; as JSON and back."""
 
 import json
+import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -245,9 +246,9 @@ def _refuse_too_large(name: str, value: Any) -> None:
 
 
 def _can_be_a_path(text: str) -> bool:
-    """Whether a system takes it for the name of a file."""
+    """Whether this system takes it for the name of a file. Not all of these are UTF-8."""
     try:
-        return b"\0" not in text.encode("utf-8")
+        return b"\0" not in os.fsencode(text)
     except UnicodeEncodeError:
         return False
 

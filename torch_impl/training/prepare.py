@@ -32,7 +32,7 @@ from torch_impl.training.config import RunConfig, read_config
 from torch_impl.training.corpus import Corpus, make_tokenizer
 from torch_impl.training.device import Place, choose_place
 from torch_impl.training.events import TensorBoardEvents
-from torch_impl.training.files import InputError, refuse_links, settle_folder
+from torch_impl.training.files import InputError, refuse_links, settle_folder, whole_folder
 from torch_impl.training.growth import with_chat_tokens, with_new_rows
 from torch_impl.training.looks import Look
 from torch_impl.training.memory import fitted, refuse_what_cannot_fit
@@ -60,6 +60,7 @@ class Run:
     state: TrainState
     progress: Progress
     objective: Objective
+    unsaved: bool  # what a killed run would go on from
     before: float  # seconds spent in the sessions before this one
     metrics: MetricsLog
     events: TensorBoardEvents | None  # of the first process alone
@@ -146,7 +147,7 @@ def prepare(request: Request, ranks: Ranks, held: ExitStack) -> Run:
         model = _first_model(request.init_from, config, place.dtype, home, ranks)
         if config.start.word_vectors:
             _begin_with_word_vectors(model, config, tokenizer, objective.train_tokens, ranks)
-        progress = Progress(corpus.sha256())
+        progress = Progress(corpus.sha256(), processes=ranks.size, on_a_machine=ranks.local_size)
         state = _start(model, config, place, ranks)
         folder = None
         if ranks.first:
@@ -155,7 +156,9 @@ def prepare(request: Request, ranks: Ranks, held: ExitStack) -> Run:
         metrics = MetricsLog(folder / "metrics.jsonl")
     else:
         progress, folder = saved.progress, request.resume
-        progress.go_on(saved.config, config)
+        changed = progress.go_on(saved.config, config, ranks.size, ranks.local_size)
+        if changed and _best_is_ahead(folder, progress):
+            progress.best_val_loss, progress.no_better = None, 0  # this step is the best of what is left
         state = _start(saved.model, config, place, ranks)
         put_back(folder / "last", state, progress)
         metrics = MetricsLog(folder / "metrics.jsonl")
@@ -176,6 +179,7 @@ def prepare(request: Request, ranks: Ranks, held: ExitStack) -> Run:
         state=state,
         progress=progress,
         objective=objective,
+        unsaved=saved is None or changed,
         before=progress.seconds,
         metrics=metrics,
         events=events,
@@ -241,6 +245,13 @@ def _load(
         found = tensors_sha256(loaded.model.state_dict())
         ranks.require_the_same(f"checkpoint in {folder}", f"{found} after step {progress.step}")
     return _Saved(*loaded, progress)
+
+
+def _best_is_ahead(folder: Path, progress: Progress) -> bool:
+    """Whether best/ was found after the last checkpoint, by a session that was killed. The same settings find
+    it again; others would never, and it would stay."""
+    best = folder / "best"
+    return whole_folder(best).is_dir() and load_progress(best).step > progress.step
 
 
 def _check_goes_on(request: Request, progress: Progress, corpus: Corpus) -> None:

@@ -6,8 +6,8 @@ import os
 import shlex
 import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Protocol, runtime_checkable
 
 from ref_numpy.config import ConfigError
 from torch_impl.training.command_line import CHANGEABLE
@@ -18,13 +18,37 @@ from torch_impl.training.presets import PRESETS
 _PARTS = ("run", "training")  # of a config, that have what --resume may change
 
 
+@runtime_checkable
+class Among(Protocol):
+    """The processes that train a run."""
+
+    processes: int
+    on_a_machine: int
+
+
 @dataclass(frozen=True)
 class Resumed:
-    """A --resume that changed settings of its run. How they were is enough: how they are then, the config or
-    the next one says."""
+    """A --resume that changed settings of its run, or among how many processes it is trained. How that was is
+    enough: how it is then, the next one says, or the last state of the run."""
 
     step: int  # the last before it
     before: dict[str, Any]  # the settings that it changed, as they were
+    processes: int  # before
+    on_a_machine: int
+
+    def leads_elsewhere(self, now: Among) -> bool:
+        """Whether there is another command from here on."""
+        among = (self.processes, self.on_a_machine), (now.processes, now.on_a_machine)
+        return bool(self.before) or among[0] != among[1]
+
+    def ended_in(self, config: RunConfig) -> bool:
+        """Whether the run was to end with the very step after which it goes on, which was evaluated then."""
+        return "steps" in self.before and config.training.steps == self.step
+
+    def and_then(self, later: "Resumed", new: RunConfig) -> "Resumed":
+        """This one and a later one at the same step, as one."""
+        now, before = _settings(new), later.before | self.before
+        return replace(self, before={name: value for name, value in before.items() if value != now[name]})
 
 
 def as_typed(arguments: list[str]) -> str:
@@ -53,9 +77,9 @@ def _flag(name: str, value: Any) -> list[str]:
     return [f"--{name}", str(value)]
 
 
-def command_of(config: RunConfig, processes: int = 1, on_a_machine: int = 1) -> str:
+def command_of(config: RunConfig, among: Among) -> str:
     """The command that repeats a run, among as many processes."""
-    return as_typed([*program(processes, on_a_machine), *arguments_of(config)])
+    return as_typed([*program(among.processes, among.on_a_machine), *arguments_of(config)])
 
 
 def settings_before(old: RunConfig, new: RunConfig) -> dict[str, Any]:
@@ -83,13 +107,11 @@ def history(config: RunConfig, resumed: Sequence[Resumed]) -> list[RunConfig]:
     return configs[::-1]
 
 
-def resume_command(
-    folder: str, config: RunConfig, changed: Resumed, processes: int = 1, on_a_machine: int = 1
-) -> str:
+def resume_command(folder: str, config: RunConfig, changed: Resumed, among: Among) -> str:
     """The command that went on with the run in a folder, and changed settings to those of the config."""
     now = _settings(config)
     flags = (part for name in changed.before for part in _flag(dashed(name), now[name]))
-    return as_typed([*program(processes, on_a_machine), "--resume", folder, *flags])
+    return as_typed([*program(among.processes, among.on_a_machine), "--resume", folder, *flags])
 
 
 def program(processes: int, on_a_machine: int) -> list[str]:

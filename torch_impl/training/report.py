@@ -75,15 +75,21 @@ def figures(run: Run, ended: str, told: str) -> dict[str, Any]:
 
 
 def commands(run: Run) -> dict[str, Any]:
-    """The command that the run began with, and those that went on with other settings, each with the step
-    until which the one before it ran; all of them among as many processes as there are now."""
-    resumed, among = run.progress.resumed, (run.state.ranks.size, run.state.ranks.local_size)
-    first, *later = history(run.config, resumed)
+    """The command that the run began with, and those that went on with other settings or among more or fewer
+    processes, each with the step until which the one before it ran, and whether it was stopped there."""
+    resumed, configs = run.progress.resumed, history(run.config, run.progress.resumed)
+    among = [*resumed, run.progress]
     return {
-        "command": command_of(first, *among),
+        "command": command_of(configs[0], among[0]),
         "resumed": [
-            {"step": change.step, "command": resume_command(str(run.folder), config, change, *among)}
-            for change, config in zip(resumed, later, strict=True)
+            {
+                "step": change.step,
+                "stopped": change.step < before.training.steps,
+                "command": resume_command(str(run.folder), config, change, processes),
+            }
+            for change, before, config, processes in zip(
+                resumed, configs[:-1], configs[1:], among[1:], strict=True
+            )
         ],
     }
 
@@ -176,9 +182,12 @@ def page(run: Run, found: dict[str, Any], sample: str | None) -> str:
 def _commands(first: str, resumed: list[dict[str, Any]]) -> str:
     if not resumed:
         return f"<h2>The command that repeats it</h2><pre>{escape(visible(first))}</pre>"
-    ends = [*(f"until step {each['step']:,}:" for each in resumed), "then:"]
+    ends = [f"until step {each['step']:,}{', where it was stopped' * each['stopped']}:" for each in resumed]
     typed = [first, *(each["command"] for each in resumed)]
-    lines = (f"<p>{end}<pre>{escape(visible(line))}</pre>" for end, line in zip(ends, typed, strict=True))
+    lines = (
+        f"<p>{end}<pre>{escape(visible(line))}</pre>"
+        for end, line in zip([*ends, "then:"], typed, strict=True)
+    )
     return f"<h2>The commands that repeat it</h2>{''.join(lines)}"
 
 

@@ -110,8 +110,9 @@ def _train(run: Run, stop: StopRequest, profile: bool) -> bool:
     The device is read every log_every steps and where something is written; between, the host runs ahead.
     """
     config, settings, progress = run.config.training, run.config.run, run.progress
+    if run.unsaved:
+        _save(run, "last")  # from here on, a killed run can be resumed as it was asked for
     if progress.best_val_loss is None:
-        _save(run, "last")  # from here on, a killed run can be resumed
         _evaluate(run, stop, dict.fromkeys(OWED), None)
     elif progress.owed is not None or (progress.loss_count and progress.step == config.steps):
         # Put off, or the last step is now one after which nobody had asked for it.
