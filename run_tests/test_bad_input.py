@@ -25,6 +25,9 @@ ROOT = Path(__file__).parents[1]
         (b"", r"bad\.txt is empty"),
         (b"text\0text", r"bad\.txt is not text: byte 4 is NUL"),
         (b"caf\xe9 au lait", r"bad\.txt is not UTF-8 text: byte 3 is 0xe9"),
+        ("a text".encode("utf-16"), r"bad\.txt is UTF-16 text; save it as UTF-8"),
+        (b"\xfe\xff" + "a text".encode("utf-16-be"), r"bad\.txt is UTF-16 text; save it as UTF-8"),
+        ("a text".encode("utf-16-le"), r"byte 1 is NUL; if it is UTF-16, save it as UTF-8"),
         (b"short", r"the training text has 4 tokens, but context_length 8 needs at least 9"),
         (
             b"a text of 26 bytes in all.",

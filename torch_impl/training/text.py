@@ -46,7 +46,8 @@ class Text:
     def parts(self, size: int = _BLOCK, progress: Callable[[int], object] = untold) -> Iterator[str]:
         """The text, about `size` bytes at a time; `progress` is told of bytes as they are read.
 
-        Line ends stay as they are. Raises InputError that names the first byte that is not UTF-8.
+        Line ends stay as they are. Raises InputError that names the first byte that is not UTF-8, or
+        says that the text is UTF-16, as Windows' editors and shells save it.
         """
         return self._decoded(_told(self.blocks(size), progress))
 
@@ -61,6 +62,8 @@ class Text:
             decoder.decode(b"", final=True)
         except UnicodeDecodeError as error:
             place, byte = read - len(error.object) + error.start, error.object[error.start]
+            if place == 0 and error.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise InputError(f"{self.source} is UTF-16 text; save it as UTF-8") from None
             raise InputError(
                 f"{self.source} is not UTF-8 text: byte {place} is 0x{byte:02x}; save it as UTF-8"
             ) from None
@@ -83,11 +86,13 @@ class Text:
 
         def counted() -> Iterator[bytes]:
             for block in _told(self.blocks(block_size), progress):
+                yield block  # whose bytes may say more than that they hold a NUL
                 if (place := block.find(0)) >= 0:
                     place += self.start + len(characters) * block_size
-                    raise InputError(f"{self.source} is not text: byte {place} is NUL")
+                    raise InputError(
+                        f"{self.source} is not text: byte {place} is NUL; if it is UTF-16, save it as UTF-8"
+                    )
                 characters.append(len(block) if block.isascii() else _beginnings(block).size)
-                yield block
 
         for _ in self._decoded(counted()):
             pass
