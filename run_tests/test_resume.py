@@ -345,9 +345,25 @@ def test_a_run_can_be_moved_with_its_text(small_run, cli, stop_at, text, tmp_pat
     stop_at(None)
     shutil.move("run", tmp_path / "elsewhere")
     shutil.move(text, tmp_path / "moved.txt")
-    assert "cannot read" in cli("--resume", "elsewhere").error
+    error = cli("--resume", "elsewhere").error
+    assert f"cannot read {text}, " in error and "if it has moved, say where by --train-file" in error
     assert cli("--resume", "elsewhere", "--train-file", tmp_path / "moved.txt").code == 0
     assert metrics(Path("elsewhere")) == metrics(Path("whole"))
+
+
+def test_a_run_finds_its_held_out_text_where_it_has_moved(small_run, cli, stop_at, text):
+    valid = Path(shutil.copy(text, "valid.txt"))
+    small_run("--valid-file", valid, "--out", "whole")
+    stop_at(6)
+    small_run("--valid-file", valid, "--out", "run")
+    stop_at(None)
+    valid.rename("moved.txt")
+    assert "if it has moved, say where by --valid-file" in cli("--resume", "run").error
+    text.rename("other.txt")
+    flags = ("--train-file", "other.txt", "--valid-file")
+    assert "nowhere.txt: No such file" in cli("--resume", "run", *flags, "nowhere.txt").error
+    assert cli("--resume", "run", *flags, "moved.txt").code == 0
+    assert metrics(Path("run")) == metrics(Path("whole"))
 
 
 def test_another_text_is_refused(small_run, cli, text):
@@ -368,12 +384,27 @@ def test_another_text_is_refused(small_run, cli, text):
         (["--seed", "1"], "--seed 1: the run in run has 0"),
         (["--eval-tokens", "50"], "--eval-tokens 50: the run in run has 0"),
         (["--out", "other"], "leave out --out"),
-        (["--steps", "11"], "--steps 11, but the run in run has done 12"),
+        (["--steps", "11"], "--steps 11, but the run in run has done 12; use a larger one"),
+        (["--steps", "1"], "--steps 1: the run in run warms up for 2 steps; use a larger one"),
+        (
+            ["--micro-batches", "3"],
+            "--micro-batches 3: the run in run has batch_size 4, which does not divide",
+        ),
+        # What cannot change is told before what contradicts it.
+        (["--learning-rate", "1e-5", "--steps", "1"], "--learning-rate 1e-05: the run in run has 0.00"),
+        (["--vocab-size", "3", "--eval-every", "0"], "--vocab-size 3: the run in run has 0"),
     ],
 )
 def test_what_makes_it_another_run_is_refused(small_run, cli, flags, message):
-    small_run("--out", "run")
+    small_run("--out", "run", "--warmup-steps", 2)
     assert message in cli("--resume", "run", *flags).error
+
+
+@pytest.mark.parametrize("name", ["best", "last", "step-10"])
+def test_a_checkpoint_is_no_run_to_go_on_with(small_run, cli, name):
+    small_run("--out", "run", "--keep-checkpoints", 2)
+    error = cli("--resume", Path("run", name)).error
+    assert "a run goes on from its last one: --resume run; " in error
 
 
 def test_the_loss_does_not_depend_on_when_it_is_read(small_run):

@@ -170,17 +170,17 @@ def _resume(arguments: list[str], preset: str | None, folder: Path) -> Request:
     if not folder.is_dir():
         raise InputError(f"{folder} is no run folder")
     if not whole_folder(folder / "last").is_dir():
+        if (folder / "training.json").is_file() and whole_folder(folder.parent / "last").is_dir():
+            raise InputError(
+                f"{folder} is a checkpoint, and a run goes on from its last one: --resume {folder.parent}; "
+                f"to begin a new run with these weights, --init-from {folder}"
+            )
         raise InputError(f"{folder} has no last/ to go on from; name another run, or begin a new one")
     start = read_config(folder / "last")
     if start.quantisation is not None:
         raise InputError(f"{folder} is quantised, and only generates; resume the run that it was made from")
     flags = _parse_flags(arguments, start, preset)
-    for name, given in (
-        ("out", flags.folder.out),
-        ("init-from", flags.start.init_from != start.start.init_from),
-    ):
-        if given:
-            raise InputError(f"--resume goes on in {folder}; leave out --{name}")
+    _refuse_another_run(flags, start, folder)
     config = RunConfig(
         start.preset,
         ModelConfig(**asdict(flags.model)),
@@ -189,12 +189,35 @@ def _resume(arguments: list[str], preset: str | None, folder: Path) -> Request:
         _tokenizer(flags),
         _start(flags),
     )
-    if config.run.content != start.run.content:
+    for name in ("train_file", "valid_file"):
+        file = getattr(config.run, name)
+        if file and file == getattr(start.run, name) and not Path(file).exists():
+            raise InputError(
+                f"cannot read {file}, which the run in {folder} has as its {name}; if it has moved, say "
+                f"where by --{dashed(name)}, and its content is checked"
+            )
+    return Request(config, None, folder, None, Path(flags.folder.cache), profile=flags.folder.profile)
+
+
+def _refuse_another_run(flags: Flags, start: RunConfig, folder: Path) -> None:
+    """Raises InputError for flags that would make it another run, before any that contradict each other."""
+    for name, given in (
+        ("out", flags.folder.out),
+        ("init-from", flags.start.init_from != start.start.init_from),
+    ):
+        if given:
+            raise InputError(f"--resume goes on in {folder}; leave out --{name}")
+    if flags.run.content != start.run.content:
         raise InputError(
-            f"--content {config.run.content}: the run in {folder} learns from {start.run.content}"
+            f"--content {flags.run.content}: the run in {folder} learns from {start.run.content}"
         )
-    for part in ("model", "training", "tokenizer", "start", "run"):
-        old, new = getattr(start, part), getattr(config, part)
+    for old, new in (
+        (start.model, flags.model),
+        (start.training, flags.training),
+        (start.tokenizer, replace(flags.tokenizer, tokenizer=_whole_name(flags.tokenizer.tokenizer))),
+        (start.start, _start(flags)),
+        (start.run, flags.run),
+    ):
         for field in fields(old):
             before, now = getattr(old, field.name), getattr(new, field.name)
             if before != now and field.name not in CHANGEABLE:
@@ -202,7 +225,17 @@ def _resume(arguments: list[str], preset: str | None, folder: Path) -> Request:
                     f"--{dashed(field.name)} {now}: the run in {folder} has {before}; leave the flag out, "
                     "or start a new run"
                 )
-    return Request(config, None, folder, None, Path(flags.folder.cache), profile=flags.folder.profile)
+    steps, parts, training = flags.training.steps, flags.training.micro_batches, start.training
+    if 0 < steps < training.warmup_steps:
+        raise InputError(
+            f"--steps {steps}: the run in {folder} warms up for {training.warmup_steps} steps; use a larger "
+            "one, or leave the flag out"
+        )
+    if parts > 0 and training.batch_size % parts:
+        raise InputError(
+            f"--micro-batches {parts}: the run in {folder} has batch_size {training.batch_size}, which does "
+            "not divide into so many; use another number, or leave the flag out"
+        )
 
 
 def _initial(preset: RunConfig, folder: Path) -> RunConfig:
@@ -272,9 +305,12 @@ def _settings(flags: Flags) -> RunSettings:
 
 def _tokenizer(flags: Flags) -> TokenizerSettings:
     """The tokenizer's settings, with the whole path of a file."""
-    name = flags.tokenizer.tokenizer
-    whole = name if name in TOKENIZERS else str(Path(name).absolute())
+    whole = _whole_name(flags.tokenizer.tokenizer)
     return TokenizerSettings(**{**asdict(flags.tokenizer), "tokenizer": whole})
+
+
+def _whole_name(tokenizer: str) -> str:
+    return tokenizer if tokenizer in TOKENIZERS else str(Path(tokenizer).absolute())
 
 
 def _start(flags: Flags) -> StartSettings:

@@ -265,7 +265,10 @@ def _check_goes_on(request: Request, progress: Progress, corpus: Corpus) -> None
         )
     steps = request.config.training.steps
     if progress.step > steps:
-        raise InputError(f"--steps {steps}, but the run in {request.resume} has done {progress.step}")
+        raise InputError(
+            f"--steps {steps}, but the run in {request.resume} has done {progress.step}; use a larger one, "
+            "or leave the flag out"
+        )
 
 
 def _begin_with_word_vectors(
