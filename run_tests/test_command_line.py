@@ -127,6 +127,7 @@ def test_a_short_run_has_a_short_warm_up():
             ["gtp2"],
             r"unknown preset 'gtp2'; the presets are cpu, gpu, mps, nanogpt-cpu, char-fast, nanogpt-gpu",
         ),
+        (["--wd", "0.1"], r"unknown flag --wd; did you mean --weight-decay\?"),
         (["--learning-rat", "3"], r"unknown flag --learning-rat; did you mean --learning-rate\?"),
         (
             ["nanogpt-cpu", "--vocab-size", "300"],

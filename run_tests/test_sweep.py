@@ -212,6 +212,7 @@ def test_a_request_that_the_system_can_never_meet_begins_nothing(sweep):
             ["--vary", "learning_rat=1,2"],
             "learning_rat=1: unknown flag --learning-rat; did you mean --learning-rate",
         ),
+        (["--vary", "lr=1,2"], "--vary lr=1: unknown flag --lr; did you mean --learning-rate?"),
         (["--vary", "n_layer=2,two"], "--vary n_layer=two: Error parsing --n-layer: invalid literal"),
         (["--vary", "n_head=1,3"], "--vary n_head=3: d_model 16 does not divide into n_head 3 heads"),
         (["--vary", "bias=true,2"], "--vary bias=2: it is a switch; write true or false"),

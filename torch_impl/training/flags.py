@@ -74,13 +74,19 @@ def _refuse_unknown(kind: type, arguments: list[str]) -> None:
     for before, argument in pairwise(["", *arguments]):
         name = dashed(argument[2:].split("=")[0])
         if argument.startswith("--") and name not in known:
-            near = [flag for flag in known if flag.startswith(name)] or difflib.get_close_matches(
-                name, known, 1
+            near = (
+                [flag for flag in known if flag.startswith(name)]
+                or [flag for flag in known if "-" in flag and name == _initials(flag)]  # lr, wd
+                or difflib.get_close_matches(name, known, 1)
             )
             told = f"unknown flag --{name}" + (f"; did you mean --{near[0]}?" if near else "")
             if before.startswith("--") and known.get(dashed(before[2:])):
                 told += f"; a value that begins with dashes is given as {before}={argument}"
             raise InputError(told)
+
+
+def _initials(flag: str) -> str:
+    return "".join(word[:1] for word in flag.split("-"))
 
 
 def _one_line(box: str) -> str:
