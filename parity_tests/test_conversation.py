@@ -12,6 +12,7 @@ from ref_numpy import bpe as plain_bpe
 from ref_numpy.bpe_format import SPLITS, new_vocabulary
 from ref_numpy.conversation import (
     END_OF_TURN,
+    RECORD,
     ROLE_TOKENS,
     SPECIAL_TOKENS,
     ConversationError,
@@ -137,17 +138,17 @@ USER, ASSISTANT, SYSTEM = ("user", "q"), ("assistant", "a"), ("system", "s")
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        (3.5, "3.5 is no object; a record has messages, or instruction and output"),
-        ({"prompt": "q"}, "{'prompt': 'q'} has no instruction, and no messages; give it one"),
-        ({"instruction": "q"}, "{'instruction': 'q'} has no output, and no messages; give it one"),
+        (3.5, f"3.5 is no object; a record is {RECORD}"),
+        ({"prompt": "q"}, f"{{'prompt': 'q'}} has no instruction, and no messages; a record is {RECORD}"),
+        ({"instruction": "q"}, "{'instruction': 'q'} has no output, and no messages; a record is"),
         ({"instruction": "q", "output": ""}, "output is '', and so empty; give it text"),
         ({"instruction": None, "output": "a"}, "instruction is None, and so empty"),
         ({"instruction": "q", "input": ["x"], "output": "a"}, "input is ['x'], but must be text"),
         ({"messages": "q"}, "messages is 'q', but must be a list of role and content"),
         ({"messages": []}, "the assistant says nothing"),
-        ({"messages": ["q"]}, "message 1 is 'q', but must be an object"),
-        (messages(("user",)), "message 1 has no content"),
-        ({"messages": [{"content": "q"}]}, "message 1 has no role"),
+        ({"messages": ["q"]}, "message 1 is 'q', but must be an object such as {\"role\""),
+        (messages(("user",)), "message 1 has no content; one is {"),
+        ({"messages": [{"content": "q"}]}, "message 1 has no role; one is {"),
         (messages(USER, ("bot", "a")), "message 2 has the role 'bot'; use system, user, assistant"),
         (messages(USER, (["user"], "a")), "message 2 has the role ['user']"),
         (messages(USER, ("assistant", None)), "message 2: content is None, but must be text"),

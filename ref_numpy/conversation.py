@@ -24,6 +24,9 @@ from numpy import ndarray as Array
 ROLE_TOKENS = {"system": "<system>", "user": "<user>", "assistant": "<assistant>"}
 END_OF_TURN = "<end_of_turn>"
 SPECIAL_TOKENS = (*ROLE_TOKENS.values(), END_OF_TURN)
+_USER, _ASSISTANT = '{"role": "user", "content": "Hi"}', '{"role": "assistant", "content": "Hello"}'
+RECORD = f'{{"messages": [{_USER}, {_ASSISTANT}]}} or {{"instruction": "Hi", "output": "Hello"}}'
+"""What a record looks like, for whoever has another."""
 
 Encode = Callable[[str], Integer[Array, "_"]]  # plain text to ids
 
@@ -67,7 +70,7 @@ def from_record(record: object) -> Conversation:
     """The conversation that a record of a file holds. Raises ConversationError where it is malformed."""
     _require(
         isinstance(record, dict),
-        f"{_shown(record)} is no object; a record has messages, or instruction and output",
+        f"{_shown(record)} is no object; a record is {RECORD}",
     )
     if "messages" in record:
         messages = record["messages"]
@@ -84,7 +87,7 @@ def from_record(record: object) -> Conversation:
 
 def _from_instruction(record: dict) -> Conversation:
     for name in ("instruction", "output"):
-        _require(name in record, f"{_shown(record)} has no {name}, and no messages; give it one")
+        _require(name in record, f"{_shown(record)} has no {name}, and no messages; a record is {RECORD}")
     parts = {name: record.get(name) or "" for name in ("instruction", "input", "output")}
     for name, text in parts.items():
         _require(isinstance(text, str), f"{name} is {_shown(text)}, but must be text")
@@ -99,10 +102,10 @@ def _from_instruction(record: dict) -> Conversation:
 def _message(value: object, number: int) -> Message:
     _require(
         isinstance(value, dict),
-        f"message {number} is {_shown(value)}, but must be an object of role and content",
+        f"message {number} is {_shown(value)}, but must be an object such as {_USER}",
     )
     for name in ("role", "content"):
-        _require(name in value, f"message {number} has no {name}; give it one")
+        _require(name in value, f"message {number} has no {name}; one is {_USER}")
     role, content = value["role"], value["content"]
     _require(
         isinstance(role, str) and role in ROLE_TOKENS,

@@ -193,7 +193,9 @@ TURNS = '{"messages": [{"role": "user", "content": "q"}, {"role": "%s", "content
         ("", r"bad.jsonl is empty; a conversation is a JSON object"),
         ("[]", r"bad.jsonl is empty"),
         (GOOD, r"bad.jsonl has one conversation, but the last is held out"),
-        (GOOD + "{", r"line 2 is broken JSON: .*, column 2; mend it"),
+        (GOOD + "{", r"line 2 is broken JSON: .*, column 2; mend it, or take the record out$"),
+        ("Hi", r'line 1 is broken JSON: .*; a record is \{"messages": .*\} or \{"instruction": .*\}$'),
+        ('{"conversations": []}', r'line 1: .* no messages; a record is \{"messages": '),
         (
             GOOD + "\n" + GOOD[:-1] + GOOD,
             r"line 3 is broken JSON: '\{\"instruction\": .* comes after the end",

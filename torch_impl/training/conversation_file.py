@@ -15,6 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ref_numpy.conversation import (
+    RECORD,
     Conversation,
     ConversationError,
     Tokens,
@@ -142,7 +143,8 @@ def _value(text: str, start: int, lines_before: int, path: Path) -> tuple[object
 
 
 def _broken(path: Path, line: int, what: str) -> InputError:
-    return InputError(f"{path}, line {line} is broken JSON: {what}; mend it, or take the record out")
+    form = f"; a record is {RECORD}" * (line == 1)  # it may not be JSON at all
+    return InputError(f"{path}, line {line} is broken JSON: {what}; mend it, or take the record out{form}")
 
 
 def encode_conversations(
