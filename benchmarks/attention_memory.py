@@ -95,7 +95,11 @@ def in_a_process(*arguments: object) -> tuple[float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.attention_memory",
+        description=__doc__,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
     parser.add_argument("--kinds", nargs="+", default=["causal", "window", "alibi", "documents"])
     parser.add_argument("--device", default="cpu", help="cpu or cuda")

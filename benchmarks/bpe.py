@@ -162,7 +162,9 @@ def row(name: str, ours: float, peer: str, theirs: float, unit: str) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.bpe", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--text", type=Path, help="UTF-8 text; without it, Python's language reference")
     parser.add_argument("--vocab", type=Path, help="GPT-2's vocab.json; without it, the trained vocabulary")
     parser.add_argument("--merges", type=Path, help="GPT-2's merges.txt")

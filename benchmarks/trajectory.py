@@ -85,4 +85,4 @@ def draw(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    draw(tyro.cli(Options))
+    draw(tyro.cli(Options, prog="python -m benchmarks.trajectory"))

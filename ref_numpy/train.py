@@ -13,6 +13,7 @@ Shapes: M micro-batches, B sequences in each, T context length.
 Not here: files, checkpoints, devices (see train_gpu.py, whose loop is this one's twin).
 """
 
+import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -114,6 +115,7 @@ def main() -> None:
 
     from tqdm import tqdm
 
+    argparse.ArgumentParser("python -m ref_numpy.train", description=main.__doc__).parse_args()
     tokens = np.frombuffer("\n".join(topics.values()).encode("utf-8"), np.uint8)
     model_config = ModelConfig()
     config = TrainConfig(steps=1500, batch_size=16, learning_rate=3e-3, min_learning_rate=3e-4)

@@ -128,7 +128,10 @@ def main(arguments: list[str]) -> int:
 
     try:
         options = parse_flags(
-            Options(), arguments, "python -m parity_tests.mutants", "Changes one of the halves."
+            Options(),
+            arguments,
+            "python -m parity_tests.mutants",
+            "Change each operator, number and condition in turn, and see whether the tests notice.",
         )
         if options.jobs < 1:
             raise InputError(f"--jobs is {options.jobs}, but must be at least 1")

@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> int:
     """The exit code: 0 where all is well, 1 where it is not, 2 where there is no report, 130 for Ctrl-C."""
     try:
         options = parse_flags(
-            Options(), arguments, "python -m parity_tests.report", "Runs the suite and writes one page of it."
+            Options(), arguments, "python -m parity_tests.report", "Run the suite, and write one page of it."
         )
         if options.out.exists() and not options.out.is_dir():
             raise InputError(f"--out {options.out} is a file; name a folder")

@@ -72,7 +72,12 @@ def run(options: Options, bugs: Sequence[Bug]) -> list[Outcome]:
 def main(arguments: list[str]) -> int:
     """The exit code: 0 where all were caught, 1 where one was not, 2 for a mistake, 130 for Ctrl-C."""
     try:
-        options = parse_flags(Options(), arguments, "python -m parity_tests.zoo", "Plants bugs to be caught.")
+        options = parse_flags(
+            Options(),
+            arguments,
+            "python -m parity_tests.zoo",
+            "Plant bugs in a copy of the project, each of which a test has to catch.",
+        )
         if options.jobs < 1:
             raise InputError(f"--jobs is {options.jobs}, but must be at least 1")
         for test in options.also:

@@ -19,7 +19,7 @@ from torch_impl.training.writing import Written, end_tokens
 
 @dataclass(frozen=True)
 class BeamFlags:
-    """What a command line says of a search."""
+    """A search for likely texts, instead of drawing one."""
 
     beams: int = 0
     """Width of a beam that searches for likely texts, instead of drawing tokens; 0 draws."""
