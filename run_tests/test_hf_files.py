@@ -190,15 +190,19 @@ def test_a_config_that_is_none(content):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"positions": "sinusoidal"}, "positions are sinusoidal, but"),
+        ({"positions": "sinusoidal"}, "positions are sinusoidal, but .* --positions learned"),
         ({"norm": "rmsnorm"}, "norm is rmsnorm, but Hugging Face's gpt2 layout"),
         ({"norm_placement": "post"}, "norm_placement is post, but"),
         ({"activation": "swiglu"}, "activation is swiglu, but"),
         ({"architecture": "encoder"}, "architecture is encoder, but"),
         ({"n_kv_head": 2}, "n_kv_head is 2, but"),
-        ({"attention_pattern": "local", "window": 3}, "attention_pattern is local, but"),
-        ({"qk_norm": True}, "qk_norm is True, but"),
-        ({"positions": "rope"}, "norm is layernorm, but Hugging Face's llama layout"),
+        ({"attention_pattern": "local", "window": 3}, "attention_pattern is local, window is 3, but"),
+        ({"qk_norm": True}, "qk_norm is True, but .*; train one with --no-qk-norm$"),
+        (
+            {"positions": "rope"},
+            "norm is layernorm, activation is gelu_tanh, but Hugging Face's llama layout, which goes with "
+            "rope positions, has no such model; train one with --norm rmsnorm --activation swiglu$",
+        ),
         (
             {"positions": "rope", "norm": "rmsnorm", "activation": "swiglu", "rope_layout": "interleaved"},
             "rope_layout is interleaved, but",

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from ref_numpy.config import ConfigError, ModelConfig
 from torch_impl.training.files import InputError
+from torch_impl.training.flags import dashed
 
 LAYOUTS = {"learned": "gpt2", "rope": "llama"}  # by what tells their models apart: the positions
 
@@ -202,7 +203,7 @@ _WRITERS = {"gpt2": _to_gpt2, "llama": _to_llama}
 
 
 def hf_config(config: ModelConfig) -> dict[str, Any]:
-    """What config.json says of a model. Raises InputError, naming the option that no layout can express.
+    """What config.json says of a model. Raises InputError, naming the options that no layout can express.
 
     GPT-2's models have biases; one without is described as one whose biases are 0: the same function.
     """
@@ -210,7 +211,7 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
     if layout is None:
         raise InputError(
             f"positions are {config.positions}, but Hugging Face's GPT-2 layout has learned ones, and its "
-            "Llama layout rope"
+            "Llama layout rope; train a model with --positions learned"
         )
     described = {"model_type": layout, **_WRITERS[layout](config)}
     back = model_config(described)
@@ -221,11 +222,18 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
     if back.kv_heads == config.kv_heads:
         same["n_kv_head"] = config.n_kv_head
     back = replace(back, d_ff=config.d_ff, **same)
-    for field in fields(ModelConfig):
-        value, read = getattr(config, field.name), getattr(back, field.name)
-        if value != read:
-            raise InputError(
-                f"{field.name} is {value}, but Hugging Face's {layout} layout, which goes with "
-                f"{config.positions} positions, has only {read}"
-            )
+    names = [field.name for field in fields(ModelConfig)]
+    if odd := [name for name in names if getattr(config, name) != getattr(back, name)]:
+        raise InputError(
+            f"{', '.join(f'{name} is {getattr(config, name)}' for name in odd)}, but Hugging Face's {layout} "
+            f"layout, which goes with {config.positions} positions, has no such model; train one with "
+            + " ".join(_flag(name, getattr(back, name)) for name in odd)
+        )
     return described
+
+
+def _flag(name: str, value: object) -> str:
+    """What train_gpu.py takes for a setting."""
+    if type(value) is bool:
+        return f"--{'no-' * (not value)}{dashed(name)}"
+    return f"--{dashed(name)} {value}"
