@@ -66,11 +66,11 @@ def test_the_default_width_of_the_feed_forward_layer_is_four_times_the_models():
         ),
         (
             {"architecture": "encoder", "vocab_size": 1},
-            "vocab_size is 1, but 1 tokens are the encoder's own; make it 2 or more",
+            "vocab_size is 1, but the encoder has 1 of its own; make it 2 or more",
         ),
         (
             {"architecture": "encoder-decoder", "vocab_size": 2},
-            "vocab_size is 2, but 3 tokens are the encoder-decoder's own; make it 4 or more",
+            "vocab_size is 2, but the encoder-decoder has 3 of its own; make it 4 or more",
         ),
         ({"positions": "rope", "rope_base": 1.0}, "rope_base is 1.0, but must be above 1"),
         ({"positions": "rope", "rope_scale": 0.0}, "rope_scale is 0.0, but must be above 0"),

@@ -186,8 +186,7 @@ def train(
     smallest = 256 + len(special_tokens)
     if vocab_size < smallest:
         raise TokenizerError(
-            f"vocab_size is {vocab_size}, but must be at least {smallest}: 256 bytes and "
-            f"{len(special_tokens)} special tokens"
+            f"vocab_size is {vocab_size}, but must be at least {smallest}: 256 bytes and the special tokens"
         )
     merges, made = [], set()
     for merge in learn_merges(count_words(texts, special_tokens, split), ties):

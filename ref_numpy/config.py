@@ -97,8 +97,8 @@ class ModelConfig:
             _require(value >= 1, f"{name} is {value}, but must be at least 1")
         _require(
             self.vocab_size > self.added_tokens,
-            f"vocab_size is {self.vocab_size}, but {self.added_tokens} tokens are the {self.architecture}'s "
-            f"own; make it {self.added_tokens + 1} or more",
+            f"vocab_size is {self.vocab_size}, but the {self.architecture} has {self.added_tokens} of its own"
+            f"; make it {self.added_tokens + 1} or more",
         )
         for name, meaning in (("d_ff", "meaning 4 * d_model"), ("n_kv_head", "meaning n_head")):
             value = getattr(self, name)

@@ -197,7 +197,7 @@ def test_a_conversation_is_saved_once_and_loaded(scripted):
 def test_blanks_around_the_name_of_a_file_are_no_part_of_it(scripted):
     """Two of them before it made a file whose name begins with one."""
     _, _, err, _ = scripted("hello\n/save  talk.jsonl \n/load\ttalk.jsonl\n", [b"hi"])
-    assert "(saved in talk.jsonl)" in err and "(1 exchanges from talk.jsonl)" in err
+    assert "(saved in talk.jsonl)" in err and "(1 exchange from talk.jsonl)" in err
     assert [path.name for path in Path().iterdir()] == ["talk.jsonl"]
 
 

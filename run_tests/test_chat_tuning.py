@@ -176,7 +176,7 @@ def test_exchanges_longer_than_the_context_are_left_out_and_counted(tune, base, 
     told = "3 conversations held out (2 pieces of them; exchanges left out, longer than the context of 40: 1)"
     assert told in outcome.out
     conversations.write_text(json.dumps(long) + "\n" + json.dumps(long), encoding="utf-8")
-    told = "of the 1 conversations to train on none has an exchange that fits into the context of 40 tokens; "
+    told = "of 1 conversation to train on none has an exchange that fits into the context of 40 tokens; "
     error = tune("--init-from", base, "--out", "none").error  # its positions are learned, and no more than 40
     assert told + "shorten them, or begin with a model of a larger one" in error
     error = tune("--tokenizer", "bytes", "--out", "none").error

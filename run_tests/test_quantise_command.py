@@ -109,7 +109,7 @@ def test_words_have_no_bits_per_byte(small_run, capsys):
         (["run", "--out", "small", "--tokens", "-1"], "--tokens is -1"),
         (["run", "--out", "small", "--device", "cuda:99"], "CUDA finds"),
         (["run", "--out", "small", "--valid-file", "none.txt"], "cannot read none.txt"),
-        (["run", "--out", "small", "--valid-file", "one.txt"], "has 1 tokens, but needs at least 2"),
+        (["run", "--out", "small", "--valid-file", "one.txt"], "has 1 token, but needs at least 2"),
         (["run", "--out", "small", "--bitz", "8"], "unknown flag --bitz; did you mean --bits?"),
     ],
 )

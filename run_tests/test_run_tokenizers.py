@@ -92,7 +92,7 @@ def test_what_a_prompt_has_that_the_tokenizer_does_not_know_is_told(small_run, c
     """Such a prompt was read as something else, and answered without a word."""
     small_run("--out", "run", *KINDS["characters"])
     flags = ["--model", "run", "--max-new-tokens", "5", "--prompt"]
-    for prompt, told in (("The quick", ""), ("☃ and ☃", "2 of 7 tokens are unknown to the tokenizer")):
+    for prompt, told in (("The quick", ""), ("☃ and ☃", "of 7 tokens the tokenizer does not know 2")):
         capsys.readouterr()
         assert generate_command.main([*flags, prompt]) == 0
         assert capsys.readouterr().err == (f"generate: --prompt: {told}\n" if told else "")

@@ -116,8 +116,7 @@ def check_training(vocab_size: int, special_tokens: Collection[str], split: str 
     smallest = 256 + len(set(special_tokens))
     if vocab_size < smallest:
         raise TokenizerError(
-            f"vocab_size is {vocab_size}, but must be at least {smallest}: 256 bytes and "
-            f"{smallest - 256} special tokens"
+            f"vocab_size is {vocab_size}, but must be at least {smallest}: 256 bytes and the special tokens"
         )
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ref_numpy.config import ConfigError, SamplingConfig
 from ref_numpy.conversation import Conversation, Message, to_record, well_formed
+from torch_impl.training.counting import counted
 from torch_impl.training.files import InputError, find_checkpoint, refusal, write_new_file
 from torch_impl.training.flags import parse_flags
 from torch_impl.training.terminal import Lines, interrupt_only_noted
@@ -178,7 +179,7 @@ class Chat:
                 full = (
                     f"the context of {limit} is full" if n < n_tokens else "--max-new-tokens allows no more"
                 )
-                how = f"the answer is cut after {n} tokens: {full}"
+                how = f"the answer is cut after {counted(n, 'token')}: {full}"
             print(flush=True)
         return "".join(written), how
 
@@ -223,7 +224,7 @@ class Chat:
         begins = conversation[0].role == "system"
         self.system = conversation[0].content if begins else ""
         self.messages, self.out_of_sight = conversation[begins:], 0
-        tell(f"{len(self.messages) // 2} exchanges from {file}" + " and a system message" * begins)
+        tell(f"{counted(len(self.messages) // 2, 'exchange')} from {file}" + " and a system message" * begins)
         for role, content in self.messages[-2:]:
             tell(f"{role}: {content}")
 

@@ -30,6 +30,7 @@ from torch_impl.training.costs import (
     sent_bytes,
     training_bytes,
 )
+from torch_impl.training.counting import counted
 from torch_impl.training.files import InputError, find_checkpoint, refusal, replace_file
 from torch_impl.training.flags import parse_flags
 from torch_impl.training.presets import PRESETS
@@ -119,8 +120,8 @@ def parse(arguments: list[str]) -> Request:
     if training.batch_size // training.micro_batches % processes:
         rows = training.batch_size // training.micro_batches
         raise InputError(
-            f"--processes {processes}: {rows} sequences at a time do not divide among them; try --batch-size "
-            f"{training.micro_batches * processes}"
+            f"--processes {processes}: {counted(rows, 'sequence')} at a time do not divide among them; try "
+            f"--batch-size {training.micro_batches * processes}"
         )
     json_file = Path(flags.source.json) if flags.source.json else None
     if json_file is not None and json_file.is_dir():
@@ -232,7 +233,7 @@ def table(request: Request) -> str:
         ),
         ("  6 N", _si(flops["training, 6 N non-embedding"]), "Kaplan et al. 2020, N non-embedding"),
         ("  a step", _si(flops["training"] * tokens_per_step), f"training, {tokens_per_step:,} tokens"),
-        ("memory of training", "", f"{precision} on {request.device}, {rows:,} sequences at a time"),
+        ("memory of training", "", f"{precision} on {request.device}, {counted(rows, 'sequence')} at a time"),
         ("  weights", in_bytes(held["weights"]), "float32"),
         ("  gradients", in_bytes(held["gradients"]), "float32"),
         ("  optimizer", in_bytes(held["moments"]), _MOMENTS[training.optimizer]),
@@ -272,7 +273,7 @@ def _process_lines(request: Request, held: dict[str, int]) -> list[tuple[str, st
         else "gradients, all-reduced"
     )
     return [
-        ("each of the processes", "", f"{processes}, {rows:,} sequences at a time in each"),
+        ("each of the processes", "", f"{processes}, {counted(rows, 'sequence')} at a time in each"),
         ("  weights", in_bytes(held["weights"]), part),
         ("  gradients", in_bytes(held["gradients"]), part),
         ("  optimizer", in_bytes(held["moments"]), part),

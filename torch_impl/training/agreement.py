@@ -7,6 +7,7 @@ from dataclasses import fields
 from torch import Tensor
 
 from torch_impl.training.command_line import Request
+from torch_impl.training.counting import counted
 from torch_impl.training.files import InputError
 from torch_impl.training.flags import dashed
 from torch_impl.training.ranks import Ranks
@@ -49,8 +50,9 @@ def refuse_uneven(request: Request, ranks: Ranks) -> None:
     if rows % ranks.size:
         larger = f"--batch-size {-(-config.batch_size // unit) * unit}, "  # which a resumed run has settled
         raise InputError(
-            f"batch_size {config.batch_size} in {micro_batches} micro_batches is {rows} sequences at a time, "
-            f"which do not divide among {ranks.size} processes; use {'' if request.resume else larger}"
+            f"batch_size {config.batch_size} in {micro_batches} micro_batches is {counted(rows, 'sequence')} "
+            f"at a time, which do not divide among {ranks.size} processes; "
+            f"use {'' if request.resume else larger}"
             "other --micro-batches or another --nproc-per-node"
         )
 

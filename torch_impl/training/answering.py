@@ -14,6 +14,7 @@ from torch_impl.bpe import BPETokenizer
 from torch_impl.packing import Packed, evaluate_packed, pack, sample_packed
 from torch_impl.training.config import RunConfig
 from torch_impl.training.conversation_file import Conversations, encode_conversations
+from torch_impl.training.counting import counted
 from torch_impl.training.dialogue import Dialogue
 from torch_impl.training.files import InputError
 from torch_impl.training.ranks import Ranks
@@ -44,11 +45,12 @@ class Answering:
 
     def describe(self) -> str:
         sequences, passes = len(self.train.ids), self.training.steps * self.training.batch_size
+        answers = counted(_tokens(self.train), "token")
         return (
             f"{self.told}\n"
-            f"{_counted(self.train):,} tokens of answers to train on, {_counted(self.valid):,} held out\n"
-            f"packed into {sequences:,} sequences of {self.config.context_length} tokens; "
-            f"{self.training.steps:,} steps see each about {passes / sequences:.1f} times"
+            f"{answers} of answers to train on, {_tokens(self.valid):,} held out\n"
+            f"packed into {counted(sequences, 'sequence')} of {self.config.context_length} tokens; "
+            f"in {counted(self.training.steps, 'step')} each is seen about {passes / sequences:.1f} times"
         )
 
     def evaluate(self, model: Embedded, max_tokens: int | None, ranks: Ranks) -> Row:
@@ -78,7 +80,7 @@ class Answering:
         return tuple(side[:1, packed][:, :length].long() for side in (self.valid.ids, self.valid.documents))
 
 
-def _counted(packed: Packed) -> int:
+def _tokens(packed: Packed) -> int:
     return int((packed.targets != IGNORE).sum())
 
 
@@ -89,18 +91,18 @@ def make_answering(
     length, told, sides = config.model.context_length, [], []
     for name, conversations in (("to train on", corpus.training), ("held out", corpus.held_out)):
         found, left_out = encode_conversations(conversations, tokenizer, length)
-        told.append(f"{len(conversations):,} conversations {name}")
+        told.append(f"{counted(len(conversations), 'conversation')} {name}")
         if left_out:
             told[-1] += (
-                f" ({len(found):,} pieces of them; exchanges left out, longer than the context of {length}: "
-                f"{left_out:,})"
+                f" ({counted(len(found), 'piece')} of them; exchanges left out, longer than the context of "
+                f"{length}: {left_out:,})"
             )
         if not found:
             fixed = config.start.init_from and config.model.positions == "learned"
             mend = "begin with a model of a larger one" if fixed else "use a larger --context-length"
             raise InputError(
-                f"of the {len(conversations):,} conversations {name} none has an exchange that fits into the "
-                f"context of {length} tokens; shorten them, or {mend}"
+                f"of {counted(len(conversations), 'conversation')} {name} none has an exchange that fits "
+                f"into the context of {counted(length, 'token')}; shorten them, or {mend}"
             )
         sides.append(
             pack([(torch.from_numpy(ids), torch.from_numpy(counts)) for ids, counts in found], length, device)

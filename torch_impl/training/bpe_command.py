@@ -16,6 +16,7 @@ from ref_numpy.bpe_format import SPLITS, TokenizerError, to_gpt2_files, to_json
 from torch_impl.bpe import check_training
 from torch_impl.training.bpe_corpus import byte_bar, encode_texts, train_on_texts
 from torch_impl.training.bpe_inspect import Files, Inspect, Source, texts
+from torch_impl.training.counting import counted
 from torch_impl.training.files import InputError, refusal, replace_file, unused_name
 from torch_impl.training.flags import one_line_errors
 from torch_impl.training.terminal import show_what_can_be_shown
@@ -74,7 +75,7 @@ class Train:
         if self.out_gpt2 is not None:
             for target, content in zip(targets[1:], to_gpt2_files(vocabulary), strict=True):
                 replace_file(target, content.encode("utf-8"))
-        print(f"{self.out}: {len(vocabulary.tokens)} tokens, {len(vocabulary.merges)} merges")
+        print(f"{self.out}: {len(vocabulary.tokens)} tokens, {counted(len(vocabulary.merges), 'merge')}")
 
 
 @dataclass

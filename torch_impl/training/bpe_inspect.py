@@ -10,6 +10,7 @@ import tyro
 from ref_numpy.bpe_format import SPLITS, Vocabulary
 from torch_impl.bpe import BPETokenizer
 from torch_impl.training.bpe_corpus import encode_texts
+from torch_impl.training.counting import counted
 from torch_impl.training.files import InputError
 from torch_impl.training.flags import check_text
 from torch_impl.training.text import Text
@@ -72,7 +73,8 @@ class Inspect:
         tokenizer = self.source.load()
         vocabulary = tokenizer.vocabulary
         specials = visible(", ".join(vocabulary.special_tokens)) or "none"
-        print(f"{tokenizer.vocab_size} tokens, {len(vocabulary.merges)} merges, special tokens: {specials}")
+        merges = counted(len(vocabulary.merges), "merge")
+        print(f"{tokenizer.vocab_size} tokens, {merges}, special tokens: {specials}")
         print(f"split: {visible(_name_of(vocabulary))}")
         print("longest tokens:")
         for id, token in sorted(enumerate(vocabulary.tokens), key=lambda item: -len(item[1]))[: self.longest]:

@@ -20,6 +20,7 @@ from torch_impl.training.config import (
     TokenizerSettings,
     read_config,
 )
+from torch_impl.training.counting import counted
 from torch_impl.training.files import InputError, find_checkpoint, find_tokenizer, whole_folder
 from torch_impl.training.flags import check_text, dashed, parse_flags
 from torch_impl.training.presets import PRESETS
@@ -366,8 +367,8 @@ def _check_word_vectors(config: RunConfig) -> None:
     has = vector_width(Path(file))
     if has != width:
         raise InputError(
-            f"--word-vectors {file} have {has} numbers each, but d_model is {width}; use --d-model {has}"
-            + (", and an --n-head that divides it" * (has % config.model.n_head > 0))
+            f"--word-vectors {file} have {counted(has, 'number')} each, but d_model is {width}; use "
+            f"--d-model {has}" + (", and an --n-head that divides it" * (has % config.model.n_head > 0))
         )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from ref_numpy.config import ConfigError, ModelConfig, TrainConfig
+from torch_impl.training.counting import counted
 from torch_impl.training.files import InputError, whole_folder
 from torch_impl.training.hf_config import is_hf, read_hf_config
 
@@ -121,7 +122,7 @@ class TokenizerSettings:
         if self.vocab_size and self.vocab_size < smallest:
             raise ConfigError(
                 f"vocab_size is {self.vocab_size}, but must be at least {smallest}"
-                + (f": 256 bytes and {smallest - 256} special tokens" * (self.tokenizer == "bpe"))
+                + (f": 256 bytes and {counted(smallest - 256, 'special token')}" * (self.tokenizer == "bpe"))
             )
         if self.special_tokens and self.tokenizer in ("bytes", "characters", "words"):
             raise ConfigError(

@@ -16,6 +16,7 @@ from torch_impl.bpe import BPETokenizer
 from torch_impl.training.bpe_corpus import byte_bar, encode_texts, read_parts, train_on_texts
 from torch_impl.training.cache import cached
 from torch_impl.training.config import DEFAULT_VOCAB_SIZE, TOKENIZERS, RunConfig, TokenizerSettings
+from torch_impl.training.counting import counted
 from torch_impl.training.files import InputError
 from torch_impl.training.text import Text, file_text
 from torch_impl.training.tokenizer import (
@@ -127,8 +128,8 @@ def encode_corpus(
             held_out = "" if file or name == "training text" else " (the last tenth of the training text)"
             shorter = f" or a --context-length below {ids.size}" if ids.size > 1 else ""
             raise InputError(
-                f"the {name}{held_out} has {ids.size} tokens, but context_length {length} needs at least "
-                f"{length + 1}; use a longer text{shorter}"
+                f"the {name}{held_out} has {counted(ids.size, 'token')}, but context_length {length} needs "
+                f"at least {length + 1}; use a longer text{shorter}"
             )
         ids_of_both.append(ids)
     return ids_of_both

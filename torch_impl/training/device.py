@@ -8,6 +8,7 @@ import torch
 
 from torch_impl.flash_attention import HAS_TRITON
 from torch_impl.training.config import WITHOUT_PRODUCTS, RunSettings
+from torch_impl.training.counting import counted
 from torch_impl.training.files import InputError
 from torch_impl.training.ranks import ALONE, Ranks
 
@@ -62,7 +63,8 @@ def _device_called(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise InputError(
-            f"--device {name}: CUDA finds {count} GPUs here" + ("; use --device cpu" * (count == 0))
+            f"--device {name}: CUDA finds {counted(count, 'GPU')} here"
+            + ("; use --device cpu" * (count == 0))
         )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise InputError(f"--device {name}: MPS is not available here; use --device cpu")
@@ -82,8 +84,8 @@ def _own_device(name: str, ranks: Ranks) -> torch.device:
     count = torch.cuda.device_count()
     if name == "cuda" and ranks.local_size > count:
         raise InputError(
-            f"--nproc-per-node {ranks.local_size}: CUDA finds {count} GPUs here, and a process needs one "
-            f"of its own; use --nproc-per-node {count}" + (", or --device cpu" * (count == 0))
+            f"--nproc-per-node {ranks.local_size}: CUDA finds {counted(count, 'GPU')} here, and a process "
+            f"needs one of its own; use --nproc-per-node {count}" + (", or --device cpu" * (count == 0))
         )
     return torch.device("cuda", ranks.local_rank) if name == "cuda" else torch.device("cpu")
 

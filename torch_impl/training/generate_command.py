@@ -18,6 +18,7 @@ from torch_impl.generate import answer, generate_batch
 from torch_impl.training.beams import BeamFlags, beam_of, continuations
 from torch_impl.training.checkpoint import LoadedModel, load_model
 from torch_impl.training.config import read_config
+from torch_impl.training.counting import counted
 from torch_impl.training.device import place_to_read
 from torch_impl.training.files import InputError, find_checkpoint, refusal
 from torch_impl.training.flags import check_text, dashed, parse_flags
@@ -199,10 +200,12 @@ def _encoded(request: Request, loaded: LoadedModel) -> list[Integer[Tensor, "_"]
             raise InputError(f"{name} {prompt!r} has no word in it")
         if answers and ids.numel() > config.context_length:
             raise InputError(
-                f"{name} has {ids.numel()} tokens, but the model reads at most {config.context_length}"
+                f"{name} has {counted(ids.numel(), 'token')}, but the model reads at most "
+                f"{config.context_length}"
             )
         if isinstance(tokenizer, WordLevel) and (unknown := tokenizer.count_unknown(ids.numpy())):
-            told = f"{name.removesuffix(':')}: {unknown} of {ids.numel()} tokens are unknown to the tokenizer"
+            read = counted(ids.numel(), "token")
+            told = f"{name.removesuffix(':')}: of {read} the tokenizer does not know {unknown}"
             print(f"generate: {visible(told)}", file=sys.stderr)
         found.append(ids)
     return found

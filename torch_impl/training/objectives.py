@@ -23,6 +23,7 @@ from torch_impl.training.answering import make_answering
 from torch_impl.training.config import RunConfig
 from torch_impl.training.conversation_file import Conversations, load_conversations
 from torch_impl.training.corpus import Corpus, encode_corpus, load_corpus
+from torch_impl.training.counting import counted
 from torch_impl.training.pair_file import encode_pairs, load_pairs
 from torch_impl.training.ranks import Ranks
 from torch_impl.training.telemetry import Row, faces_of_loss
@@ -137,7 +138,7 @@ class Continuation(_OnText):
         if self.tokens_per_byte is not None:
             return super().describe()
         share = self.unknown / self.valid_tokens.numel()
-        lost = f"{self.unknown:,} of the held-out tokens ({share:.2%}) are unknown to the tokenizer"
+        lost = f"the tokenizer does not know {self.unknown:,} of the held-out tokens ({share:.2%})"
         spaces = ", which keeps no spaces" if isinstance(self.tokenizer, WordTokenizer) else ""
         return f"{super().describe()}\n{lost}{spaces}: so there are no bits per byte"
 
@@ -211,7 +212,7 @@ class Translation:
     def describe(self) -> str:
         source, target = (side.shape[1] for side in self.train)
         return (
-            f"{len(self.train.source):,} pairs to train on, {len(self.valid.source):,} held out\n"
+            f"{counted(len(self.train.source), 'pair')} to train on, {len(self.valid.source):,} held out\n"
             f"{self.config.text_tokens:,} different tokens; sources have at most {source} of them, targets "
             f"{target - 2}"
         )

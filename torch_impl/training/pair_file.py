@@ -10,6 +10,7 @@ from ref_numpy.dates import date_pairs
 from torch_impl.training.bpe_corpus import byte_bar
 from torch_impl.training.config import RunConfig
 from torch_impl.training.corpus import Corpus
+from torch_impl.training.counting import counted
 from torch_impl.training.files import InputError
 from torch_impl.training.text import Text, file_text
 from torch_impl.training.tokenizer import Tokenizer
@@ -92,8 +93,8 @@ def _check_lengths(source: Tensor, target: Tensor, limit: int, where: str) -> No
     if not len(source):
         raise InputError(f"{where} has nothing before its TAB that the tokenizer knows; give it a source")
     for name, needed, tokens in (
-        ("source", len(source), f"{len(source)} tokens"),
-        ("target", len(target) + 1, f"{len(target)} tokens and an end"),
+        ("source", len(source), counted(len(source), "token")),
+        ("target", len(target) + 1, f"{counted(len(target), 'token')} and an end"),
     ):
         if needed > limit:
             raise InputError(

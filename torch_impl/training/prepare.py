@@ -30,6 +30,7 @@ from torch_impl.training.checkpoint import (
 from torch_impl.training.command_line import Request
 from torch_impl.training.config import RunConfig, read_config
 from torch_impl.training.corpus import Corpus, make_tokenizer
+from torch_impl.training.counting import counted
 from torch_impl.training.device import Place, choose_place
 from torch_impl.training.events import TensorBoardEvents
 from torch_impl.training.files import InputError, refuse_links, settle_folder, whole_folder
@@ -141,7 +142,7 @@ def prepare(request: Request, ranks: Ranks, held: ExitStack) -> Run:
     if request.fit:  # into what the tokens leave
         config = fitted(config, place, ranks)
         rows = config.training.batch_size // config.training.micro_batches
-        print(f"batches of {config.training.batch_size} sequences, {rows} at a time")
+        print(f"batches of {counted(config.training.batch_size, 'sequence')}, {rows} at a time")
 
     if saved is None:
         model = _first_model(request.init_from, config, place.dtype, home, ranks)

@@ -19,6 +19,7 @@ from torch_impl.training.checkpoint import LoadedModel, load_model, save_model
 from torch_impl.training.config import HUGGINGFACE, ConfigError, QuantisationSettings, read_config
 from torch_impl.training.conversation_file import load_conversations
 from torch_impl.training.corpus import encoded, load_corpus
+from torch_impl.training.counting import counted
 from torch_impl.training.device import Place, place_to_read
 from torch_impl.training.files import InputError, find_checkpoint, refusal, whole_folder
 from torch_impl.training.flags import check_text, parse_flags
@@ -154,7 +155,9 @@ def _held_out_text(loaded: LoadedModel, flags: QuantiseFlags, place: Place) -> H
     special_tokens = loaded.config.tokenizer.special_tokens
     ids = encoded(corpus.valid, corpus.valid_sha256, tokenizer, special_tokens, Path(flags.cache))
     if ids.size < 2:
-        raise InputError(f"the held-out text has {ids.size} tokens, but needs at least 2; use a --valid-file")
+        raise InputError(
+            f"the held-out text has {counted(ids.size, 'token')}, but needs at least 2; use a --valid-file"
+        )
     lossy = isinstance(tokenizer, WordTokenizer) or (
         isinstance(tokenizer, WordLevel) and tokenizer.count_unknown(ids)
     )

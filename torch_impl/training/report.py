@@ -19,6 +19,7 @@ import torch
 from torch_impl.training.attention_maps import draw_attention
 from torch_impl.training.config import FORMAT_VERSION
 from torch_impl.training.costs import in_bytes
+from torch_impl.training.counting import counted
 from torch_impl.training.files import write_file
 from torch_impl.training.memory import peak_memory
 from torch_impl.training.prepare import Run
@@ -103,7 +104,7 @@ def environment(run: Run) -> dict[str, str]:
         "NumPy": np.__version__,
         "system": platform.platform(),
         "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, "
-        f"{torch.get_num_threads()} threads",
+        f"{counted(torch.get_num_threads(), 'thread')}",
     }
     if run.place.device.type == "cuda":
         found["CUDA"] = str(torch.version.cuda)
@@ -145,7 +146,8 @@ def page(run: Run, found: dict[str, Any], sample: str | None) -> str:
     numbers = {
         "parameters": shown(found["parameters"], ","),
         "steps": f"{found['step']:,} of {found['steps']:,}",
-        "batch": f"{training.batch_size:,} sequences of {run.objective.tokens_per_sequence:,} tokens",
+        "batch": f"{counted(training.batch_size, 'sequence')} of {run.objective.tokens_per_sequence:,} "
+        "tokens",
         "tokens": f"{found['tokens']:,}, {found['passes']:.2f} times the training text",
         "time": _time(found["seconds"]),
         "speed": shown(found["tokens_per_second"], ",", " tokens/s"),

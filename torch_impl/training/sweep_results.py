@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
+from torch_impl.training.counting import counted
 from torch_impl.training.files import InputError, write_file
 from torch_impl.training.plot import Curve, draw, in_columns
 from torch_impl.training.sweep_plan import Plan, Trial
@@ -170,7 +171,7 @@ def tell(plan: Plan, failed: dict[str, str]) -> str:
     page = visible(_markdown(plan, lines, legend, bool(curves)))
     write_file(plan.folder / "table.md", page.encode("utf-8"))
     done = sum(len(group.runs) for group in found)
-    return f"\n{done} of {len(plan.trials)} runs\n{in_columns(lines)}\n{textwrap.fill(legend, 80)}"
+    return f"\n{done} of {counted(len(plan.trials), 'run')}\n{in_columns(lines)}\n{textwrap.fill(legend, 80)}"
 
 
 def _in_numbers(group: Combination) -> dict[str, Any]:

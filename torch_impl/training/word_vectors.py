@@ -19,6 +19,7 @@ from numpy import ndarray as Array
 from torch import Tensor
 
 from torch_impl.training.bpe_corpus import byte_bar
+from torch_impl.training.counting import counted
 from torch_impl.training.files import InputError
 from torch_impl.training.text import Text, readable
 
@@ -149,7 +150,9 @@ def _fields(path: Path, number: int, line: bytes, width: int) -> tuple[str, list
         parts.pop()
         has += 1
     if has != width:
-        raise InputError(f"{path}, line {number} has {has} numbers, but the first vector has {width}")
+        raise InputError(
+            f"{path}, line {number} has {counted(has, 'number')}, but the first vector has {width}"
+        )
     if not word:
         raise InputError(f"{path}, line {number} has no word before its numbers")
     try:
