@@ -3,21 +3,30 @@
 import json
 import re
 import signal
+from collections import Counter
 from contextlib import nullcontext
+from dataclasses import replace
+from math import exp
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from torch.nn.functional import one_hot
 
-from ref_numpy.config import SamplingConfig
+from ref_numpy.config import ModelConfig, SamplingConfig
 from run_tests.conftest import SMALL, content, metrics
 from run_tests.test_chat_tuning import CHAT
+from torch_impl.bpe import BPETokenizer, train_on_words
 from torch_impl.generate import answer
 from torch_impl.training import generate_command, quantise_command
 from torch_impl.training import run as run_module
-from torch_impl.training.checkpoint import load_model
+from torch_impl.training.checkpoint import LoadedModel, load_model
+from torch_impl.training.filling import fill_gaps
 from torch_impl.training.pair_file import load_pairs
+from torch_impl.training.presets import PRESETS
 from torch_impl.training.ranks import Ranks
+from torch_impl.training.tokenizer import ByteTokenizer, WordTokenizer
 
 WORDS = ("one", "two", "three", "four", "five", "six", "seven")
 
@@ -197,11 +206,66 @@ def test_plain_text_is_no_file_of_pairs(run, text):
     assert "text.txt, line 1 has no TAB" in error and "--architecture decoder" in error
 
 
+@pytest.mark.parametrize(
+    ("tokenizer", "gaps", "whole"),
+    [
+        (ByteTokenizer(), "o<mask>er th<mask>", "over the"),
+        (
+            BPETokenizer(train_on_words(Counter({" brown": 9, " fox": 9}), 263)),
+            "a <mask> fox<mask>",
+            "a brown fox!",
+        ),
+        (WordTokenizer.train(["the quick brown fox"], 9), "<mask> brown <mask>", "quick brown fox"),
+    ],
+    ids=["bytes", "bpe", "words"],
+)
+def test_gaps_are_filled_with_the_likeliest_tokens(tokenizer, gaps, whole):
+    """A model that knows the text is asked about the places of its own tokens: with their spaces."""
+    config = ModelConfig("encoder", vocab_size=tokenizer.vocab_size + 1, context_length=12)
+    known, asked = torch.from_numpy(tokenizer.encode(whole).astype("int64")), []
+
+    def knowing(ids):
+        asked.append(ids[0].clone())
+        return 9.0 * one_hot(known, config.vocab_size)[None].double()
+
+    model = mock.Mock(side_effect=knowing, token_embedding=torch.nn.Embedding(1, 1))
+    run_config = replace(PRESETS["masked"], model=config)
+    text, guesses = fill_gaps(LoadedModel(run_config, tokenizer, model), gaps)
+    (read,) = asked
+    hidden = read == config.mask_token
+    assert text == whole and len(guesses) == hidden.sum() == 2
+    assert torch.equal(torch.where(hidden, known, read), known)
+    for token, tokens in zip(known[hidden].tolist(), guesses, strict=True):
+        assert tokens[0] == (
+            tokenizer.decode([token]),
+            pytest.approx(1 / (1 + tokenizer.vocab_size / exp(9))),
+        )
+        assert len(tokens) == 5
+
+
+def test_an_encoder_fills_gaps_on_the_command_line(run, write):
+    assert run("encoder", "--out", "run").code == 0
+    code, out, err = write("--model", "run", "--prompt", "f<mask>x")
+    first, *gaps = out.splitlines()
+    assert code == 0 and not err and first[0] + first[-1] == "fx"
+    assert len(gaps) == 1 and gaps[0].startswith("  gap 1: ") and gaps[0].count("%") == 5
+    Path("prompts.txt").write_text("f<mask>x\n<mask>o<mask>\n", encoding="utf-8")
+    code, out, _ = write("--model", "run", "--prompts", "prompts.txt", "--json")
+    one, two = map(json.loads, out.splitlines())
+    assert one["prompt"] == "f<mask>x" and one["text"] == first and len(two["gaps"]) == 2
+    probabilities = [p for _, p in one["gaps"][0]]
+    assert 0 < sum(probabilities) <= 1 and probabilities == sorted(probabilities, reverse=True)
+
+
 def test_what_an_encoder_and_a_source_cannot_do(run, write, capsys):
     assert run("encoder", "--out", "encoder").code == 0
     assert run("encoder-decoder", "--out", "pairs").code == 0
     for arguments, message in (
-        (("encoder",), "is an encoder, which fills gaps and does not write"),
+        (("encoder", "--prompt", "fox"), "'fox' has no <mask>, and an encoder fills gaps; write <mask> in"),
+        (("encoder", "--prompt", "<mask>" + "x" * 16), "has 17 tokens, but the model reads at most 16"),
+        (("encoder", "--prompt", "<mask>", "--stop", "."), "--stop is for writing, and this model is an enc"),
+        (("encoder", "--prompt", "<mask>", "--temperature", 0), "--temperature is for writing"),
+        (("encoder", "--prompt", "<mask>", "--beams", 2), "--beams is for writing"),
         (("pairs",), "--prompt is missing; an encoder-decoder answers"),
         (("pairs", "--prompt", "x" * 17), "--prompt has 17 tokens, but the model reads at most 16"),
     ):
@@ -239,5 +303,6 @@ def test_a_preset_runs(cli, preset):
     flags = ("--steps", 2, "--batch-size", 4, "--eval-tokens", 500, "--device", "cpu", "--out", "run")
     outcome = cli(preset, *flags)
     assert outcome.code == 0, outcome.err
-    assert ("generate --model run" in outcome.out) == (preset == "dates")
+    assert "generate --model run --prompt " in outcome.out
+    assert ("<mask>" in outcome.out) == (preset == "masked")
     assert metrics(Path("run"))[-1]["step"] == 2

@@ -21,6 +21,7 @@ from torch_impl.training.config import read_config
 from torch_impl.training.counting import counted
 from torch_impl.training.device import place_to_read
 from torch_impl.training.files import InputError, find_checkpoint, refusal
+from torch_impl.training.filling import refuse_writing, show_filled
 from torch_impl.training.flags import check_text, dashed, parse_flags
 from torch_impl.training.memory import ran_out
 from torch_impl.training.text import Text
@@ -41,7 +42,8 @@ class GenerateFlags:
     layout."""
     prompt: str = ""
     """Text to go on from, - for what stands in stdin; without it, the model begins a paragraph. An
-    encoder-decoder answers it instead. A prompt longer than the context counts with its end."""
+    encoder-decoder answers it instead, and an encoder fills in the tokens where it says <mask>. A prompt
+    longer than the context counts with its end."""
     prompts: str = ""
     """File with a prompt on each line, instead of --prompt."""
     batch_size: int = 8
@@ -59,7 +61,8 @@ class GenerateFlags:
     """Colour each token by the probability that the model gave it, red for 0 to green for 1; with --json,
     list them."""
     json: bool = False
-    """Write each text as a line of JSON: prompt, sample, text, tokens, ended_by, score of a beam."""
+    """Write each text as a line of JSON: prompt, sample, text, tokens, ended_by, score of a beam; of an
+    encoder prompt, text, and the likeliest tokens of each of its gaps."""
     device: str = "auto"
     """auto (CUDA, else MPS, else the CPU), cpu, cuda, cuda:1, mps."""
     sampling: SamplingFlags = _SAMPLING
@@ -148,6 +151,10 @@ def write(request: Request) -> None:
     place = place_to_read(read_config(request.checkpoint).run, flags.device)
     loaded = load_model(request.checkpoint, place.dtype, place.device)
     loaded.model.settle_precision()
+    if loaded.config.model.architecture == "encoder":
+        refuse_writing(flags, GenerateFlags())
+        show_filled(loaded, request.prompts, flags.json)
+        return
     prompts = _encoded(request, loaded)
     samples, answers = max(flags.samples, flags.search.n_best), _answers(loaded)
     printer = Printer(flags.json, flags.show_probabilities, len(prompts), samples, answers)
@@ -179,8 +186,6 @@ def _answers(loaded: LoadedModel) -> bool:
 def _encoded(request: Request, loaded: LoadedModel) -> list[Integer[Tensor, "_"]]:
     """The prompts' tokens. Raises InputError for what the model cannot read, or is not made for."""
     flags, config, tokenizer = request.flags, loaded.config.model, loaded.tokenizer
-    if config.architecture == "encoder":
-        raise InputError(f"{flags.model} is an encoder, which fills gaps and does not write; train a decoder")
     answers = _answers(loaded)
     if answers and request.beam is not None:
         raise InputError(

@@ -76,10 +76,10 @@ def _how_to_resume(run: Run) -> str:
 
 
 def _how_to_talk(run: Run) -> str:
-    if run.config.model.architecture == "encoder":
-        return ""
     module = "generate" if run.config.run.content == "text" else "chat"
     command = as_typed(["python", "-m", f"torch_impl.{module}", "--model", str(run.folder)])
+    if run.config.model.architecture == "encoder":
+        return f'; have it fill gaps: {command} --prompt "a <mask> in a text"'
     return f"; talk to it: {command}" + " --prompt TEXT" * (module == "generate")
 
 
