@@ -70,13 +70,13 @@ def test_a_batch_of_prompts_gives_what_each_gives_alone(config, seed, sampling):
 
 @given(config=decoders, seed=seeds, sampling=sampling_configs(), prompt=st.sampled_from([1, 6, 13]))
 @settings(max_examples=15)
-def test_steps_that_all_do_the_same_write_the_same(pytestconfig, config, seed, sampling, prompt):
+def test_steps_that_all_do_the_same_write_the_same(ours, config, seed, sampling, prompt):
     """What CUDA replays as one graph: shapes and places do not depend on how much is written.
 
     A prompt that leaves room for one token has none for first runs that come one after the other.
     """
     params, random = model_params(config, seed), np.random.default_rng(seed)
-    model = model_of(config, params).to(pytestconfig.getoption("--device"))
+    model = model_of(config, params).to(ours.runs_on("generate", "float64"))
     prompts = [torch.from_numpy(random.integers(config.vocab_size, size=prompt)) for _ in range(2)]
     seen: dict[bool, list[torch.Tensor]] = {False: [], True: []}
     texts = {}

@@ -172,7 +172,7 @@ def test_products(ours, seed, rows, shape, bits, group_size, has_bias, at_once):
             magnitude = np.abs(oracle_x) @ np.abs(plain.dequantise(exact)).T
             magnitude = magnitude + (np.abs(oracle_bias) if has_bias else 0)
             bound = tolerances.contraction(magnitude, shape[1] + 1, precision) + 2 * precision.u * magnitude
-            assert (np.abs(got.double().cpu().numpy() - want) <= bound).all(), name
+            assert (np.abs(got.cpu().double().numpy() - want) <= bound).all(), name
     finally:
         fast._NUMBERS_AT_ONCE = usual
 
