@@ -10,6 +10,7 @@ import sys
 from ref_numpy.config import ConfigError
 from torch_impl.training.command_line import Request, parse
 from torch_impl.training.files import InputError, refusal
+from torch_impl.training.lock import InUse
 from torch_impl.training.stopping import Diverged
 from torch_impl.training.terminal import lasting_output, show_what_can_be_shown
 
@@ -28,6 +29,8 @@ def main(arguments: list[str]) -> int:
 def _train(arguments: list[str]) -> int:
     try:
         request = parse(arguments)
+    except InUse as error:  # on which --help has nothing to say
+        return _refuse(error)
     except (InputError, ConfigError) as error:
         return _refuse(InputError(f"{error}; see --help"))
     except OSError as error:  # of a path that cannot be looked at

@@ -58,6 +58,41 @@ def test_a_run_that_another_process_trains_is_not_resumed(small_run, cli, holder
     assert cli("--resume", "run", "--steps", "16").code == 0
 
 
+def test_nor_begun_again_by_the_same_command(small_run, holder):
+    """It was told to resume that run, which is refused, and before the first checkpoint even to delete it."""
+    Path("run").mkdir()
+    other = holder()
+    names = sorted(Path("run").iterdir())
+    outcome = small_run("--out", "run")
+    assert outcome.code == 2 and outcome.error.startswith(f"run is in use: process {other.pid} on ")
+    assert sorted(Path("run").iterdir()) == names and "--help" not in outcome.error
+    assert "run is in use" in small_run("--out", "run").error, "a look must leave the lock as it was"
+    other.kill()
+    other.wait()
+    for _ in range(2):
+        assert "run exists, and holds no checkpoint to go on from" in small_run("--out", "run").error
+    Path("run/lock").unlink()
+    small_run("--out", "run")
+    assert not Path("run/lock").exists()
+
+
+def test_nor_begun_again_once_it_has_a_checkpoint(small_run, holder):
+    assert small_run("--out", "run").code == 0
+    other, before = holder(), content(Path("run"))
+    assert f"run is in use: process {other.pid} on " in small_run("--out", "run").error
+    other.kill()
+    other.wait()
+    assert "run exists, and a run is never overwritten; name another" in small_run("--out", "run").error
+    assert content(Path("run")) == before
+
+
+def test_a_run_without_a_checkpoint_yet_is_not_said_to_be_none(cli, holder):
+    """--resume advised to begin a new one."""
+    Path("run").mkdir()
+    other = holder()
+    assert f"run is in use: process {other.pid} on " in cli("--resume", "run").error
+
+
 def test_a_sweep_leaves_a_run_alone_that_another_process_trains(cli, text, tmp_path):
     """A run outlives a sweep that is killed. The same sweep, begun again, called it failed."""
     run = tmp_path / "swept" / "learning_rate=1e-3,seed=0"
@@ -213,6 +248,18 @@ def test_two_runs_that_begin_at_once_in_one_folder(small_run, monkeypatch):
     monkeypatch.setattr(prepare, "make_tokenizer", meanwhile)
     outcome = small_run("--out", "run")
     assert outcome.code == 2 and "run exists, and a run is never overwritten; name another" in outcome.error
+
+
+def test_the_one_that_comes_second_hears_of_the_first(small_run, monkeypatch, holder):
+    make_tokenizer = prepare.make_tokenizer
+
+    def meanwhile(*arguments):
+        Path("run").mkdir()
+        holder()
+        return make_tokenizer(*arguments)
+
+    monkeypatch.setattr(prepare, "make_tokenizer", meanwhile)
+    assert "run is in use: process " in small_run("--out", "run").error
 
 
 def test_ctrl_c_while_a_new_folder_is_locked(small_run, monkeypatch):

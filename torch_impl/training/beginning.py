@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch_impl.training.config import RunConfig
 from torch_impl.training.files import InputError, refusal
-from torch_impl.training.lock import InUse, locked
+from torch_impl.training.lock import InUse, locked, refuse_in_use
 
 _OF_A_BEGINNING = {"lock", "lock.json", "lock.json.new", "tensorboard", "last.new"}
 """What a run folder holds until its first checkpoint is whole."""
@@ -44,6 +44,7 @@ def _create_folder(out: Path | None, config: RunConfig) -> Path:
             if not folder.exists():
                 raise InputError(f"cannot create the run folder: {refusal(error)}") from error
             if out is not None:
+                refuse_in_use(folder)
                 raise InputError(
                     f"{folder} exists, and a run is never overwritten; name another --out"
                 ) from error

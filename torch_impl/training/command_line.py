@@ -23,6 +23,7 @@ from torch_impl.training.config import (
 from torch_impl.training.counting import counted
 from torch_impl.training.files import InputError, find_checkpoint, find_tokenizer, whole_folder
 from torch_impl.training.flags import check_text, dashed, parse_flags
+from torch_impl.training.lock import refuse_in_use
 from torch_impl.training.presets import PRESETS
 
 # What --resume may change. The rest decides which run it is. Other steps mean another schedule from there on;
@@ -147,6 +148,7 @@ def parse(arguments: list[str]) -> Request:
 
 def _check_out(out: Path, cache: Path) -> None:
     """Raises InputError where a new run's folder cannot be."""
+    refuse_in_use(out)
     if out.is_dir() and whole_folder(out / "last").is_dir():
         raise InputError(f"{out} exists, and a run is never overwritten; name another --out, or --resume it")
     if out.is_dir() and (out / "lock").exists() and has_only_begun(out):
@@ -176,6 +178,7 @@ def _resume(arguments: list[str], preset: str | None, folder: Path) -> Request:
                 f"{folder} is a checkpoint, and a run goes on from its last one: --resume {folder.parent}; "
                 f"to begin a new run with these weights, --init-from {folder}"
             )
+        refuse_in_use(folder)
         raise InputError(f"{folder} has no last/ to go on from; name another run, or begin a new one")
     start = read_config(folder / "last")
     if start.quantisation is not None:

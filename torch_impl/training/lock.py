@@ -16,13 +16,13 @@ from torch_impl.training.files import InputError, write_file
 if sys.platform == "win32":
     import msvcrt
 
-    def _lock(descriptor: int) -> None:
+    def _lock(descriptor: int, shared: bool = False) -> None:  # which there is not
         msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
 else:
     import fcntl
 
-    def _lock(descriptor: int) -> None:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    def _lock(descriptor: int, shared: bool = False) -> None:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
 
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
@@ -45,17 +45,28 @@ def locked(folder: Path) -> Iterator[Callable[[], None]]:
     """
     own = folder.stat()
     with (folder / "lock").open("ab") as file:
-        try:
-            _lock(file.fileno())
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-                raise InUse(
-                    f"{folder} is in use: {_holder(folder)} trains there; wait for it, or stop it with Ctrl-C"
-                ) from error
-            if error.errno not in _NO_LOCKS:
-                raise
+        _take(folder, file.fileno())
         write_file(folder / "lock.json", json.dumps(_myself()).encode("ascii"))
         yield partial(_require_the_same, folder, own, file.fileno())
+
+
+def refuse_in_use(folder: Path) -> None:
+    """Raises InUse where a folder is another process's. Nothing is written there, and the lock is held, with
+    whoever else looks, for no longer than that."""
+    with suppress(OSError), (folder / "lock").open("r+b") as file:  # which makes none
+        _take(folder, file.fileno(), shared=True)
+
+
+def _take(folder: Path, descriptor: int, shared: bool = False) -> None:
+    try:
+        _lock(descriptor, shared)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            raise InUse(
+                f"{folder} is in use: {_holder(folder)} trains there; wait for it, or stop it with Ctrl-C"
+            ) from error
+        if error.errno not in _NO_LOCKS:
+            raise
 
 
 def _require_the_same(folder: Path, own: os.stat_result, descriptor: int) -> None:
