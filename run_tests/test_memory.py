@@ -74,13 +74,13 @@ def test_a_batch_is_fitted_into_the_memory_that_is_free(small_run, monkeypatch):
     assert small_run("--out", "whole", "--batch-size", 4, *size).code == 0
     config = read_config(Path("whole/last"))
     needed = step_bytes(config, Place(torch.device("cpu"), torch.float32, False), 2, ALONE).peak
-    monkeypatch.setattr(memory, "free_memory_of", lambda device: int(needed / 0.75) + 8)
+    monkeypatch.setattr(memory, "free_memory_of", lambda device, processes: int(needed / 0.75) + 8)
     fit = small_run("--out", "fitted", "--batch-size", "auto", "--micro-batches", 1, *size)
     assert fit.code == 0 and "batches of 4 sequences, 2 at a time" in fit.out
     assert read_config(Path("fitted/last")).training.micro_batches == 2
     for whole, part in zip(metrics(Path("whole")), metrics(Path("fitted")), strict=True):
         assert part["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-5)
-    monkeypatch.setattr(memory, "free_memory_of", lambda device: 1000)
+    monkeypatch.setattr(memory, "free_memory_of", lambda device, processes: 1000)
     error = small_run("--out", "none", "--batch-size=auto").error
     assert "a single sequence needs " in error and not Path("none").exists()
 

@@ -1,13 +1,14 @@
 """What a run needs of memory, at least, and what is said when there is no more.
 
 Linux and macOS promise memory that they do not have, and kill the process that comes to use it: a model that
-can never fit is refused before. Windows and GPUs keep their promises, so there the allocation itself fails.
+can never fit is refused before. Windows and GPUs keep their promises, and so does `ulimit -v`, so there the
+allocation itself fails.
 Not here: what other processes take.
 """
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from torch_impl.training.costs import (
 )
 from torch_impl.training.device import Place
 from torch_impl.training.files import InputError
+from torch_impl.training.memory_limits import group_limits, own_limits
 from torch_impl.training.ranks import ALONE, Ranks
 
 
@@ -72,11 +74,22 @@ def ran_out(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
-def memory_of(device: torch.device) -> int | None:
-    """All the memory of a device in bytes; None where the system does not tell."""
+def memory_of(device: torch.device, processes: int = 1) -> int | None:
+    """The memory of a device that so many processes like this one may take together, in bytes: all of it, or
+    what the limits on them leave; None where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
-    if device.type != "cpu" or not hasattr(os, "sysconf"):  # Windows
+    if device.type != "cpu":
+        return None
+    machine = machine_memory()
+    most = [limit.most for limit in group_limits()] + [machine] * (machine is not None)
+    most += [limit.most * processes for limit in own_limits()]
+    return max(min(most), 0) if most else None
+
+
+def machine_memory() -> int | None:
+    """All that the machine has, in bytes; None where the system does not tell."""
+    if not hasattr(os, "sysconf"):  # Windows
         return None
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
@@ -106,13 +119,14 @@ def fitted(config: RunConfig, place: Place, ranks: Ranks) -> RunConfig:
     By the account, which counts the least that is needed: so three quarters of the room are filled. Processes
     of one machine that compute on its CPU share its memory, and all take the smallest answer of any.
     """
-    free = free_memory_of(place.device)
+    processes = ranks.local_size if place.device.type == "cpu" else 1
+    free = free_memory_of(place.device, processes)
     if free is None:
         raise InputError(
             f"--batch-size auto: how much memory {place.device} has is not known here; give a number, and "
             "--micro-batches"
         )
-    room = _FILLED * free / (ranks.local_size if place.device.type == "cpu" else 1)
+    room = _FILLED * free / processes
     fewest = largest_that_fits(config, place, room, ranks)
     if fewest is None:
         needed = step_bytes(config, place, config.training.batch_size // ranks.size, ranks).peak
@@ -125,17 +139,21 @@ def fitted(config: RunConfig, place: Place, ranks: Ranks) -> RunConfig:
     return replace(config, training=replace(config.training, micro_batches=micro_batches))
 
 
-def free_memory_of(device: torch.device) -> int | None:
-    """The memory of a device that nobody uses, in bytes; None where the system does not tell."""
+def free_memory_of(device: torch.device, processes: int = 1) -> int | None:
+    """The memory of a device that nobody uses and that so many processes like this one may take together, in
+    bytes; None where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    told = Path("/proc/meminfo")  # of Linux, which lends much of its memory to copies of files
-    if device.type == "cpu" and told.exists():
-        lines = dict(line.split(":", 1) for line in told.read_text(encoding="ascii").splitlines())
-        if "MemAvailable" in lines:
-            return int(lines["MemAvailable"].split()[0]) * 1024
     total = memory_of(device)
-    return total and total // 2
+    if device.type != "cpu" or total is None:
+        return None
+    free = [limit.most - limit.held for limit in group_limits()]
+    free += [(limit.most - limit.held) * processes for limit in own_limits()]
+    told = Path("/proc/meminfo")  # of Linux, which lends much of its memory to copies of files
+    lines = told.read_text(encoding="ascii").splitlines() if told.exists() else []
+    available = dict(line.split(":", 1) for line in lines).get("MemAvailable")
+    free.append(int(available.split()[0]) * 1024 if available else total // 2)
+    return max(min(free), 0)
 
 
 def peak_memory(device: torch.device) -> int | None:
@@ -152,7 +170,7 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def _needs(config: RunConfig, place: Place, ranks: Ranks) -> str:
-    room = memory_of(place.device)
+    room = _room(place.device, ranks)
     training, context = config.training, config.model.context_length
     held = step_bytes(config, place, training.micro_batches, ranks)
     parts = ", ".join(f"{name} {in_bytes(part)}" for name, part in held._asdict().items() if name != "peak")
@@ -173,16 +191,38 @@ def _needs(config: RunConfig, place: Place, ranks: Ranks) -> str:
     )
 
 
+def _room(device: torch.device, ranks: Ranks) -> int | None:
+    """What one process can have of a device's memory, in bytes. On a GPU that others use too: what is free
+    and what the process has itself."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    together = memory_of(device, ranks.local_size)
+    return together and together // ranks.local_size
+
+
 def refuse_what_cannot_fit(config: RunConfig, device: torch.device, ranks: Ranks) -> None:
-    """Raises InputError for a run that needs more memory than the machine has."""
-    present = memory_of(torch.device("cpu"))
+    """Raises InputError for a run that needs more memory than the machine has, or lets it take."""
+    present = memory_of(torch.device("cpu"), ranks.local_size)
     needed = needed_bytes(config, device, ranks)
     if present is not None and needed > present:
         raise InputError(
-            f"{parameter_count(config.model):,} parameters and their training need {needed / 2**30:,.1f} GiB "
-            f"of memory at least, but this machine has {present / 2**30:,.1f}: reduce --d-model, --n-layer, "
-            "--batch-size or --context-length, or raise --micro-batches"
+            f"{parameter_count(config.model):,} parameters and their training need {_gib(needed)} GiB of "
+            f"memory at least, but {_present(present, _gib)}: reduce --d-model, --n-layer, --batch-size or "
+            "--context-length, or raise --micro-batches"
         )
+
+
+def _gib(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:,.1f}"
+
+
+def _present(limit: int, told: Callable[[int], str]) -> str:
+    """What memory there is, of which no more than `limit` is for this process."""
+    machine = machine_memory() or limit
+    has = f"this machine has {told(machine)}"
+    if limit >= machine:
+        return has
+    return f"{has}, and a limit on this process (its container's, or ulimit -v) leaves it {told(limit)}"
 
 
 def refuse_context_beyond_memory(folder: Path, model: ModelConfig, size: int) -> None:
@@ -195,5 +235,5 @@ def refuse_context_beyond_memory(folder: Path, model: ModelConfig, size: int) ->
     if limit is not None and needed > limit:
         raise InputError(
             f"{folder / 'config.json'}: context_length {model.context_length} takes {in_bytes(needed)}, but "
-            f"this machine has {in_bytes(limit)}; make it smaller there"
+            f"{_present(limit, in_bytes)}; make it smaller there"
         )
