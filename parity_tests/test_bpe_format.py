@@ -60,6 +60,39 @@ def test_gpt2_files_are_those_of_hugging_face(vocabulary, tmp_path):
     assert oracle.encode(CORPUS[:20000]).ids == bpe.BPETokenizer(plain).encode(CORPUS[:20000]).tolist()
 
 
+REAL = [
+    *("<|endoftext|>", "<|im_start|>", "<fim_prefix>", "<s>", "<pad>", "</s>", "<unk>", "<mask>"),
+    *("[CLS]", "[SEP]", "[PAD]", "[UNK]", "[MASK]", *(f"madeupword000{i}" for i in range(3))),
+    *(f"<extra_id_{i}>" for i in range(100)),
+]
+"""Special tokens that vocab.json of models in use has."""
+
+
+@pytest.mark.parametrize(("missing", "whole"), [(0, True), (4, True), (5, False), (100, False)])
+def test_a_merges_txt_that_is_cut_short_is_refused(missing, whole):
+    """Its text was cut into twice as many tokens, and nothing was said."""
+    learned = bpe.train([CORPUS], 400)
+    assert len(learned.tokens) == 400
+    vocab, merges = to_gpt2_files(learned)
+    cut = "".join(merges.splitlines(keepends=True)[: 145 - missing])
+    if whole:
+        assert len(from_gpt2_files(vocab, cut).special_tokens) == missing
+        return
+    told = rf"^merges\.txt makes {144 - missing} of the 400 tokens in vocab\.json; is it cut short\?$"
+    with pytest.raises(TokenizerError, match=told):
+        from_gpt2_files(vocab, cut)
+    with pytest.raises(TokenizerError, match="is it cut short"):
+        from_gpt2_files(vocab, cut[:-3])  # in the middle of a line
+
+
+def test_special_tokens_have_no_merges_to_lose(vocabulary):
+    """Though they be more than the tokens that might be missing."""
+    plain = vocabulary_of(dict(enumerate(vocabulary.tokens[: -len(CHAT)])), vocabulary.merges, REAL)
+    vocab, merges = to_gpt2_files(plain)
+    assert from_gpt2_files(vocab, merges).special_tokens == plain.special_tokens
+    assert len(REAL) > 0.05 * len(plain.tokens)
+
+
 def edited(vocabulary, edit) -> str:
     content = json.loads(to_json(vocabulary))
     edit(content)

@@ -146,6 +146,17 @@ def test_a_folder_with_gpt2s_two_files(small_run, cli, text, capsys):
     assert cli("--resume", "run", "--steps", "14").code == 0, "the checkpoint has it"
 
 
+def test_a_run_does_not_begin_with_half_of_a_tokenizer(small_run, text):
+    """Of a folder with GPT-2's two files, one had been cut short."""
+    train_bpe = ["train", str(text), "--vocab-size", "290", "--workers", "1"]
+    Path("own").mkdir()
+    assert bpe_command.main([*train_bpe, "--out", "whole.json", "--out-gpt2", "own"]) == 0
+    Path("own/merges.txt").write_bytes(b"".join(Path("own/merges.txt").read_bytes().splitlines(True)[:11]))
+    outcome = small_run("--out", "run", "--tokenizer", "own")
+    assert outcome.code == 2 and not Path("run").exists()
+    assert "merges.txt makes 10 of the 290 tokens in vocab.json; is it cut short?" in outcome.error
+
+
 def test_a_folder_with_a_tokenizer_json_is_that_one():
     Path("folder").mkdir()
     for name in ("vocab.json", "merges.txt"):
