@@ -261,7 +261,8 @@ def decode(
 
 def save(vocabulary: Vocabulary, path: Path) -> None:
     """Write tokenizer.json, beside and then renamed into place: a reader sees the old file or the new one."""
-    new = path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")  # beside it may be files of the user's
+    # A name that is nobody else's: beside it may be files of the user's.
+    new = path.with_name(f"{path.name}.{secrets.token_hex(4)}.being-written")
     try:
         new.write_text(to_json(vocabulary), encoding="utf-8")
         new.replace(path)

@@ -108,7 +108,7 @@ def test_a_folder_that_nobody_may_write_to_any_more(small_run, cli, on_file_oper
     small_run("--out", "whole")
 
     def refused(event, path):
-        if "last.new" in path.parts and Path("run/best").exists():
+        if "last.being-written" in path.parts and Path("run/best").exists():
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     on_file_operation(refused)
@@ -174,7 +174,7 @@ def test_a_disk_that_fills_up_at_any_moment(small_run, cli, on_file_operation):
         if not Path("run/last").exists():  # the same command can be given again
             assert "has not begun" in outcome.error and not Path("run").exists()
             continue
-        assert not [path for path in Path("run").iterdir() if path.suffix == ".new"]
+        assert not [path for path in Path("run").iterdir() if path.suffix == ".being-written"]
         assert cli("--resume", "run").code == 0
         assert content(Path("run")) == whole
 

@@ -179,17 +179,17 @@ def test_train_encode_decode(corpus, tmp_path, capsys):
 
 
 def test_what_stands_beside_a_file_that_is_written_stays(corpus, tmp_path):
-    """NAME.new was written over and removed, whoever it belonged to."""
+    """NAME.being-written was written over and removed, whoever it belonged to."""
     vocabulary, ids, text = (tmp_path / name for name in ("t.json", "ids.npy", "text.txt"))
     for path in (vocabulary, ids, text):
-        path.with_name(path.name + ".new").write_bytes(b"the user's")
+        path.with_name(path.name + ".being-written").write_bytes(b"the user's")
     assert main(["train", str(corpus), "--vocab-size", "300", "--out", str(vocabulary)]) == 0
     source = ["--tokenizer", str(vocabulary)]
     assert main(["encode", str(corpus), "--out", str(ids), *source]) == 0
     assert main(["decode", str(ids), "--out", str(text), *source]) == 0
     assert text.read_bytes() == corpus.read_bytes()
     for path in (vocabulary, ids, text):
-        assert path.with_name(path.name + ".new").read_bytes() == b"the user's"
+        assert path.with_name(path.name + ".being-written").read_bytes() == b"the user's"
 
 
 def test_ids_can_be_text(vocabulary, tmp_path, capfdbinary):

@@ -138,7 +138,7 @@ def test_what_a_killed_process_left_is_cleared_and_what_a_living_one_writes_is_n
     path, _ = cached(tmp_path, "ids", {}, Maker(b"content"))
     path.unlink()
     abandoned, living, foreign = (
-        tmp_path / name for name in (f"{path.name}.a.new", f"{path.name}.b.new", "x.new")
+        tmp_path / f"{name}.being-written" for name in (f"{path.name}.a", f"{path.name}.b", "x")
     )
     for file in (abandoned, living, foreign):
         file.write_bytes(b"half")

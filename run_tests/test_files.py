@@ -103,7 +103,7 @@ def test_a_disk_that_fails_at_any_operation_leaves_a_whole_folder(tmp_path, on_f
     assert fatal > 8
 
 
-@pytest.mark.parametrize("name", ["last", "last.new"])
+@pytest.mark.parametrize("name", ["last", "last.being-written"])
 @pytest.mark.parametrize(("held", "saved"), [(3, True), (4, False)])
 def test_on_windows_a_reader_holds_a_folder_for_a_moment(tmp_path, monkeypatch, name, held, saved):
     """Its checkpoint could not be replaced, and that was the end of the run."""
@@ -125,6 +125,33 @@ def test_on_windows_a_reader_holds_a_folder_for_a_moment(tmp_path, monkeypatch, 
         with pytest.raises(PermissionError):
             save(folder, "new")
     assert len(pauses) == 3 and state(folder) == {"new" if saved else "old"}
+
+
+def test_what_a_user_calls_like_a_leftover_stays(tmp_path):
+    """`cp -r last last.old`, the natural thing to do before an experiment, was removed without a word."""
+    folder = tmp_path / "last"
+    save(folder, "first")
+    for name in ("last.old", "last.new", "last.bak"):
+        save(tmp_path / name, name)
+    save(folder, "second")
+    settle_folder(folder)
+    assert state(folder) == {"second"}
+    for name in ("last.old", "last.new", "last.bak"):
+        assert state(tmp_path / name) == {name}
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_what_an_earlier_version_left_is_found_and_stays(tmp_path):
+    """Killed between its two renames, it left all that there was in last.old."""
+    folder = tmp_path / "last"
+    save(tmp_path / "last.old", "earlier")
+    settle_folder(folder)
+    assert state(whole_folder(folder)) == {"earlier"}
+    save(folder, "new")
+    assert state(whole_folder(folder)) == {"new"} and state(tmp_path / "last.old") == {"earlier"}
+    save(tmp_path / "last.being-replaced", "newest")
+    folder.rename(tmp_path / "elsewhere")
+    assert state(whole_folder(folder)) == {"newest"}, "it is the newer one"
 
 
 def test_a_failed_first_save_leaves_nothing(tmp_path):
@@ -195,17 +222,17 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, write):
 
 
 def test_what_stands_beside_a_path_that_the_user_names_stays(tmp_path):
-    """NAME.new was written over and removed, whoever it belonged to."""
-    (tmp_path / "file.new").write_bytes(b"the user's")
+    """NAME.being-written was written over and removed, whoever it belonged to."""
+    (tmp_path / "file.being-written").write_bytes(b"the user's")
     replace_file(tmp_path / "file", b"content")
     ref_bpe.save(BYTES, tmp_path / "file")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "file.new"]
-    assert (tmp_path / "file.new").read_bytes() == b"the user's"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "file.being-written"]
+    assert (tmp_path / "file.being-written").read_bytes() == b"the user's"
 
 
 def test_a_killed_writer_of_a_folder_of_ours_leaves_what_the_next_one_takes_away(tmp_path):
     """A run is killed many times, and its folder must not fill with halves of files."""
-    (tmp_path / "file.new").write_bytes(b"half")
+    (tmp_path / "file.being-written").write_bytes(b"half")
     write_file(tmp_path / "file", b"content")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

@@ -234,7 +234,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path, monkeypatch):
         to_hf(model, tmp_path / "hf", ByteTokenizer())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "there"]
     monkeypatch.undo()
-    (tmp_path / "hf.old").mkdir()  # what looks like another writer's leftovers may be the user's
+    (tmp_path / "hf.being-replaced").mkdir()  # what looks like another writer's leftovers may be the user's
     to_hf(model, str(tmp_path / "hf"), ByteTokenizer())
     shutil.rmtree(tmp_path / "hf")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf.old", "link", "there"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf.being-replaced", "link", "there"]

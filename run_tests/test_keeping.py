@@ -122,12 +122,13 @@ def test_the_checkpoint_that_was_just_kept_stays_where_later_ones_are_from_anoth
 
 def test_what_a_killed_run_was_keeping_is_removed_by_the_next(small_run, cli):
     small_run("--out", "run")
-    stale = ("step-5.0a1b2c3d.new", "step-5.0a1b2c3d.old", "before-step-70.0a1b2c3d.new")
+    stale = [f"step-5.0a1b2c3d.being-{done}" for done in ("written", "removed")]
+    stale.append("before-step-70.0a1b2c3d.being-written")
     for name in (*stale, "step-5.old"):  # the last is the user's own
         Path("run", name).mkdir()
         Path("run", name, "model.safetensors").touch()
     assert cli("--resume", "run", "--steps", 13).code == 0
-    assert [path.name for path in Path("run").iterdir() if path.suffix in (".new", ".old")] == ["step-5.old"]
+    assert [path.name for path in Path("run").glob("*step-*.*")] == ["step-5.old"]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -134,7 +134,7 @@ def replaced(small_run, monkeypatch):
     """To be called within a run: the name of its folder goes to another run, which stays as it is to the last
     byte."""
     assert small_run("--out", "run", "--sample-tokens", 5).code == 0
-    (Path("run") / "last.new").mkdir()  # it is saving
+    (Path("run") / "last.being-written").mkdir()  # it is saving
     (Path("run") / "before-step-1").mkdir()
     (Path("run") / "before-step-1" / "training.json").touch()
     other = all_of("run")
@@ -146,7 +146,7 @@ def replaced(small_run, monkeypatch):
             Path("other").rename("run")
 
     yield moved
-    assert all_of("run") == other and Path("run/last.new").is_dir()
+    assert all_of("run") == other and Path("run/last.being-written").is_dir()
 
 
 renames_open_folders = pytest.mark.skipif(
@@ -274,7 +274,7 @@ def test_a_run_that_cannot_be_locked_to_go_on(small_run, cli, on_file_operation)
     assert small_run("--out", "run").code == 0
 
     def full(event, path):
-        if path.name == "lock.json.new":
+        if path.name == "lock.json.being-written":
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     on_file_operation(full)
@@ -340,7 +340,7 @@ def test_a_run_whose_last_checkpoint_cannot_get_its_name_back_stays(small_run, c
     monkeypatch.setattr(Path, "rename", refused)
     outcome = small_run("--out", "run")
     assert outcome.code == 1 and "what was saved before is whole, and --resume goes on" in outcome.error
-    assert Path("run/last.old").is_dir() and Path("run/best").is_dir()
+    assert Path("run/last.being-replaced").is_dir() and Path("run/best").is_dir()
     monkeypatch.setattr(Path, "rename", rename)
     assert cli("--resume", "run").code == 0
 

@@ -122,13 +122,13 @@ def test_a_run_that_diverged_or_gave_up_says_so_in_its_report(small_run, disturb
 
 def test_a_disk_that_is_full_at_the_end_is_told_and_the_report_comes_later(small_run, cli, on_file_operation):
     def full(event, path):
-        if path.name == "report.html.new":
+        if path.name == "report.html.being-written":
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     on_file_operation(full)
     assert "the disk is full, writing run" in small_run("--out", "run").error
     on_file_operation(None)
-    assert not list(Path("run").glob("*.new"))
+    assert not list(Path("run").glob("*.being-*"))
     assert cli("--resume", "run").code == 0
     assert report_of("run")["ended"] == "finished" and "img" in Page("run").tags
 

@@ -251,7 +251,45 @@ def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(small_run, cli, t
     assert process.exitcode == 9
     assert cli("--resume", "killed").code == 0
     assert content(Path("killed")) == content(Path("whole"))
-    assert not [path for path in Path("killed").iterdir() if path.suffix in (".new", ".old")]
+    assert not [path for path in Path("killed").iterdir() if path.suffix.startswith(".being-")]
+
+
+def test_a_run_that_an_earlier_version_left_between_its_renames_goes_on(small_run, cli):
+    for name in ("whole", "run"):
+        assert small_run("--out", name, "--keep-checkpoints", 2, "--steps", 5).code == 0
+    assert cli("--resume", "whole", "--steps", 12).code == 0
+    Path("run/last").rename("run/last.old")
+    assert cli("--resume", "run").code == 0, "nothing is left to do"
+    assert not Path("run/last").exists()
+    assert cli("--resume", "run", "--steps", 12).code == 0
+    assert content(Path("run")) == content(Path("whole"))
+
+
+def test_a_copy_that_somebody_made_of_a_checkpoint_survives_the_run(small_run, cli):
+    """run/last.old was removed by the next save, be it a whole run of its own."""
+    assert small_run("--out", "run").code == 0
+    shutil.copytree("run/last", "run/last.old")
+    assert small_run("--out", "run/last.new").code == 0
+    assert cli("--resume", "run", "--steps", 14).code == 0
+    assert json.loads(Path("run/last.old/training.json").read_bytes())["step"] == 12
+    assert Path("run/last.new/best/model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["last", "best", "last.being-replaced", "step-40", "before-step-7/a", "tensorboard", "report.html/a/b"],
+)
+def test_a_new_run_takes_no_name_of_the_one_around_it(small_run, name):
+    """Its folder was removed by the other's next save, or stood in its way."""
+    assert small_run("--out", "run", "--steps", 1).code == 0
+    Path("elsewhere").mkdir()
+    for path in ("last", "best", "tensorboard"):
+        shutil.rmtree(Path("run", path))
+    Path("run/report.html").unlink()
+    outcome = small_run("--out", f"run/{name}")
+    assert outcome.code == 2 and not Path("run", name).exists()
+    assert "is a name that the run in " in outcome.error and "run takes itself; name another" in outcome.error
+    assert small_run("--out", f"elsewhere/{name}", "--steps", 1).code == 0, "no run is around it there"
 
 
 def test_a_finished_run_says_so(small_run, cli):

@@ -181,7 +181,7 @@ def test_a_disk_that_fills_up_beneath_a_sweep(sweep, launched, on_file_operation
     """What went on from there was not said."""
 
     def full(event, path):
-        if path.name == "table.md.new" and launched:
+        if path.name == "table.md.being-written" and launched:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     on_file_operation(full)
@@ -195,7 +195,7 @@ def test_a_disk_that_fills_up_beneath_a_sweep(sweep, launched, on_file_operation
 def test_a_sweep_that_was_killed_while_it_wrote_its_first_file_begins_again(sweep):
     """It was said to be no sweep."""
     Path("swept").mkdir()
-    Path("swept/lock.json.new").touch()
+    Path("swept/lock.json.being-written").touch()
     assert sweep("--vary", "learning_rate=1e-3", "--out", "swept").code == 0
 
 

@@ -1,5 +1,6 @@
 """The folder of a new run, which stays once there is something in it to go on from."""
 
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -7,11 +8,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torch_impl.training.config import RunConfig
-from torch_impl.training.files import InputError, refusal
+from torch_impl.training.files import REMOVED, REPLACED, WRITTEN, InputError, refusal
 from torch_impl.training.lock import InUse, locked, refuse_in_use
 
-_OF_A_BEGINNING = {"lock", "lock.json", "lock.json.new", "tensorboard", "last.new"}
+_OF_A_BEGINNING = {"lock", "lock.json", f"lock.json{WRITTEN}", "tensorboard", f"last{WRITTEN}"}
 """What a run folder holds until its first checkpoint is whole."""
+_OF_A_RUN = re.compile(
+    r"last|best|(before-)?step-\d+|tensorboard|lock(\.json)?|metrics\.jsonl|sample\.txt|losses\.png"
+    rf"|report\.(json|html)|trace\.json\.gz|.*({WRITTEN}|{REPLACED}|{REMOVED})"
+)
+"""What it makes, replaces or removes in its folder."""
 
 
 class NotBegun(Exception):
@@ -30,6 +36,11 @@ def system_errors_told() -> Iterator[None]:
 def has_only_begun(folder: Path) -> bool:
     """Whether nothing in a run folder is there to go on from, nor anything of somebody else's."""
     return {path.name for path in folder.iterdir()} <= _OF_A_BEGINNING
+
+
+def is_of_a_run(path: Path) -> bool:
+    """Whether a path has, in the folder of a run, a name that the run takes itself."""
+    return _OF_A_RUN.fullmatch(path.name) is not None and (path.parent / "lock").is_file()
 
 
 def _create_folder(out: Path | None, config: RunConfig) -> Path:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
-from torch_impl.training.files import InputError, flush_to_disk, unused_name
+from torch_impl.training.files import WRITTEN, InputError, flush_to_disk, unused_name
 
 _FORMAT = 1  # of the files; another number makes all of them anew
 _DIGITS = 40  # of the hash, in a file's name
@@ -52,7 +52,7 @@ def _is_sealed(path: Path) -> bool:
 
 
 def _write(path: Path, content: Iterable[bytes]) -> None:
-    for stale in path.parent.glob(f"*-{'?' * _DIGITS}.bin.*.new"):  # of processes that were killed
+    for stale in path.parent.glob(f"*-{'?' * _DIGITS}.bin.*{WRITTEN}"):  # of processes that were killed
         try:
             if time.time() - stale.stat().st_mtime > _ABANDONED:
                 stale.unlink()

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import tyro
 
 from ref_numpy.config import ModelConfig, TrainConfig
-from torch_impl.training.beginning import has_only_begun
+from torch_impl.training.beginning import has_only_begun, is_of_a_run
 from torch_impl.training.config import (
     TOKENIZERS,
     RunConfig,
@@ -158,10 +158,14 @@ def _check_out(out: Path, cache: Path) -> None:
         )
     if out.exists() or out.is_symlink():
         raise InputError(f"{out} exists, and a run is never overwritten; name another --out")
-    for parent in out.absolute().parents:
-        if (parent / "training.json").is_file():
+    for place in (out.absolute(), *out.absolute().parents):
+        if (place / "training.json").is_file():
             raise InputError(
-                f"{out} lies in a checkpoint, {parent}, which its run replaces; name another --out"
+                f"{out} lies in a checkpoint, {place}, which its run replaces; name another --out"
+            )
+        if is_of_a_run(place):
+            raise InputError(
+                f"{place} is a name that the run in {place.parent} takes itself; name another --out"
             )
     if out.absolute() in (cache.absolute(), *cache.absolute().parents):
         raise InputError(f"--cache {cache} lies in {out}, which the run makes; name another --cache")

@@ -16,6 +16,11 @@ _HELD = (5, _SHARING_VIOLATION)
 """What Windows says where somebody else has a file open; 5 is access denied."""
 
 
+WRITTEN, REPLACED, REMOVED = ".being-written", ".being-replaced", ".being-removed"
+"""What a path's name ends in for the moment that it takes. Nobody types these: what has such a name was left
+by a program that was killed, and says so to who finds it, and a `last.old` is the user's."""
+
+
 class InputError(ValueError):
     """What the user gave cannot be used. The message is one line: the value, the limit, the mend.
 
@@ -77,7 +82,7 @@ def write_file(path: Path, content: bytes) -> None:
 
     Raises OSError where the disk is full or not writable; the old file is then still there.
     """
-    _write_by_way_of(path.with_name(path.name + ".new"), path, content)
+    _write_by_way_of(_for_now(path, WRITTEN), path, content)
 
 
 def replace_file(path: Path, content: bytes) -> None:
@@ -89,9 +94,14 @@ def replace_file(path: Path, content: bytes) -> None:
     _write_by_way_of(unused_name(path), path, content)
 
 
-def unused_name(path: Path) -> Path:
-    """A name beside a path, for what is to be renamed to it, that nobody else has taken."""
-    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.new")
+def _for_now(path: Path, ending: str) -> Path:
+    """The name that a path of the program's own has meanwhile."""
+    return path.with_name(path.name + ending)
+
+
+def unused_name(path: Path, ending: str = WRITTEN) -> Path:
+    """A name beside any path, for what is to be renamed to it, that nobody else has taken."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}{ending}")
 
 
 def _write_by_way_of(new: Path, path: Path, content: bytes) -> None:
@@ -129,21 +139,17 @@ def write_new_file(path: Path, content: bytes) -> None:
     flush_to_disk(path.parent)
 
 
-def _beside(folder: Path) -> tuple[Path, Path]:
-    """Where the next content of a folder is written, and where the last one waits to be removed."""
-    return folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-
-
 @contextmanager
 def replaced_folder(folder: Path, require_place: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """A new, empty folder to write into, which takes the place of `folder` when the block ends well.
 
-    Two renames do it, since no system swaps folders everywhere: folder -> .old, .new -> folder. At every
-    moment one of folder and .old is whole; `settle_folder` and `whole_folder` know which. If the block or
-    the disk fails, the new folder is removed, the old one stays, and the error goes on. Before anything is
-    renamed or removed then, `require_place` may raise OSError: the path leads elsewhere since.
+    Two renames do it, since no system swaps folders everywhere: the old folder gets the name of what is being
+    replaced, and the new one that of the folder. At every moment one of these two is whole; `settle_folder`
+    and `whole_folder` know which. If the block or the disk fails, the new folder is removed, the old one
+    stays, and the error goes on. Before anything is renamed or removed then, `require_place` may raise
+    OSError: the path leads elsewhere since.
     """
-    new, old = _beside(folder)
+    new, old = _for_now(folder, WRITTEN), _for_now(folder, REPLACED)
     settle_folder(folder)
     try:
         new.mkdir()
@@ -188,8 +194,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def settle_folder(folder: Path) -> None:
-    """Clean up after a writer that was killed: a whole folder in its place, and nothing beside it."""
-    new, old = _beside(folder)
+    """Clean up after a writer that was killed: a whole folder in its place, and nothing of it beside that."""
+    new, old = _for_now(folder, WRITTEN), _for_now(folder, REPLACED)
     if old.exists() and not folder.exists():  # killed between the two renames
         patiently(old.rename, folder)
     for stale in (new, old):
@@ -198,9 +204,14 @@ def settle_folder(folder: Path) -> None:
 
 
 def whole_folder(folder: Path) -> Path:
-    """Where the content of a folder can be read right now, even if a writer was killed or is at work."""
-    old = _beside(folder)[1]
-    return old if old.exists() and not folder.exists() else folder
+    """Where the content of a folder can be read right now, even if a writer was killed or is at work.
+
+    Earlier writers called what they replaced NAME.old, as a user may call a copy: it is read, and stays.
+    """
+    for old in (_for_now(folder, REPLACED), _for_now(folder, ".old")):
+        if old.exists() and not folder.exists():
+            return old
+    return folder
 
 
 def find_checkpoint(folder: Path) -> Path:

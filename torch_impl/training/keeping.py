@@ -7,13 +7,12 @@ moment; where the disk has no links, of copies.
 
 import os
 import re
-import secrets
 import shutil
 from pathlib import Path
 
-from torch_impl.training.files import new_folder, patiently
+from torch_impl.training.files import REMOVED, WRITTEN, new_folder, patiently, unused_name, whole_folder
 
-_STALE = re.compile(r"(before-)?step-\d+\.[0-9a-f]{8}\.(new|old)")  # half made, or half removed
+_STALE = re.compile(rf"(before-)?step-\d+\.[0-9a-f]{{8}}({WRITTEN}|{REMOVED})")  # half made, or half removed
 
 
 def kept_checkpoints(run: Path, kind: str = "step") -> list[Path]:
@@ -37,7 +36,7 @@ def keep_newest(run: Path, step: int, number: int, kind: str = "step") -> None:
         return
     newest = run / f"{kind}-{step}"
     if not newest.exists():
-        keep(run / "last", newest)
+        keep(whole_folder(run / "last"), newest)
     for surplus in kept_checkpoints(run, kind)[:-number]:
         if surplus != newest:  # whose number is not the highest where somebody went back
             remove(surplus)
@@ -55,6 +54,6 @@ def keep(checkpoint: Path, name: Path) -> None:
 
 def remove(checkpoint: Path) -> None:
     """Nothing that has a checkpoint's name is half of one, also while it is removed."""
-    old = checkpoint.with_name(f"{checkpoint.name}.{secrets.token_hex(4)}.old")
+    old = unused_name(checkpoint, REMOVED)
     patiently(checkpoint.rename, old)
     shutil.rmtree(old, ignore_errors=True)

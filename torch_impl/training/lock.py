@@ -53,8 +53,10 @@ def locked(folder: Path) -> Iterator[Callable[[], None]]:
 def refuse_in_use(folder: Path) -> None:
     """Raises InUse where a folder is another process's. Nothing is written there, and the lock is held, with
     whoever else looks, for no longer than that."""
-    with suppress(OSError), (folder / "lock").open("r+b") as file:  # which makes none
-        _take(folder, file.fileno(), shared=True)
+    with suppress(OSError):  # of a folder that is not there, or not this user's
+        if folder.is_dir():
+            with (folder / "lock").open("r+b") as file:
+                _take(folder, file.fileno(), shared=True)
 
 
 def _take(folder: Path, descriptor: int, shared: bool = False) -> None:

@@ -18,7 +18,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from torch_impl.training.config import RunConfig, read_config
-from torch_impl.training.files import InputError, refusal, whole_folder
+from torch_impl.training.files import WRITTEN, InputError, refusal, whole_folder
 from torch_impl.training.lock import locked
 from torch_impl.training.sweep_plan import Plan, Trial, make_plan
 from torch_impl.training.sweep_results import FINAL, ending, tell
@@ -60,7 +60,7 @@ def _check_folder(plan: Plan) -> None:
     if not plan.folder.exists():
         return
     names = {path.name for path in plan.folder.iterdir()} if plan.folder.is_dir() else {"a file"}
-    names = {name.removesuffix(".new") for name in names}  # of a sweep that was killed
+    names = {name.removesuffix(WRITTEN) for name in names}  # of a sweep that was killed
     if names and "results.json" not in names and not names <= _OWN_FILES:
         raise InputError(f"{plan.folder} exists, and is no sweep; name another --out")
     for trial in plan.trials:
