@@ -15,7 +15,7 @@ from torch_impl.training import plot, sweep_results
 from torch_impl.training import run as run_module
 from torch_impl.training import sweep as sweep_module
 from torch_impl.training.sweep import launch
-from torch_impl.training.sweep_plan import make_plan
+from torch_impl.training.sweep_plan import Plan, make_plan
 
 ALONE = "losses per token of different tokenizers cannot be compared"
 GRID = ("--vary", "learning_rate=1e-3,1e-2,2e-2")
@@ -108,6 +108,71 @@ def test_models_of_different_tokenizers_are_compared_by_bits_per_byte(sweep, mon
         assert min(curve) == pytest.approx(mean(bits))
     assert [y for y, _ in drawn] == ["loss"] * 2 + ["bits_per_byte"] * 2
     assert "in bits per byte" in told and ALONE in " ".join(told.split())
+
+
+def told_of(plan: Plan, monkeypatch, *runs: tuple[str, list[float | None], list[float | None]]) -> dict:
+    """What a sweep whose runs have ended so, with these losses and bits per byte at every tenth step, tells
+    on the terminal, draws, and has in results.json."""
+    for trial, (ended, losses, bits) in zip(plan.trials, runs, strict=True):
+        folder = plan.folder / trial.name
+        folder.mkdir(parents=True)
+        rows = [
+            {"step": 10 * i, "train_loss": None, "val_loss": loss, "bits_per_byte": bit}
+            for i, (loss, bit) in enumerate(zip(losses, bits, strict=True))
+        ]
+        (folder / "metrics.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+        )
+        best = min(rows, key=lambda row: row["val_loss"])
+        report = dict.fromkeys(sweep_results._KEPT) | {"ended": ended, "best_val_loss": best["val_loss"]}
+        report |= {"best_bits_per_byte": best["bits_per_byte"], "seconds": 1.0, "parameters": 9}
+        (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    drawn = []
+
+    def draw(curves, *asked, **more):
+        drawn.append(plot.draw(curves, *asked, **more))
+        return drawn[-1]
+
+    monkeypatch.setattr(sweep_results, "draw", draw)
+    told = sweep_results.tell(plan, {})
+    lines = [line for line in drawn[-1].axes[0].lines if not line.get_label().startswith("_")]
+    return {
+        "told": " ".join(told.split()),
+        "table": [line.split() for line in told.splitlines()[2:] if line][: 1 + len(plan.trials)],
+        "curves": {line.get_label(): line.get_ydata().tolist() for line in lines},
+        "results": json.loads((plan.folder / "results.json").read_bytes()),
+    }
+
+
+def test_the_picture_agrees_with_the_table_where_runs_end_at_different_steps(monkeypatch):
+    """It drew the mean of those steps that all had come to, so that the worse one seemed the better: 4.0 at
+    the step where one seed of the first stopped, beside 3.0."""
+    plan = make_plan(["cpu", "--vary", "n_layer=1,2", "--seeds", "2", "--out", "swept"])
+    early = ("stopped early", [5.0, 4.0, 4.5], [None] * 3)
+    long = ("finished", [5.0, 4.0, 3.0, 1.0, 2.0], [None] * 5)
+    other = ("finished", [5.0, 3.0, 3.0, 3.0, 3.0], [None] * 5)
+    found = told_of(plan, monkeypatch, early, long, other, other)
+    assert [line[:3] for line in found["table"][1:3]] == [
+        ["1", "2.5000", "2.1213"],
+        ["2", "3.0000", "0.0000"],
+    ]
+    assert found["curves"] == {
+        "n_layer 1: best 2.500 at step 30": [5.0, 4.0, 3.5, 2.5, 2.5],
+        "n_layer 2: best 3.000 at step 10": [5.0, 3.0, 3.0, 3.0, 3.0],
+    }
+
+
+def test_a_run_that_diverged_is_in_the_picture_no_more_than_in_the_table(monkeypatch):
+    """Its last evaluation ended the curve of the others; where there are none, it is drawn, and named."""
+    plan = make_plan(["cpu", "--vary", "n_layer=1,2", "--seeds", "2", "--out", "swept"])
+    diverged = ("diverged", [5.0, 4.0], [None] * 2)
+    finished = ("finished", [5.0, 4.5, 2.0], [None] * 3)
+    found = told_of(plan, monkeypatch, diverged, finished, diverged, diverged)
+    assert [line[:2] for line in found["table"][1:3]] == [["1", "2.0000"], ["2", "–"]]
+    assert found["curves"] == {
+        "n_layer 1 (1 of 2 runs): best 2.000 at step 20": [5.0, 4.5, 2.0],
+        "n_layer 2 (diverged): best 4.000 at step 10": [5.0, 4.0],
+    }
 
 
 @pytest.mark.parametrize(

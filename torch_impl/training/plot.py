@@ -106,7 +106,7 @@ def draw(curves: list[Curve], x: str, y: str, log: bool) -> Figure:
             [row[x] for row in shown], [row[measured] for row in shown], ".-", color=colour, label=label
         )
         if y == "loss":
-            trained = [row for row in rows if row["train_loss"] is not None]
+            trained = [row for row in rows if row.get("train_loss") is not None]
             axes.plot(
                 [row[x] for row in trained], [row["train_loss"] for row in trained], color=colour, lw=0.7
             )

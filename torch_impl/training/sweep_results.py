@@ -7,6 +7,7 @@ import io
 import json
 import math
 import textwrap
+from itertools import accumulate
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -42,9 +43,13 @@ class Combination(NamedTuple):
     settings: dict[str, str]
     runs: list[dict[str, Any]]  # that have ended, one way or another
 
+    def ended(self) -> list[dict[str, Any]]:
+        """The runs that came to their end; of them the table and the picture tell."""
+        return [run for run in self.runs if run["ended"] in FINAL[:2]]
+
     def best(self, name: str) -> list[float]:
-        """What each run that came to an end has under that name; nothing where one of them has none."""
-        found = [run[name] for run in self.runs if run["ended"] in FINAL[:2]]
+        """What each run that came to its end has under that name; nothing where one of them has none."""
+        found = [run[name] for run in self.ended()]
         return [] if None in found else found
 
     def name(self) -> str:
@@ -156,10 +161,11 @@ def tell(plan: Plan, failed: dict[str, str]) -> str:
     """
     found, measure = combinations(plan, failed)
     lines, legend = table(found, measure), _legend(measure)
-    curves = [curve for group in found[:_DRAWN] if (curve := _mean_curve(plan, group)) is not None]
+    curves = [curve for group in found[:_DRAWN] if (curve := _mean_curve(plan, group, measure)) is not None]
     if curves:
-        png = io.BytesIO()
-        draw(curves, "step", measure.drawn, log=False).savefig(png, format="png")
+        png, figure = io.BytesIO(), draw(curves, "step", measure.drawn, log=False)
+        figure.axes[0].set_title("the best that each run had come to, the mean over runs", fontsize="medium")
+        figure.savefig(png, format="png")
         write_file(plan.folder / "curves.png", png.getvalue())
     results = {
         "format_version": 1,
@@ -193,22 +199,29 @@ def _markdown(plan: Plan, lines: list[tuple[str, ...]], legend: str, drawn: bool
     return f"# Sweep\n\n    {plan.command}\n\n{body}\n\n{legend}.\n{picture}"
 
 
-def _mean_curve(plan: Plan, group: Combination) -> Curve | None:
-    """The mean of the runs at each step at which all of them were evaluated; None where there is none."""
-    logs = []
-    for run in group.runs:
-        try:
-            rows = MetricsLog(plan.folder / run["folder"] / "metrics.jsonl").rows()
-        except InputError:
-            continue  # damaged: the run itself will say so
-        if rows:
-            logs.append({row["step"]: row for row in rows})
-    steps = sorted(set.intersection(*map(set, logs))) if logs else []
-    rows = [_mean_row([log[step] for log in logs]) for step in steps]
-    return Curve(group.name(), rows) if rows else None
+def _mean_curve(plan: Plan, group: Combination, measure: Measure) -> Curve | None:
+    """At each step, the mean over runs of the best that each had come to by then; None where there is none.
+
+    A run that stopped early keeps its best, so that the curve ends at the figure in the table. Those that did
+    not come to their end are left out, as they are there, unless there are no others.
+    """
+    name = "val_loss" if measure.drawn == "loss" else measure.drawn
+    logs = [log for run in group.ended() or group.runs if (log := _evaluations(plan, run, name))]
+    steps = sorted(set().union(*logs))
+    so_far = [accumulate([log.get(step, math.inf) for step in steps], min) for log in logs]
+    means = [(step, mean(bests)) for step, *bests in zip(steps, *so_far, strict=True)]
+    rows: list[Row] = [{"step": step, name: value if math.isfinite(value) else None} for step, value in means]
+    if not group.ended():
+        told = f" ({', '.join(dict.fromkeys(run['ended'] for run in group.runs))})"
+    else:
+        told = f" ({len(logs)} of {len(group.runs)} runs)" * (len(logs) < len(group.runs))
+    return Curve(group.name() + told, rows) if rows else None
 
 
-def _mean_row(rows: list[Row]) -> Row:
-    names = ("step", "tokens", "seconds", "val_loss", "train_loss", "bits_per_byte")
-    values = {name: [row[name] for row in rows if row.get(name) is not None] for name in names}
-    return {name: mean(found) if found else None for name, found in values.items()}
+def _evaluations(plan: Plan, run: dict[str, Any], name: str) -> dict[int, float]:
+    """By step, what the evaluations of a run found, infinity where they did not find that."""
+    try:
+        rows = MetricsLog(plan.folder / run["folder"] / "metrics.jsonl").rows()
+    except InputError:
+        return {}  # damaged: the run itself will say so
+    return {row["step"]: math.inf if row.get(name) is None else row[name] for row in rows}
