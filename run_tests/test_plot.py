@@ -9,6 +9,8 @@ from matplotlib.colors import to_hex
 from run_tests.conftest import Gone
 from torch_impl.training import plot
 
+NOTE = f"{plot.NOT_COMPARED}, nor bits per byte of different texts"
+
 
 def run_of(name: str, losses: list[float], **more: object) -> Path:
     """A run folder that holds what it has told of itself, and nothing else."""
@@ -55,12 +57,23 @@ def test_runs_with_different_tokens_are_told_by_bits_per_byte():
     """The better model came last: its tokens hold more text, so it loses more with each."""
     small = plot.Curve("small", [evaluation(0, 3.0, 3.0), evaluation(5, 2.0, 2.0)])
     large = plot.Curve("large", [evaluation(0, 6.0, 2.0), evaluation(5, 4.5, 1.5), evaluation(9, 4.8, 1.6)])
-    heading, first, second = plot.table([small, large]).splitlines()
+    heading, first, second, note = plot.table([small, large]).splitlines()
     assert heading.split()[:4] == ["run", "steps", "best", "bits/byte"]
     assert first.split()[:6] == ["large", "9", "4.5000", "1.5000", "5", "4.8000"]
     assert second.split()[:5] == ["small", "5", "2.0000", "2.0000", "5"]
-    heading, *rest = plot.table([large, small, plot.Curve("words", [evaluation(0, 4.0)])]).splitlines()
-    assert "bits/byte" not in heading and [line.split()[0] for line in rest] == ["small", "words", "large"]
+    assert note == NOTE
+
+
+def test_one_run_without_bits_per_byte_leaves_the_others_theirs():
+    """All were told by losses that cannot be compared, and nothing said so."""
+    words = [plot.Curve(f"words-{loss}", [evaluation(0, loss)]) for loss in (1.5, 1.25)]
+    bits = [plot.Curve("bytes", [evaluation(0, 3.0, 3.0)]), plot.Curve("bpe", [evaluation(0, 6.0, 2.0)])]
+    heading, *rest, note = plot.table([*words, *bits]).splitlines()
+    assert heading.split()[:4] == ["run", "steps", "best", "bits/byte"] and note == NOTE
+    assert [line.split()[0] for line in rest] == ["bpe", "bytes", "words-1.25", "words-1.5"]
+    assert [line.split()[3] for line in rest] == ["2.0000", "3.0000", "–", "–"]
+    for alike in (words, [bits[0], plot.Curve("more bytes", [evaluation(0, 2.0, 2.0)])]):
+        assert len(plot.table(alike).splitlines()) == 3, "tokens that hold as much text need no note"
 
 
 def test_the_speed_of_a_run_is_that_of_its_report():

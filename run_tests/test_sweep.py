@@ -56,7 +56,7 @@ def test_a_grid_with_seeds_becomes_a_table_best_first(sweep, launched):
             losses.append(min(row["val_loss"] for row in metrics(Path("swept", run["folder"]))))
             assert run["best_val_loss"] == losses[-1] and run["ended"] == "finished"
         assert combination["mean_val_loss"] == pytest.approx(mean(losses))
-        assert combination["spread"] == pytest.approx(stdev(losses)) and stdev(losses) > 0
+        assert combination["spread_val_loss"] == pytest.approx(stdev(losses)) and stdev(losses) > 0
     assert found[0]["mean_val_loss"] < found[1]["mean_val_loss"]
     *_, heading, first, second, _, _, _, name = outcome.out.splitlines()
     assert heading.split() == ["learning_rate", "loss", "spread", "runs", "parameters", "time", "ended"]
@@ -64,7 +64,7 @@ def test_a_grid_with_seeds_becomes_a_table_best_first(sweep, launched):
         rate, loss, spread, runs, *_, ended = row.split()
         assert (rate, runs, ended) == (combination["settings"]["learning_rate"], "2", "finished")
         assert float(loss) == pytest.approx(combination["mean_val_loss"], abs=1e-4)
-        assert float(spread) == pytest.approx(combination["spread"], abs=1e-4)
+        assert float(spread) == pytest.approx(combination["spread_val_loss"], abs=1e-4)
     assert name == str(Path("swept/table.md"))
     table = Path("swept/table.md").read_text(encoding="utf-8")
     assert f"| {' | '.join(first.split()[:4])} |" in table and "--seeds 2" in table
@@ -99,12 +99,14 @@ def test_models_of_different_tokenizers_are_compared_by_bits_per_byte(sweep, mon
     assert large["mean_val_loss"] > small["mean_val_loss"]
     told = outcome.out[outcome.out.index("4 of 4 runs") :]
     _, heading, *lines = told.splitlines()
-    assert heading.split()[:3] == ["vocab_size", "bits/byte", "spread"]
+    assert heading.split()[:4] == ["vocab_size", "bits/byte", "spread", "loss"]
     for combination, line, curve in zip((large, small), lines, drawn[-1][1], strict=False):
         bits = [run["best_bits_per_byte"] for run in combination["runs"]]
         assert combination["mean_bits_per_byte"] == mean(bits)
-        assert line.split()[1:3] == [f"{mean(bits):.4f}", f"{stdev(bits):.4f}"]
-        assert combination["spread"] == stdev(run["best_val_loss"] for run in combination["runs"])
+        losses = [run["best_val_loss"] for run in combination["runs"]]
+        assert line.split()[1:4] == [f"{mean(bits):.4f}", f"{stdev(bits):.4f}", f"{mean(losses):.4f}"]
+        assert combination["spread_bits_per_byte"] == stdev(bits)
+        assert combination["spread_val_loss"] == stdev(losses)
         assert min(curve) == pytest.approx(mean(bits))
     assert [y for y, _ in drawn] == ["loss"] * 2 + ["bits_per_byte"] * 2
     assert "in bits per byte" in told and ALONE in " ".join(told.split())
@@ -175,17 +177,46 @@ def test_a_run_that_diverged_is_in_the_picture_no_more_than_in_the_table(monkeyp
     }
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [("--vary", "tokenizer=words,bytes"), ("--tokenizer", "words", "--vary", "vocab_size=6,12")],
-)
-def test_losses_of_tokenizers_that_lose_text_are_said_not_to_compare(sweep, flags):
+def test_losses_of_tokenizers_that_lose_text_are_said_not_to_compare(sweep):
     """They have no bits per byte, and stood below each other as if the first were the best."""
-    outcome = sweep(*flags, "--out", "swept")
+    outcome = sweep("--tokenizer", "words", "--vary", "vocab_size=6,12", "--out", "swept")
     assert outcome.code == 0 and "loss" in outcome.out.split("2 of 2 runs")[1].splitlines()[1].split()
     table = Path("swept/table.md").read_text(encoding="utf-8")
     assert "in nats per token" in table and ALONE in table
-    assert None in [combination["mean_bits_per_byte"] for combination in results("swept")]
+    assert [combination["mean_bits_per_byte"] for combination in results("swept")] == [None, None]
+
+
+def test_a_combination_without_bits_per_byte_comes_after_those_with_them(monkeypatch):
+    """All were put back to losses: words, whose tokens hold the most text but not all of it, were the worst,
+    and bytes better than byte pairs, which hold more text each."""
+    plan = make_plan(
+        ["cpu", "--vary", "tokenizer=bytes,words,bpe", "--vary", "n_layer=1,2", "--out", "swept"]
+    )
+    runs = [(2.0, 2.9), (2.1, 3.045), (6.0, None), (5.0, None), (4.0, 1.9), (4.1, 1.9475)]
+    found = told_of(plan, monkeypatch, *(("finished", [loss], [bits]) for loss, bits in runs))
+    assert [line[:4] for line in found["table"]] == [
+        ["tokenizer", "n_layer", "bits/byte", "loss"],
+        ["bpe", "1", "1.9000", "4.0000"],
+        ["bpe", "2", "1.9475", "4.1000"],
+        ["bytes", "1", "2.9000", "2.0000"],
+        ["bytes", "2", "3.0450", "2.1000"],
+        ["words", "2", "–", "5.0000"],
+        ["words", "1", "–", "6.0000"],
+    ]
+    assert "in bits per byte" in found["told"] and ALONE in found["told"]
+    assert found["results"]["compared_by"] == "best_bits_per_byte"
+    assert list(found["curves"])[-1] == "tokenizer words, n_layer 1 (has none)"
+
+
+@pytest.mark.parametrize("bits", [(3.0, 2.5), (3.0, 2.25), (None, None)])
+def test_held_out_texts_that_differ_are_what_the_note_is_about(monkeypatch, bits):
+    """It blamed different tokenizers, of which there was one."""
+    for name in ("a.txt", "b.txt"):
+        Path(name).write_text("A text.\n", encoding="utf-8")
+    plan = make_plan(["cpu", "--train-file", "a.txt", "--vary", "valid_file=a.txt,b.txt", "--out", "swept"])
+    runs = (("finished", [loss], [bit]) for loss, bit in zip((2.0, 1.5), bits, strict=True))
+    told = told_of(plan, monkeypatch, *runs)["told"]
+    assert "the held-out texts differ" in told and ALONE not in told
 
 
 def test_a_sweep_that_was_stopped_goes_on_where_it_was(sweep, launched, monkeypatch):

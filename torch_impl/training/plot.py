@@ -7,6 +7,7 @@ import io
 import os
 import sys
 from dataclasses import dataclass
+from math import isclose
 from pathlib import Path
 from statistics import median
 from typing import Literal, NamedTuple
@@ -39,6 +40,7 @@ _AXES = {
     "tokens_per_second": "tokens per second",
 }
 _OF_HELD_OUT = ("loss", "bits_per_byte", "perplexity")  # the less, the better
+NOT_COMPARED = "losses per token of different tokenizers cannot be compared"
 
 
 @dataclass(frozen=True)
@@ -134,31 +136,48 @@ def _legend_beside(figure: Figure) -> Legend:
     return legend
 
 
+def same_tokens(bests: list[tuple[float, float | None]]) -> bool | None:
+    """Whether losses per token, each with its bits per byte, are of tokens that hold as much text; None where
+    there are no bits per byte to tell it by."""
+    ratios = [bits and bits / loss for loss, bits in bests if loss]
+    known = [ratio for ratio in ratios if ratio]
+    return len(known) == len(ratios) and isclose(min(known), max(known)) if known else None
+
+
 def table(curves: list[Curve]) -> str:
-    """How each run ended, best first: by bits per byte, which all tokenizers share, where every run has them.
+    """How each run ended, best first: by bits per byte, which all tokenizers share, and after those that have
+    them the others, by loss.
 
     The speed is the median, as in a run's report.
     """
     bests = [min(curve.rows, key=lambda row: row["val_loss"]) for curve in curves]
-    whole = all(best.get("bits_per_byte") is not None for best in bests)
-    measured = "bits_per_byte" if whole else "val_loss"
-    lines = [("run", "steps", "best", *["bits/byte"] * whole, "at step", "last", "tokens/s", "seconds")]
-    for (name, rows), best in sorted(zip(curves, bests, strict=True), key=lambda pair: pair[1][measured]):
-        last = rows[-1]
+    faces = [(best["val_loss"], best.get("bits_per_byte")) for best in bests]
+    bits_known = any(bits is not None for _, bits in faces)
+    lines = [("run", "steps", "best", *["bits/byte"] * bits_known, "at step", "last", "tokens/s", "seconds")]
+    for (name, rows), best in sorted(zip(curves, bests, strict=True), key=lambda pair: _place(pair[1])):
+        last, bits = rows[-1], best.get("bits_per_byte")
         speeds = [row["tokens_per_second"] for row in rows if row.get("tokens_per_second")]
         lines.append(
             (
                 name,
                 f"{last['step']:,}",
                 f"{best['val_loss']:.4f}",
-                *([f"{best['bits_per_byte']:.4f}"] if whole else []),
+                *["–" if bits is None else f"{bits:.4f}"] * bits_known,
                 f"{best['step']:,}",
                 f"{last['val_loss']:.4f}",
                 f"{round(median(speeds)):,}" if speeds else "",
                 f"{last.get('seconds') or 0:,.0f}",
             )
         )
-    return in_columns(lines)
+    different = same_tokens(faces) is False
+    note = f"\n{NOT_COMPARED}, nor bits per byte of different texts" if different else ""
+    return in_columns(lines) + note
+
+
+def _place(best: Row) -> tuple[bool, float]:
+    """What runs are ordered by: those without bits per byte come last."""
+    bits = best.get("bits_per_byte")
+    return bits is None, best["val_loss"] if bits is None else bits
 
 
 def in_columns(lines: list[tuple[str, ...]]) -> str:

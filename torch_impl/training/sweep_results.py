@@ -1,6 +1,7 @@
 """What the runs of a sweep came to: a table, the best first, also as Markdown and JSON, and their curves.
 
-They are compared by their loss per token; where their tokens differ, by the bits per byte of the same text.
+They are compared by their loss per token; where their tokens differ, by the bits per byte of the same text,
+and those that have none, since their tokens lose text, come after all others.
 """
 
 import io
@@ -12,9 +13,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
+from torch_impl.training.config import TOKENIZERS, RunConfig
 from torch_impl.training.counting import counted
 from torch_impl.training.files import InputError, write_file
-from torch_impl.training.plot import Curve, draw, in_columns
+from torch_impl.training.plot import NOT_COMPARED, Curve, draw, in_columns, same_tokens
 from torch_impl.training.sweep_plan import Plan, Trial
 from torch_impl.training.telemetry import MetricsLog, Row
 from torch_impl.training.visible import visible
@@ -66,9 +68,9 @@ class Measure(NamedTuple):
     note: str = ""
 
 
-_ALONE = "; losses per token of different tokenizers cannot be compared"
+_TEXTS = "the held-out texts differ: neither losses nor bits per byte of different texts can be compared"
 _LOSS = Measure("best_val_loss", "loss", "loss", "nats per token")
-_BITS = Measure("best_bits_per_byte", "bits/byte", "bits_per_byte", "bits per byte", _ALONE)
+_BITS = Measure("best_bits_per_byte", "bits/byte", "bits_per_byte", "bits per byte")
 
 
 def ending(run: Path) -> dict[str, Any] | None:
@@ -90,24 +92,32 @@ def combinations(plan: Plan, failed: dict[str, str]) -> tuple[list[Combination],
             group.runs.append({"folder": trial.name, "seed": trial.seed, **found})
     begun = [group for group in by_settings.values() if group.runs]
     measure = _measure(plan, [run for group in begun for run in group.runs])
-    return sorted(begun, key=lambda group: mean(group.best(measure.name) or [math.inf])), measure
+
+    def place(group: Combination) -> tuple[float, float]:
+        return tuple(mean(group.best(name) or [math.inf]) for name in (measure.name, _LOSS.name))
+
+    return sorted(begun, key=place), measure
 
 
 def _measure(plan: Plan, runs: list[dict[str, Any]]) -> Measure:
-    """The loss; where tokens differ, bits per byte, if all runs that came to an end have them.
+    """The loss; where tokens differ, bits per byte, if any run that came to its end has them.
 
     Within one tokenizer the two are a multiple of each other, the same for all runs, and order them alike.
     """
-    known = [run for run in runs if run["best_val_loss"]]
-    ratios = [run["best_bits_per_byte"] / run["best_val_loss"] for run in known if run["best_bits_per_byte"]]
-    if not ratios:  # nothing but the settings can tell
-        alike = len({trial.request.config.tokenizer for trial in plan.trials}) == 1
-    else:
-        alike = len(ratios) == len(known) and math.isclose(min(ratios), max(ratios))
-    if alike:
-        return _LOSS
-    bits = [run["best_bits_per_byte"] for run in runs if run["ended"] in FINAL[:2]]
-    return _BITS if bits and None not in bits else _LOSS._replace(note=_ALONE)
+    configs = [trial.request.config for trial in plan.trials]
+    alike = same_tokens([(run["best_val_loss"], run["best_bits_per_byte"]) for run in runs])
+    if alike is None:  # nothing but the settings can tell
+        alike = len(set(map(_tokenizer, configs))) == 1
+    texts = {(run.valid_file or (run.train_file,), run.eval_tokens) for run in (each.run for each in configs)}
+    note = _TEXTS if len(texts) > 1 else "" if alike else NOT_COMPARED
+    bits = any(run["best_bits_per_byte"] is not None for run in runs if run["ended"] in FINAL[:2])
+    return (_BITS if bits and not alike else _LOSS)._replace(note=note)
+
+
+def _tokenizer(config: RunConfig) -> tuple[object, ...]:
+    """What decides a run's tokens."""
+    learned = config.tokenizer.tokenizer in TOKENIZERS[1:]  # all but bytes, from the training text
+    return config.tokenizer, config.start.init_from, config.run.train_file if learned else ""
 
 
 def _result(plan: Plan, trial: Trial, failed: dict[str, str]) -> dict[str, Any] | None:
@@ -120,9 +130,10 @@ def table(found: list[Combination], measure: Measure) -> list[tuple[str, ...]]:
     """Lines of cells, the heading first."""
     names = list(found[0].settings) if found else []
     several = any(len(group.runs) > 1 for group in found)
-    lines = [(*names, measure.heading, *(["spread"] * several), "runs", "parameters", "time", "ended")]
+    beside = ["loss"] * (measure.name != _LOSS.name)
+    lines = [(*names, measure.heading, *["spread"] * several, *beside, "runs", "parameters", "time", "ended")]
     for group in found:
-        best = group.best(measure.name)
+        best, losses = group.best(measure.name), group.best(_LOSS.name)
         seconds = [run["seconds"] for run in group.runs if run["seconds"] is not None]
         sizes = [run["parameters"] for run in group.runs if run["parameters"] is not None]
         spread = f"{stdev(best):.4f}" if len(best) > 1 else ""
@@ -131,7 +142,8 @@ def table(found: list[Combination], measure: Measure) -> list[tuple[str, ...]]:
             (
                 *group.settings.values(),
                 f"{mean(best):.4f}" if best else "–",
-                *([spread] * several),
+                *[spread] * several,
+                *[f"{mean(losses):.4f}" if losses else "–" for _ in beside],
                 str(len(group.runs)),
                 f"{sizes[0]:,}" if sizes else "–",
                 f"{mean(seconds):,.0f} s" if seconds else "–",
@@ -149,8 +161,8 @@ def _counted(end: str, runs: list[dict[str, Any]]) -> str:
 def _legend(measure: Measure) -> str:
     return (
         f"{measure.heading}: the best on the held-out text, in {measure.unit}, the mean over the runs that "
-        f"came to their end; spread: the sample standard deviation of these; time: the mean of all"
-        f"{measure.note}"
+        "came to their end; spread: the sample standard deviation of these; time: the mean of all"
+        f"{measure.note and '; '}{measure.note}"
     )
 
 
@@ -168,8 +180,9 @@ def tell(plan: Plan, failed: dict[str, str]) -> str:
         figure.savefig(png, format="png")
         write_file(plan.folder / "curves.png", png.getvalue())
     results = {
-        "format_version": 1,
+        "format_version": 2,
         "command": plan.command,
+        "compared_by": measure.name,
         "combinations": [_in_numbers(group) for group in found],
     }
     content = json.dumps(results, indent=2, allow_nan=False)
@@ -186,7 +199,8 @@ def _in_numbers(group: Combination) -> dict[str, Any]:
         "settings": group.settings,
         "mean_val_loss": mean(losses) if losses else None,
         "mean_bits_per_byte": mean(bits) if bits else None,
-        "spread": stdev(losses) if len(losses) > 1 else None,
+        "spread_val_loss": stdev(losses) if len(losses) > 1 else None,
+        "spread_bits_per_byte": stdev(bits) if len(bits) > 1 else None,
         "runs": group.runs,
     }
 
