@@ -6,14 +6,13 @@ all alike. "whole process" starts a Python of its own, imports and reads the fil
 Encoding starts from an empty cache each time, as the first text of a process does.
 """
 
-import argparse
-import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -22,13 +21,36 @@ import numpy as np
 import tiktoken
 import tokenizers
 
+from benchmarks.command import check_files, command
+from benchmarks.rows import row, table, write_rows
 from ref_numpy import bpe as ref
-from ref_numpy.bpe_format import SPLITS, from_gpt2_files, to_json
+from ref_numpy.bpe_format import SPLITS, Vocabulary, to_json
 from torch_impl import bpe
 from torch_impl.training.bpe_corpus import encode_texts
+from torch_impl.training.files import InputError
+from torch_impl.training.flags import parse_flags
 from torch_impl.training.text import Text
+from torch_impl.training.tokenizer import load_gpt2_files
 
 VOCAB_SIZE = 10_000
+
+
+@dataclass(frozen=True)
+class Flags:
+    text: str = ""
+    """UTF-8 text; without it, the Python language reference."""
+    vocab: str = ""
+    """GPT-2's vocab.json; without it, the vocabulary that is learned."""
+    merges: str = ""
+    """GPT-2's merges.txt, with --vocab."""
+    rounds: int = 5
+    """Of which the best counts."""
+    copies: int = 50
+    """Of the text in the file for all cores."""
+    json: str = ""
+    """File that the rows are written to."""
+
+
 _PEER_PROCESS = """
 import sys
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -67,7 +89,7 @@ def hugging_face_trainer(path: Path) -> Callable[[], object]:
     return run
 
 
-def training(path: Path, rounds: int) -> list[dict]:
+def training(path: Path, rounds: int) -> Iterator[dict]:
     def read() -> str:
         return path.read_text(encoding="utf-8")
 
@@ -83,7 +105,7 @@ def training(path: Path, rounds: int) -> list[dict]:
         )
     times = best_of(rounds, **contestants)
     times |= best_of(1, reference=lambda: ref.train([read()], VOCAB_SIZE))
-    rows = [row("train", times["ours"], name, times[name], "s") for name in times if name != "ours"]
+    yield from (beside("train", times["ours"], name, times[name], "s") for name in times if name != "ours")
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder) / "tokenizer.json")
         size = str(VOCAB_SIZE)
@@ -94,10 +116,10 @@ def training(path: Path, rounds: int) -> list[dict]:
             ours=lambda: subprocess.run([sys.executable, *ours], check=True, capture_output=True),
             tokenizers=lambda: subprocess.run([sys.executable, *peer], check=True, capture_output=True),
         )
-    return [*rows, row("train, whole process", times["ours"], "tokenizers", times["tokenizers"], "s")]
+    yield beside("train, whole process", times["ours"], "tokenizers", times["tokenizers"], "s")
 
 
-def coding(text: str, vocabulary, rounds: int, copies: int) -> list[dict]:
+def coding(text: str, vocabulary: Vocabulary, rounds: int, copies: int) -> Iterator[dict]:
     tokenizer = bpe.BPETokenizer(vocabulary)
     face = tokenizers.Tokenizer.from_str(to_json(vocabulary))
     tik = tiktoken.Encoding(
@@ -121,12 +143,10 @@ def coding(text: str, vocabulary, rounds: int, copies: int) -> list[dict]:
         tiktoken=lambda: tik.encode_to_numpy(text),
     )
     speed = {name: size / taken / 1e6 for name, taken in times.items()}
-    rows = [
-        row("encode one text", speed["ours"], "tokenizers", speed["tokenizers"], "MB/s"),
-        row("encode one text", speed["ours"], "tokenizers, in batches", speed["batches"], "MB/s"),
-        row("encode one text", speed["ours"], "tiktoken", speed["tiktoken"], "MB/s"),
-        row("encode, words known", speed["warm"], "tiktoken", speed["tiktoken"], "MB/s"),
-    ]
+    yield beside("encode one text", speed["ours"], "tokenizers", speed["tokenizers"], "MB/s")
+    yield beside("encode one text", speed["ours"], "tokenizers, in batches", speed["batches"], "MB/s")
+    yield beside("encode one text", speed["ours"], "tiktoken", speed["tiktoken"], "MB/s")
+    yield beside("encode, words known", speed["warm"], "tiktoken", speed["tiktoken"], "MB/s")
     ids_list = ids.tolist()
     times = best_of(
         rounds,
@@ -135,7 +155,9 @@ def coding(text: str, vocabulary, rounds: int, copies: int) -> list[dict]:
         tiktoken=lambda: tik.decode(ids_list),
     )
     speed = {name: size / taken / 1e6 for name, taken in times.items()}
-    rows += [row("decode", speed["ours"], name, speed[name], "MB/s") for name in ("tokenizers", "tiktoken")]
+    yield from (
+        beside("decode", speed["ours"], name, speed[name], "MB/s") for name in ("tokenizers", "tiktoken")
+    )
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "long.txt"
         path.write_text(text * copies, encoding="utf-8", newline="")
@@ -148,50 +170,49 @@ def coding(text: str, vocabulary, rounds: int, copies: int) -> list[dict]:
         )
     speed = {name: size * copies / taken / 1e6 for name, taken in times.items()}
     name = f"encode a file of {size * copies / 1e6:.0f} MB on {cores} cores"
-    return [
-        *rows,
-        row(name, speed["ours"], "tiktoken", speed["tiktoken"], "MB/s"),
-        row(name, speed["ours"], "tiktoken, in batches", speed["tiktoken_batch"], "MB/s"),
-    ]
+    yield beside(name, speed["ours"], "tiktoken", speed["tiktoken"], "MB/s")
+    yield beside(name, speed["ours"], "tiktoken, in batches", speed["tiktoken_batch"], "MB/s")
 
 
-def row(name: str, ours: float, peer: str, theirs: float, unit: str) -> dict:
-    """ratio above 1: ours is ahead."""
-    ratio = theirs / ours if unit == "s" else ours / theirs
-    return {"name": f"{name}, beside {peer}", "ours": ours, "peer": theirs, "ratio": ratio, "unit": unit}
+def beside(name: str, ours: float, peer: str, theirs: float, unit: str) -> dict:
+    return row(f"{name}, beside {peer}", ours, theirs, unit)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.bpe", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--text", type=Path, help="UTF-8 text; without it, Python's language reference")
-    parser.add_argument("--vocab", type=Path, help="GPT-2's vocab.json; without it, the trained vocabulary")
-    parser.add_argument("--merges", type=Path, help="GPT-2's merges.txt")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--copies", type=int, default=50, help="of the text in the file for all cores")
-    parser.add_argument("--json", type=Path, help="where the rows are written")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        path = options.text or Path(folder) / "topics.txt"
-        if options.text is None:
-            path.write_text("\n".join(topics.values()), encoding="utf-8", newline="")
-        text = path.read_text(encoding="utf-8")
-        rows = training(path, options.rounds)
-        if options.vocab:
-            merges = options.merges.read_text(encoding="utf-8")
-            vocabulary = from_gpt2_files(options.vocab.read_bytes(), merges)
-        else:
-            vocabulary = bpe.train([text], VOCAB_SIZE)
-        rows += coding(text, vocabulary, options.rounds, options.copies)
-    for each in rows:
-        print(
-            f"{each['name']:66} {each['ours']:9.3f} {each['peer']:9.3f} {each['unit']:4}"
-            f" {each['ratio']:6.2f}x"
+def vocabulary_of(flags: Flags, text: str) -> Vocabulary:
+    """That of GPT-2's files, or one learned from the text. Raises InputError where either is too little."""
+    learned = bpe.train([text], VOCAB_SIZE)
+    if (found := len(learned.tokens)) < VOCAB_SIZE:
+        raise InputError(
+            f"--text {flags.text} makes no more than {found:,} of {VOCAB_SIZE:,} tokens; take a longer one"
         )
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    return load_gpt2_files(Path(flags.vocab), Path(flags.merges)).vocabulary if flags.vocab else learned
+
+
+@command("benchmarks.bpe", "other rows are not measured")
+def main(arguments: list[str]) -> None:
+    flags = parse_flags(Flags(), arguments, "python -m benchmarks.bpe", __doc__)
+    for name in ("rounds", "copies"):
+        if getattr(flags, name) < 1:
+            raise InputError(f"--{name} {getattr(flags, name)}: there must be one at least")
+    if bool(flags.vocab) != bool(flags.merges):
+        raise InputError("--vocab and --merges are two halves of one vocabulary; name both, or neither")
+    check_files(flags.json)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(flags.text or Path(folder) / "topics.txt")
+        if not flags.text:
+            path.write_text("\n".join(topics.values()), encoding="utf-8", newline="")
+        text = "".join(Text(path).parts())
+        vocabulary = vocabulary_of(flags, text)
+        rows = []
+        try:
+            for each in training(path, flags.rounds):
+                rows.append(each)
+            for each in coding(text, vocabulary, flags.rounds, flags.copies):
+                rows.append(each)
+        finally:  # what is measured by then is told, whatever came
+            print(table(rows))
+            write_rows(flags.json, rows)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

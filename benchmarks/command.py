@@ -1,12 +1,16 @@
-"""The outside of a benchmark: its exit code, and one line for what stopped it."""
+"""The outside of a benchmark: its exit code, one line for what stopped it, and the files that it writes."""
 
+import io
 import sys
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
+from typing import Any
 
-from torch_impl.training.files import InputError, refusal
+from torch_impl.training.files import InputError, named_after, refusal, replace_file, unused_name
 
 Main = Callable[[list[str]], None]
+_PICTURES = (".png", ".svg", ".pdf")
 
 
 def command(name: str, interrupted: str = "") -> Callable[[Main], Callable[[list[str]], int]]:
@@ -30,3 +34,31 @@ def command(name: str, interrupted: str = "") -> Callable[[Main], Callable[[list
         return carry_out
 
     return decorate
+
+
+def check_files(json: str, out: str = "") -> None:
+    """Before anything is measured: whether the rows and the picture can be written where the flags say.
+
+    Raises InputError for a name that cannot be, and OSError for a place that cannot be written.
+    """
+    if out and Path(out).suffix not in _PICTURES:
+        raise InputError(f"--out {out} must end in {', '.join(_PICTURES[:-1])} or {_PICTURES[-1]}")
+    for flag, path in (("--json", Path(json)), ("--out", Path(out))):
+        if path == Path():  # not given
+            continue
+        if path.is_dir():
+            raise InputError(f"{flag} {path} is a folder; name a file in it")
+        new = unused_name(path)
+        try:
+            new.touch()
+            new.unlink()
+        except OSError as error:
+            named_after(error, path)
+            raise
+
+
+def write_picture(path: str, figure: Any) -> None:
+    """A figure of matplotlib's, as a file in one piece. Raises OSError where it cannot be written."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format=Path(path).suffix[1:], dpi=120)
+    replace_file(Path(path), picture.getvalue())

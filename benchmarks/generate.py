@@ -8,24 +8,34 @@ what reading them takes when nothing is computed but their sum. The command line
 character, with a small model (the preset cpu), from the start of the process.
 """
 
-import argparse
-import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 import torch_impl  # noqa: F401 (says how OpenMP waits, before torch is there)
+from benchmarks.command import check_files, command
+from benchmarks.rows import OURS, row, table, write_rows
 from ref_numpy.config import ModelConfig, SamplingConfig
+from torch_impl.training.flags import parse_flags
 
 PROMPT, NEW, ROUNDS = 32, 100, 3
 GPT2 = ModelConfig(vocab_size=50257, context_length=1024, n_layer=12, n_head=12, d_model=768)
 GREEDY = SamplingConfig(temperature=0.0)
+
+
+@dataclass(frozen=True)
+class Flags:
+    nanogpt: str = ""
+    """Folder of nanoGPT, with its model.py; without it, nanoGPT is left out."""
+    json: str = ""
+    """File that the rows are written to."""
 
 
 def ours(model, prompt: np.ndarray) -> Callable[[], list[int]]:
@@ -77,13 +87,13 @@ def transformers_peer(model, prompt: np.ndarray, precision: str) -> Callable[[],
     return run
 
 
-def nanogpt_peer(folder: Path, prompt: np.ndarray) -> Callable[[], list[int]]:
+def nanogpt_peer(folder: str, prompt: np.ndarray) -> Callable[[], list[int]]:
     """nanoGPT's generate, which computes the whole context for each token; top_k = 1 takes the likeliest."""
     import torch
 
     from benchmarks.peers import load_nanogpt
 
-    nanogpt = load_nanogpt(str(folder))
+    nanogpt = load_nanogpt(folder)
     theirs = nanogpt.GPT(nanogpt.GPTConfig(dropout=0.0)).eval()
     ids = torch.from_numpy(prompt)[None]
 
@@ -130,33 +140,21 @@ def first_character() -> float:
     return best
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
-    parser.add_argument("--json", type=Path, help="where the rows are written")
-    arguments = parser.parse_args()
-
+def measure(nanogpt: str) -> list[dict]:
+    """The rows; prints whether all wrote the same. Raises InputError for a folder that is not nanoGPT's."""
     import torch
 
-    from torch_impl.training.files import InputError
     from torch_impl.transformer import initialised
 
     prompt = np.random.default_rng(0).integers(GPT2.vocab_size, size=PROMPT)
-    try:
-        nanogpt = nanogpt_peer(arguments.nanogpt, prompt) if arguments.nanogpt else None
-    except InputError as error:
-        parser.error(str(error))
+    peer = nanogpt_peer(nanogpt, prompt) if nanogpt else None
     model = initialised(GPT2, 0).requires_grad_(False)
     runs = {
         "torch_impl": ours(model, prompt),
         "ref_numpy": reference(model, prompt),
         "transformers": transformers_peer(model, prompt, "highest"),
         "transformers, matmul precision medium": transformers_peer(model, prompt, "medium"),
-        "nanoGPT": nanogpt,
+        "nanoGPT": peer,
     }
     runs = {name: run for name, run in runs.items() if run is not None}
     core_type = os.environ.get("OPENBLAS_CORETYPE", "not set")
@@ -168,23 +166,26 @@ def main() -> None:
             begin = time.perf_counter()
             texts[name] = run()
             best[name] = max(best[name], NEW / (time.perf_counter() - begin))
-    same = sum(texts[name] == texts["torch_impl"] for name in runs if name != "nanoGPT")
-    print(f"{same} of {len([name for name in runs if name != 'nanoGPT'])} wrote the same {NEW} tokens")
-    rows = []
-    for mine in ("torch_impl", "ref_numpy"):
-        for name, speed in best.items():
-            if name not in ("torch_impl", "ref_numpy"):
-                rows.append(
-                    {"name": f"generate, {mine} beside {name}", "ours": best[mine], "peer": speed,
-                     "ratio": best[mine] / speed, "unit": "tokens/s"}
-                )  # fmt: skip
-    for row in rows:
-        print(f"{row['name']:70} {row['ours']:8.1f} {row['peer']:8.1f} {row['unit']}  {row['ratio']:.2f}x")
-    print(f"reading the weights and no more: {reading_bound(model):.1f} tokens/s")
-    print(f"first character of the command line, small model: {first_character():.2f} s")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=2), encoding="utf-8")
+    same = [texts[name] == texts["torch_impl"] for name in runs if name != "nanoGPT"]
+    print(f"{sum(same)} of {len(same)} wrote the same {NEW} tokens")
+    best["reading the weights and no more"] = reading_bound(model)
+    return [
+        row(f"generate, {mine} beside {name}", best[mine], speed, "tokens/s")
+        for mine in OURS
+        for name, speed in best.items()
+        if name not in OURS
+    ]
+
+
+@command("benchmarks.generate")
+def main(arguments: list[str]) -> None:
+    flags = parse_flags(Flags(), arguments, "python -m benchmarks.generate", __doc__)
+    check_files(flags.json)
+    rows = measure(flags.nanogpt)
+    rows.append(row("first character of the command line, small model", first_character(), None, "s"))
+    print(table(rows))
+    write_rows(flags.json, rows)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

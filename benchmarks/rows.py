@@ -1,40 +1,56 @@
 """What benchmarks tell: rows of ours beside a peer's, in which a ratio above 1 says that ours is ahead."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from torch_impl.training.files import replace_file
 
 OURS = ("torch_impl", "ref_numpy")
 """What the names of our sides begin with."""
 
-_LESS_IS_BETTER = ("s", "GiB", "nats/token")
+_LESS_IS_BETTER = ("s", "MiB", "GiB", "nats/token")
 
 
-def row(name: str, ours: float, peer: float, unit: str, ratio: float | None = None) -> dict:
-    """A row. A ratio is given where it is not that of the two numbers, as the median of several is not."""
-    if ratio is None:
+def row(
+    name: str, ours: float | None, peer: float | None, unit: str, ratio: float | None = None
+) -> dict[str, Any]:
+    """A row. A ratio is given where it is not that of the two numbers, as the median of several is not.
+
+    None is a number that there is not, or that is not finite, and a ratio that is not defined: of or to one
+    of these, or nothing.
+    """
+    ours, peer = _finite(ours), _finite(peer)
+    if ratio is None and ours and peer:
         ratio = peer / ours if unit in _LESS_IS_BETTER else ours / peer
-    return {"name": name, "ours": ours, "peer": peer, "ratio": ratio, "unit": unit}
+    return {"name": name, "ours": ours, "peer": peer, "ratio": _finite(ratio), "unit": unit}
+
+
+def _finite(number: float | None) -> float | None:
+    return number if number is not None and math.isfinite(number) else None
 
 
 def write_rows(path: str, rows: Sequence[dict]) -> None:
     """Into the file that --json names, where it names one. Raises OSError where it cannot be written."""
     if path:
-        replace_file(Path(path), json.dumps(rows, indent=1).encode("utf-8"))
+        replace_file(Path(path), json.dumps(rows, indent=1, allow_nan=False).encode("utf-8"))
 
 
 def table(rows: Sequence[dict]) -> str:
     width = max((len(each["name"]) for each in rows), default=0)
-    return "\n".join(
-        f"{each['name']:{width}} {each['ours']:10.3f} {each['peer']:10.3f} {each['unit']:10}"
-        f" {each['ratio']:6.3f}x"
-        for each in rows
-    )
+    return "\n".join(line(each, width) for each in rows)
+
+
+def line(each: dict, width: int) -> str:
+    """A row for the terminal, its name as wide as the widest; a dash is what there is not."""
+    ours, peer = ("–" if each[side] is None else f"{each[side]:.3f}" for side in ("ours", "peer"))
+    ratio = "–" if each["ratio"] is None else f"{each['ratio']:.3f}x"
+    return f"{each['name']:{width}} {ours:>10} {peer:>10} {each['unit']:10} {ratio:>7}"
 
 
 @dataclass(frozen=True)

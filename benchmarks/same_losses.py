@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.command import command
+from benchmarks.command import check_files, command
 from benchmarks.peers import load_nanogpt, nanogpts_model
 from benchmarks.rows import row, table, write_rows
 from torch_impl.data import sample_batch
@@ -92,6 +92,7 @@ def main(arguments: list[str]) -> None:
     text = Path(flags.text).read_bytes()
     if len(text) < 1000:
         raise InputError(f"--text {flags.text} has {len(text)} bytes; it needs 1,000 at least")
+    check_files(flags.json)
     rows = compare(flags, text)
     print(table(rows))
     write_rows(flags.json, rows)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.command import command
+from benchmarks.command import check_files, command, write_picture
 from benchmarks.peers import load_nanogpt, peer_side
 from benchmarks.rows import row, table, write_rows
 from benchmarks.sides import Side, torch_side
@@ -47,7 +47,7 @@ class Flags:
     threads: int = 0
     """Threads of each side; 0 leaves the choice to PyTorch."""
     out: str = ""
-    """Picture of the curves that is written (.png, .svg)."""
+    """Picture of the curves that is written (.png, .svg, .pdf)."""
     json: str = ""
     """File that the rows are written to."""
 
@@ -127,7 +127,7 @@ def seconds_to(loss: float, points: list[tuple[float, float]]) -> float | None:
     return None
 
 
-def draw(curves: dict[str, Curve], loss: float, path: Path) -> None:
+def draw(curves: dict[str, Curve], loss: float, path: str) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
@@ -144,7 +144,7 @@ def draw(curves: dict[str, Curve], loss: float, path: Path) -> None:
     axes.set(xlabel="seconds of training", ylabel="held-out loss, nats per byte", ylim=(None, 1.6 * loss))
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    write_picture(path, figure)
 
 
 def tell(curves: dict[str, Curve], loss: float) -> list[dict]:
@@ -163,7 +163,7 @@ def tell(curves: dict[str, Curve], loss: float) -> list[dict]:
     return [
         row(f"{name}, time to {loss}, beside nanoGPT", time, peer, "s")
         for name, time in times.items()
-        if time
+        if time is not None
     ]
 
 
@@ -175,13 +175,12 @@ def main(arguments: list[str]) -> None:
         raise InputError(f"--device {flags.device} is not here; it is cpu, or cuda where there is one")
     if flags.looks < 1:
         raise InputError(f"--looks {flags.looks}: there must be one at least")
-    if flags.out and Path(flags.out).suffix not in (".png", ".svg"):
-        raise InputError(f"--out {flags.out} must end in .png or .svg")
     if not flags.text:
         raise InputError("--text is missing; name a text, such as Tiny Shakespeare")
     text = Path(flags.text).read_bytes()
     if len(text) < 10_000:
         raise InputError(f"--text {flags.text} has {len(text)} bytes; it needs 10,000 at least")
+    check_files(flags.json, flags.out)
     loss = flags.loss or LOSSES[flags.device]
     curves: dict[str, Curve] = {}
     try:
@@ -192,7 +191,7 @@ def main(arguments: list[str]) -> None:
         print(table(rows))
         write_rows(flags.json, rows)
         if flags.out and curves:
-            draw(curves, loss, Path(flags.out))
+            draw(curves, loss, flags.out)
 
 
 if __name__ == "__main__":

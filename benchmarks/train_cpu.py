@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.command import command
+from benchmarks.command import check_files, command
 from benchmarks.peers import has_compiler, load_nanogpt, peer_side
 from benchmarks.rows import OURS, Measured, paired, row, write_rows
 from benchmarks.sides import Side, torch_side
@@ -211,6 +211,9 @@ def main(arguments: list[str]) -> None:
     if flags.turns < 1:
         raise InputError(f"--turns {flags.turns}: there must be one at least")
     text = Path(flags.text).read_bytes()
+    if len(text) < 10_000:
+        raise InputError(f"--text {flags.text} has {len(text)} bytes; it needs 10,000 at least")
+    check_files(flags.json)
     print(surroundings())
     limits = ceilings()
     results: dict[str, dict[str, Measured]] = {}

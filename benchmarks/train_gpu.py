@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.command import command
+from benchmarks.command import check_files, command
 from benchmarks.peers import has_compiler, load_nanogpt, peer_side
 from benchmarks.rows import OURS, Measured, paired, row, write_rows
 from benchmarks.sides import Side, torch_side
@@ -201,6 +201,7 @@ def main(arguments: list[str]) -> None:
     text, shapes = Path(flags.text).read_bytes(), shapes_of(flags)
     if len(text) < 10_000:
         raise InputError(f"--text {flags.text} has {len(text)} bytes; it needs 10,000 at least")
+    check_files(flags.json)
     products, copies = ceilings(flags.device)
     peak = flags.peak_tflops * 1e12 or products
     name = torch.cuda.get_device_name() if flags.device == "cuda" else "CPU"

@@ -15,7 +15,7 @@ from pydoc_data.topics import topics
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.command import command
+from benchmarks.command import check_files, command
 from benchmarks.peers import load_nanogpt, peer_side
 from benchmarks.rows import Measured, row, table, write_rows
 from benchmarks.sides import torch_side
@@ -96,6 +96,7 @@ def main(arguments: list[str]) -> None:
     text = Path(flags.text).read_bytes() if flags.text else "\n".join(topics.values()).encode("utf-8")
     if len(text) < 1000:
         raise InputError(f"--text {flags.text} has {len(text)} bytes; it needs 1,000 at least")
+    check_files(flags.json)
     rows = compare(flags, text)
     print(table(rows))
     write_rows(flags.json, rows)
