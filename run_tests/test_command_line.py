@@ -144,7 +144,7 @@ def test_a_short_run_has_a_short_warm_up():
         (["nanogpt-cpu", "--special-tokens", "<a>"], r"special_tokens are <a>, but bytes have none"),
         (
             ["--tokenizer", "bpr"],
-            r"--tokenizer bpr: no such file; use bytes, .* tokenizer.json",
+            r"--tokenizer \S*bpr: no such file; use bytes, .* tokenizer.json",
         ),
         (["cpu", "gpu"], r"Unrecognized options: gpu"),
         (["--steps", "many"], r"--steps: invalid literal for int.*'many'"),

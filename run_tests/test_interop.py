@@ -82,7 +82,7 @@ def test_such_a_run_is_resumed_without_what_it_began_from(begin, cli):
     shutil.rmtree(folder)
     assert cli("--resume", "run", "--steps", "12").code == 0
     assert content(Path("run"), history=False) == content(Path("whole"), history=False)
-    error = cli("--resume", "run", "--init-from", "hf").error
+    error = cli("--resume", "run", "--init-from", "whole").error
     assert "--resume goes on in run; leave out --init-from" in error
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torch_impl.training.config import RunConfig
-from torch_impl.training.files import REMOVED, REPLACED, WRITTEN, InputError, refusal
+from torch_impl.training.files import REMOVED, REPLACED, WRITTEN, InputError, refusal, whole_folder
 from torch_impl.training.lock import InUse, locked, refuse_in_use
 
 _OF_A_BEGINNING = {"lock", "lock.json", f"lock.json{WRITTEN}", "tensorboard", f"last{WRITTEN}"}
@@ -41,6 +41,31 @@ def has_only_begun(folder: Path) -> bool:
 def is_of_a_run(path: Path) -> bool:
     """Whether a path has, in the folder of a run, a name that the run takes itself."""
     return _OF_A_RUN.fullmatch(path.name) is not None and (path.parent / "lock").is_file()
+
+
+def refuse_taken(out: Path, cache: Path) -> None:
+    """Raises InputError where the folder that is asked for cannot be a new run's."""
+    refuse_in_use(out)
+    if out.is_dir() and whole_folder(out / "last").is_dir():
+        raise InputError(f"{out} exists, and a run is never overwritten; name another --out, or --resume it")
+    if out.is_dir() and (out / "lock").exists() and has_only_begun(out):
+        raise InputError(
+            f"{out} exists, and holds no checkpoint to go on from; unless its run has just begun, delete it, "
+            "or name another --out"
+        )
+    if out.exists() or out.is_symlink():
+        raise InputError(f"{out} exists, and a run is never overwritten; name another --out")
+    for place in (out.absolute(), *out.absolute().parents):
+        if (place / "training.json").is_file():
+            raise InputError(
+                f"{out} lies in a checkpoint, {place}, which its run replaces; name another --out"
+            )
+        if is_of_a_run(place):
+            raise InputError(
+                f"{place} is a name that the run in {place.parent} takes itself; name another --out"
+            )
+    if out.absolute() in (cache.absolute(), *cache.absolute().parents):
+        raise InputError(f"--cache {cache} lies in {out}, which the run makes; name another --cache")
 
 
 def _create_folder(out: Path | None, config: RunConfig) -> Path:
