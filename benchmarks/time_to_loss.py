@@ -175,6 +175,8 @@ def main(arguments: list[str]) -> None:
         raise InputError(f"--device {flags.device} is not here; it is cpu, or cuda where there is one")
     if flags.looks < 1:
         raise InputError(f"--looks {flags.looks}: there must be one at least")
+    if flags.threads < 0:
+        raise InputError(f"--threads {flags.threads}: it is 0, or how many a side has")
     if not flags.text:
         raise InputError("--text is missing; name a text, such as Tiny Shakespeare")
     text = Path(flags.text).read_bytes()

@@ -196,6 +196,8 @@ def main(arguments: list[str]) -> None:
         raise InputError(f"--turns {flags.turns}: there must be one at least")
     if flags.batch_size < 0:
         raise InputError(f"--batch-size {flags.batch_size}: it is 0, or what a step takes")
+    if flags.peak_tflops < 0:
+        raise InputError(f"--peak-tflops {flags.peak_tflops}: it is 0, or those of the data sheet")
     if not flags.text:
         raise InputError("--text is missing; name a text, such as Tiny Shakespeare")
     text, shapes = Path(flags.text).read_bytes(), shapes_of(flags)

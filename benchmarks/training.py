@@ -92,6 +92,8 @@ def main(arguments: list[str]) -> None:
             f"--steps {flags.steps}, --block {flags.block}: there must be two blocks at least, and "
             f"no more than {CONFIG.training.steps} steps"
         )
+    if flags.threads < 0:
+        raise InputError(f"--threads {flags.threads}: it is 0, or how many a side has")
     load_nanogpt(flags.nanogpt)
     text = Path(flags.text).read_bytes() if flags.text else "\n".join(topics.values()).encode("utf-8")
     if len(text) < 1000:
