@@ -24,12 +24,13 @@ FIRST_STEPS = 5
 _PATIENCE = 10  # seconds for a process to end by itself
 
 
-def serve(pipe: Connection, make: Callable[..., Side], threads: int, *arguments: object) -> None:
-    """The process of a side: it answers until the other end of its pipe is closed."""
+def serve(pipe: Connection, make: Callable[..., Side], threads: int) -> None:
+    """The process of a side: it is told what to make it of, and answers until the other end of its pipe is
+    closed."""
     if threads:
         torch.set_num_threads(threads)
     with suppress(EOFError, ConnectionError, KeyboardInterrupt):
-        side = make(*arguments)
+        side = make(*pipe.recv())
         with closing(side.steps):
             while True:
                 pipe.send(_answer(side, pipe.recv()))
@@ -75,11 +76,12 @@ def served(
     try:
         for name, make in sides.items():
             pipes[name], there = context.Pipe()
-            arguments = (there, make, threads, train, valid, nanogpt)
-            process = context.Process(target=serve, args=arguments, daemon=True)
+            process = context.Process(target=serve, args=(there, make, threads), daemon=True)
             process.start()
             processes.append(process)
             there.close()  # a side that dies is then noticed
+            with suppress(ConnectionError):  # by the pipe, since start would wait forever for one that dies
+                pipes[name].send((train, valid, nanogpt))
         yield dict(pipes)
     finally:
         for pipe in pipes.values():

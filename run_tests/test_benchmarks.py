@@ -3,6 +3,8 @@
 import importlib
 import json
 import math
+import subprocess
+import sys
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
@@ -196,6 +198,25 @@ def test_turns_time_every_side_alike_and_leave_out_those_that_fail(capsys):
     assert timings["nanoGPT"] == (100, [1, 1, 1], 80) and timings["ours"] == (100, [0.5, 0.5, 0.5], 80)
     assert ours.questions == ["rest", 1, 3, 1, "rest", *(1, 4, "rest") * 3, "loss"]
     assert capsys.readouterr().err.count("it has failed") == 2
+
+
+def test_a_side_that_dies_while_it_starts_is_left_out():
+    """It was waited for forever, since it never read its text. Here no process finds the program again, which
+    comes by stdin."""
+    program = """
+import numpy as np
+from benchmarks.turns import ask, leaving_out, served
+
+with served({"ours": None}, np.zeros(100_000), "") as pipes:
+    with leaving_out(pipes, "ours"):
+        ask(pipes["ours"], 1)
+print(pipes)
+"""
+    house = Path(turns.__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "-"], input=program, cwd=house, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout == "{}\n" and "ours: it has failed" in done.stderr
 
 
 def test_turns_end_before_the_training_does():
