@@ -134,7 +134,8 @@ def main(arguments: list[str]) -> None:
                     rows.append(row(f"attention, {kind}, context {T}, {what}", mine, theirs, unit))
                     print(line(rows[-1], 44))
     finally:  # what is measured by then is written, whatever came
-        write_rows(flags.json, rows)
+        if rows:  # or an earlier file stays
+            write_rows(flags.json, rows)
 
 
 if __name__ == "__main__":

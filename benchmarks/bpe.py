@@ -210,8 +210,9 @@ def main(arguments: list[str]) -> None:
             for each in coding(text, vocabulary, flags.rounds, flags.copies):
                 rows.append(each)
         finally:  # what is measured by then is told, whatever came
-            print(table(rows))
-            write_rows(flags.json, rows)
+            if rows:  # or an earlier file stays
+                print(table(rows))
+                write_rows(flags.json, rows)
 
 
 if __name__ == "__main__":

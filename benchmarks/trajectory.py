@@ -94,6 +94,8 @@ def main(arguments: list[str]) -> None:
     flags = parse_flags(Flags(), arguments, "python -m benchmarks.trajectory", __doc__)
     if flags.steps < 1:
         raise InputError(f"--steps {flags.steps}: there must be one at least")
+    if not flags.out:
+        raise InputError("--out is empty; name a picture")
     Path(flags.out).parent.mkdir(parents=True, exist_ok=True)
     check_files(flags.json, flags.out)
     config = TrainConfig(

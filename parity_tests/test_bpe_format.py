@@ -68,21 +68,38 @@ REAL = [
 """Special tokens that vocab.json of models in use has."""
 
 
-@pytest.mark.parametrize(("missing", "whole"), [(0, True), (4, True), (5, False), (100, False)])
-def test_a_merges_txt_that_is_cut_short_is_refused(missing, whole):
+@pytest.mark.parametrize(
+    ("size", "missing", "whole"),
+    [
+        (400, 0, True),
+        (400, 16, True),
+        (400, 17, False),
+        (400, 100, False),
+        (2000, 20, True),
+        (2000, 21, False),
+    ],
+)
+def test_a_merges_txt_that_is_cut_short_is_refused(size, missing, whole):
     """Its text was cut into twice as many tokens, and nothing was said."""
-    learned = bpe.train([CORPUS], 400)
-    assert len(learned.tokens) == 400
+    learned = bpe.train([CORPUS], size)
+    assert len(learned.tokens) == size
     vocab, merges = to_gpt2_files(learned)
-    cut = "".join(merges.splitlines(keepends=True)[: 145 - missing])
+    cut = "".join(merges.splitlines(keepends=True)[: size - 255 - missing])
     if whole:
         assert len(from_gpt2_files(vocab, cut).special_tokens) == missing
         return
-    told = rf"^merges\.txt makes {144 - missing} of the 400 tokens in vocab\.json; is it cut short\?$"
+    made = size - 256 - missing
+    told = rf"^merges\.txt makes {made:,} of the {size:,} tokens in vocab\.json; is it cut short\?$"
     with pytest.raises(TokenizerError, match=told):
         from_gpt2_files(vocab, cut)
     with pytest.raises(TokenizerError, match="is it cut short"):
         from_gpt2_files(vocab, cut[:-3])  # in the middle of a line
+
+
+def test_a_small_vocabulary_may_have_special_tokens_that_are_two_of_its_tokens():
+    """Files that had just been written were refused."""
+    learned = bpe.train([CORPUS], 270, special_tokens=["[]", "{}", "<>", "()"])
+    assert from_gpt2_files(*to_gpt2_files(learned)).special_tokens == learned.special_tokens
 
 
 def test_special_tokens_have_no_merges_to_lose(vocabulary):

@@ -96,7 +96,7 @@ def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one(tune, cli, base,
     assert cli("--resume", "stopped").code == 0
     assert content(Path("stopped")) == content(Path("whole"))
     refused = cli("--resume", "stopped", "--content", "text")
-    assert "--content text: the run in stopped learns from conversations" in refused.error
+    assert "--content text: the run in stopped has conversations" in refused.error
 
 
 @pytest.mark.parametrize("layout", ["gpt2", "llama"])

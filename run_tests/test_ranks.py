@@ -195,13 +195,25 @@ def test_the_report_knows_among_how_many_processes_each_command_was_given(torchr
         (1, ("--resume", "run")),
     ):
         assert [code for code, _, _ in torchrun(size, *flags)] == [0] * size
-    found, run = json.loads(Path("run/report.json").read_bytes()), Path("run").absolute()
+    found = json.loads(Path("run/report.json").read_bytes())
     among = "torchrun --nproc-per-node 2 train_gpu.py "
     assert found["command"].startswith(among + "cpu ") and "--steps 12" in found["command"]
     assert found["resumed"] == [
-        {"step": 12, "stopped": False, "command": f"{among}--resume {run} --steps 16"},
-        {"step": 16, "stopped": False, "command": f"python train_gpu.py --resume {run}"},
+        {"step": 12, "steps": 12, "command": f"{among}--resume run-again --steps 16"},
+        {"step": 16, "steps": 16, "command": "python train_gpu.py --resume run-again"},
     ]
+
+
+def test_processes_may_have_the_text_in_places_of_their_own_also_when_they_go_on(torchrun):
+    """Each decided for itself whether the flags had changed, and one waited for a checkpoint that the others
+    did not help to write."""
+    for process in range(2):
+        shutil.copy("text.txt", f"of process {process}.txt")
+    own = ("--train-file", Path("of process {rank}.txt").absolute())
+    assert [code for code, _, _ in torchrun(2, "--out", "run", *own, stop=(1, 7))] == [130, 130]
+    assert [code for code, _, _ in torchrun(2, "--resume", "run", *own)] == [0, 0]
+    assert json.loads(Path("run/report.json").read_bytes())["resumed"] == []
+    assert [row["step"] for row in metrics(Path("run"))] == [0, 4, 8, 12]
 
 
 @pytest.mark.parametrize(
@@ -301,7 +313,8 @@ def test_a_file_that_one_machine_lacks_is_told_there(text):
         machine = subprocess.Popen([*command, "--tokenizer", "a.json"], cwd=rank, stderr=subprocess.PIPE)
         machines.append(machine)
     first, second = (machine.communicate(timeout=120)[1].decode("utf-8") for machine in machines)
-    assert "train_gpu.py: error: --tokenizer a.json" in second and "train_gpu.py: error" not in first
+    told = f"train_gpu.py: error: --tokenizer {Path('1/a.json').absolute()}: no such file"
+    assert told in second and "train_gpu.py: error" not in first
 
 
 def test_processes_that_torchrun_starts_anew_meet_and_speak(text):

@@ -204,19 +204,21 @@ def test_the_commands_of_a_run_that_went_on_with_other_flags_repeat_it(small_run
     for changed in (["--steps", 20, "--eval-every", 5], [], ["--batch-size", "auto", "--steps", 24]):
         assert cli("--resume", "run", *changed).code == 0
     found, page = report_of("run"), Page("run").text
-    assert [(each["step"], each["stopped"]) for each in found["resumed"]] == [(12, False), (20, False)]
+    assert [(each["step"], each["steps"]) for each in found["resumed"]] == [(12, 12), (20, 20)]
     commands = [found["command"], *(each["command"] for each in found["resumed"])]
     assert commands[1:] == [
-        "python train_gpu.py --resume run --eval-every 5 --steps 20",
-        "python train_gpu.py --resume run --steps 24 --micro-batches 1",
+        "python train_gpu.py --resume run-again --eval-every 5 --steps 20",
+        "python train_gpu.py --resume run-again --steps 24 --micro-batches 1",
     ]
-    places = [page.index(f"{end}:{line}") for end, line in zip(("12", "20", "then"), commands, strict=True)]
+    places = [
+        page.index(f"{end}:{line}")
+        for end, line in zip(("12 of 12", "20 of 20", "then"), commands, strict=True)
+    ]
     assert places == sorted(places) and "The commands that repeat it" in page
     for command in commands:
-        arguments = ["again" if part == "run" else part for part in shlex.split(command)[2:]]
-        assert cli(*arguments, *(() if "again" in arguments else ("--out", "again"))).code == 0
-    assert content(Path("again")) == content(Path("run"))
-    assert report_of("again")["command"] == found["command"]
+        assert cli(*shlex.split(command)[2:]).code == 0
+    assert content(Path("run-again")) == content(Path("run"))
+    assert report_of("run-again")["command"] == found["command"].replace("-again", "-again-again")
 
 
 def test_a_run_that_was_stopped_and_went_on_with_other_flags_tells_when(small_run, cli, disturbed):
@@ -229,10 +231,10 @@ def test_a_run_that_was_stopped_and_went_on_with_other_flags_tells_when(small_ru
     assert cli("--resume", "run", "--shard").code == 0
     assert cli("--resume", "run", "--steps", 12, "--precision", "bfloat16").code == 0
     assert [
-        (each["step"], each["stopped"], each["command"].split("--resume run ")[1])
+        (each["step"], each["steps"], each["command"].split("--resume run-again ")[1])
         for each in report_of("run")["resumed"]
-    ] == [(7, True, "--steps 7"), (7, False, "--precision bfloat16 --steps 12 --shard")]
-    assert "until step 7, where it was stopped:" in Page("run").text and "until step 7:" in Page("run").text
+    ] == [(7, 12, "--steps 7"), (7, 7, "--precision bfloat16 --steps 12 --shard")]
+    assert "until step 7 of 12:" in Page("run").text and "until step 7 of 7:" in Page("run").text
     assert "--steps 12" in report_of("run")["command"] and "bfloat16" not in report_of("run")["command"]
 
 
@@ -248,7 +250,7 @@ def test_flags_that_nothing_was_done_with_are_no_part_of_the_history(small_run, 
     assert cli("--resume", "run", "--micro-batches", 1).code == 0 and report_of("run")["resumed"] == []
     assert cli("--resume", "run", "--steps", 20).code == 0
     assert [each["command"] for each in report_of("run")["resumed"]] == [
-        "python train_gpu.py --resume run --steps 20"
+        "python train_gpu.py --resume run-again --steps 20"
     ]
 
 

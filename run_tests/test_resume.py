@@ -341,6 +341,7 @@ def test_a_best_that_other_flags_would_never_find_again_does_not_stay(cli):
     assert cli("--resume", "run", "--steps", 13).code == 0
     best, rows = load_progress(Path("run/best")), metrics(Path("run"))
     assert [row["step"] for row in rows] == [0, 4, 8, 12, 13]
+    assert rows[:4] == metrics(Path("whole"))[:4], "what was measured stays"
     assert (best.step, best.best_val_loss) == (13, rows[-1]["val_loss"])
     assert json.loads(Path("run/report.json").read_bytes())["best_step"] == 13
 

@@ -40,7 +40,7 @@ def has_only_begun(folder: Path) -> bool:
 
 def is_of_a_run(path: Path) -> bool:
     """Whether a path has, in the folder of a run, a name that the run takes itself."""
-    return _OF_A_RUN.fullmatch(path.name) is not None and (path.parent / "lock").is_file()
+    return _OF_A_RUN.fullmatch(path.name) is not None and (path.parent / "lock.json").is_file()
 
 
 def refuse_taken(out: Path, cache: Path) -> None:

@@ -35,6 +35,7 @@ from torch_impl.training.hf_tensors import read_hf_tensors
 from torch_impl.training.memory import refuse_context_beyond_memory
 from torch_impl.training.ranks import part_of, whole
 from torch_impl.training.repeating import Resumed, history, settings_before
+from torch_impl.training.telemetry import Row
 from torch_impl.training.tensor_files import opened_tensors, write_tensors
 from torch_impl.training.tokenizer import Tokenizer, load_tokenizer
 from torch_impl.transformer import Embedded
@@ -60,14 +61,15 @@ class Progress:
     seconds: float = 0.0  # spent so far, in all sessions
     loss_scale: dict[str, float] | None = None  # of float16's GradScaler
     owed: dict[str, float | None] | None = None  # of OWED, where the last step's evaluation was put off
-    processes: int = 1  # that train it now ...
-    on_a_machine: int = 1  # ... and how many of them on one machine
+    processes: int = 0  # that train it now; 0 where that is not known ...
+    on_a_machine: int = 0  # ... and how many of them on one machine
     resumed: list[Resumed] = field(default_factory=list)  # in their order, for the commands that repeat it
 
     def go_on(self, old: RunConfig, new: RunConfig, processes: int, on_a_machine: int) -> bool:
         """Remember what a --resume changes, and say whether it changes anything. What it changes before the
         first step is how the run begins."""
-        change = Resumed(self.step, settings_before(old, new), self.processes, self.on_a_machine)
+        before = (self.processes, self.on_a_machine) if self.processes else (processes, on_a_machine)
+        change = Resumed(self.step, settings_before(old, new), *before)
         self.processes, self.on_a_machine = processes, on_a_machine
         if not change.leads_elsewhere(self):
             return False
@@ -77,6 +79,14 @@ class Progress:
         if self.step and change.leads_elsewhere(self):
             self.resumed.append(change)
         return True
+
+    def forget_best(self, rows: list[Row]) -> None:
+        """This step is to be the best so far, and evaluated again, with what is known of it besides."""
+        self.best_val_loss, self.no_better = None, 0
+        for row in rows:
+            if row["step"] == self.step:
+                self.owed = {name: row[name] for name in OWED}
+                self.loss_sum, self.loss_count = row["train_loss"] or 0.0, int(row["train_loss"] is not None)
 
     @property
     def next_row(self) -> int:
@@ -196,7 +206,7 @@ def load_progress(folder: Path) -> Progress:
     try:
         values = parse_json(path.read_bytes())
         del values["format_version"]
-        unnamed = {"owed": None, "no_better": 0, "resumed": [], "processes": 1, "on_a_machine": 1}
+        unnamed = {"owed": None, "no_better": 0, "resumed": [], "processes": 0, "on_a_machine": 0}
         values = unnamed | values  # which older ones do not name
         _check_progress(values)
         values["resumed"] = [Resumed(**each) for each in values["resumed"]]
@@ -231,9 +241,6 @@ def _check_progress(values: dict[str, Any]) -> None:
     ):
         raise ConfigError("a value is no number")
     _check_resumed(values["resumed"], values["step"])
-    for session in (values, *values["resumed"]):
-        if not 1 <= session["on_a_machine"] <= session["processes"]:
-            raise ConfigError("on_a_machine is not between 1 and processes")
 
 
 def _check_resumed(listed: Any, step: int) -> None:
@@ -244,6 +251,8 @@ def _check_resumed(listed: Any, step: int) -> None:
         for each in listed
     ):
         raise ConfigError("a value is of the wrong kind")
+    if not all(1 <= each["on_a_machine"] <= each["processes"] for each in listed):
+        raise ConfigError("resumed: on_a_machine is not between 1 and processes")
     steps = [1, *(each["step"] for each in listed), step]
     if listed and steps != sorted(steps):
         raise ConfigError("resumed: the steps are not in their order")

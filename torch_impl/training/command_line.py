@@ -18,9 +18,11 @@ from torch_impl.training.presets import PRESETS
 from torch_impl.training.train_flags import Flags, as_config, parse_train_flags
 
 # What --resume may change. The rest decides which run it is. Other steps mean another schedule from there on;
-# micro_batches, precision, device and compile change the rounding and nothing else. Losses of more or fewer
-# eval_tokens cannot be compared, and the best of a run is one.
-CHANGEABLE = {"steps", "micro_batches", *(field.name for field in fields(RunSettings))} - {"eval_tokens"}
+# micro_batches, precision, device and compile change the rounding and nothing else. Losses of another content
+# or of more or fewer eval_tokens cannot be compared, and the best of a run is one.
+CHANGEABLE = {"steps", "micro_batches"} | (
+    {field.name for field in fields(RunSettings)} - {"content", "eval_tokens"}
+)
 
 # What --init-from leaves open of the model. Also its context_length, as far as the positions reach.
 FREE_WITH_WEIGHTS = {"dropout", "rope_scale"}
@@ -115,17 +117,8 @@ def _refuse_another_run(flags: Flags, start: RunConfig, folder: Path) -> None:
     ):
         if given:
             raise InputError(f"--resume goes on in {folder}; leave out --{name}")
-    if flags.run.content != start.run.content:
-        raise InputError(
-            f"--content {flags.run.content}: the run in {folder} learns from {start.run.content}"
-        )
-    for old, new in (
-        (start.model, flags.model),
-        (start.training, flags.training),
-        (start.tokenizer, flags.tokenizer),
-        (start.start, flags.start),
-        (start.run, flags.run),
-    ):
+    for part in ("model", "training", "tokenizer", "start", "run"):
+        old, new = getattr(start, part), getattr(flags, part)
         for field in fields(old):
             before, now = getattr(old, field.name), getattr(new, field.name)
             if before != now and field.name not in CHANGEABLE:

@@ -5,9 +5,11 @@ Not here: gaps of several tokens, or of a number that the model decides.
 """
 
 import json
+import sys
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from torch_impl.bpe import BPETokenizer
@@ -16,6 +18,7 @@ from torch_impl.training.counting import counted
 from torch_impl.training.files import InputError
 from torch_impl.training.flags import dashed
 from torch_impl.training.terminal import show_what_can_be_shown
+from torch_impl.training.tokenizer import unknown_told
 from torch_impl.training.visible import visible
 
 GAP = "<mask>"
@@ -70,6 +73,9 @@ def show_filled(loaded: LoadedModel, prompts: list[str], as_json: bool) -> None:
     show_what_can_be_shown()
     for prompt in prompts:
         text, gaps = fill_gaps(loaded, prompt)
+        read = np.concatenate([loaded.tokenizer.encode(part) for part in prompt.split(GAP)])
+        if told := unknown_told(loaded.tokenizer, read):
+            print(f"generate: {visible(repr(prompt))}: {told}", file=sys.stderr)
         if as_json:
             print(json.dumps({"prompt": prompt, "text": text, "gaps": gaps}), flush=True)
             continue

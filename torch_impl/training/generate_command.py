@@ -25,7 +25,7 @@ from torch_impl.training.filling import refuse_writing, show_filled
 from torch_impl.training.flags import check_text, dashed, parse_flags
 from torch_impl.training.memory import ran_out
 from torch_impl.training.text import Text
-from torch_impl.training.tokenizer import WordLevel
+from torch_impl.training.tokenizer import unknown_told
 from torch_impl.training.visible import visible
 from torch_impl.training.writing import Printer, SamplingFlags, Writer, check_forbidden, chosen, end_tokens
 
@@ -42,8 +42,8 @@ class GenerateFlags:
     layout."""
     prompt: str = ""
     """Text to go on from, - for what stands in stdin; without it, the model begins a paragraph. An
-    encoder-decoder answers it instead, and an encoder fills in the tokens where it says <mask>. A prompt
-    longer than the context counts with its end."""
+    encoder-decoder answers it instead, and an encoder fills in the tokens where it says <mask>. Of a prompt
+    longer than the context a decoder reads the end; the others refuse it."""
     prompts: str = ""
     """File with a prompt on each line, instead of --prompt."""
     batch_size: int = 8
@@ -208,10 +208,8 @@ def _encoded(request: Request, loaded: LoadedModel) -> list[Integer[Tensor, "_"]
                 f"{name} has {counted(ids.numel(), 'token')}, but the model reads at most "
                 f"{config.context_length}"
             )
-        if isinstance(tokenizer, WordLevel) and (unknown := tokenizer.count_unknown(ids.numpy())):
-            read = counted(ids.numel(), "token")
-            told = f"{name.removesuffix(':')}: of {read} the tokenizer does not know {unknown}"
-            print(f"generate: {visible(told)}", file=sys.stderr)
+        if told := unknown_told(tokenizer, ids.numpy()):
+            print(f"generate: {visible(name.removesuffix(':'))}: {told}", file=sys.stderr)
         found.append(ids)
     return found
 

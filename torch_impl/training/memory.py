@@ -81,9 +81,9 @@ def memory_of(device: torch.device, processes: int = 1) -> int | None:
         return torch.cuda.mem_get_info(device)[1]
     if device.type != "cpu":
         return None
-    machine = machine_memory()
-    most = [limit.most for limit in group_limits()] + [machine] * (machine is not None)
-    most += [limit.most * processes for limit in own_limits()]
+    most = [limit.most for limit in group_limits()] + [limit.most * processes for limit in own_limits()]
+    if (machine := machine_memory()) is not None:
+        most.append(machine)
     return max(min(most), 0) if most else None
 
 

@@ -4,7 +4,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -33,7 +33,7 @@ from torch_impl.training.corpus import Corpus, make_tokenizer
 from torch_impl.training.counting import counted
 from torch_impl.training.device import Place, choose_place
 from torch_impl.training.events import TensorBoardEvents
-from torch_impl.training.files import InputError, refuse_links, settle_folder, whole_folder
+from torch_impl.training.files import InputError, refuse_links, settle_folder
 from torch_impl.training.growth import with_chat_tokens, with_new_rows
 from torch_impl.training.looks import Look
 from torch_impl.training.memory import fitted, refuse_what_cannot_fit
@@ -157,12 +157,13 @@ def prepare(request: Request, ranks: Ranks, held: ExitStack) -> Run:
         metrics = MetricsLog(folder / "metrics.jsonl")
     else:
         progress, folder = saved.progress, request.resume
-        changed = progress.go_on(saved.config, config, ranks.size, ranks.local_size)
-        if changed and _best_is_ahead(folder, progress):
-            progress.best_val_loss, progress.no_better = None, 0  # this step is the best of what is left
+        metrics = MetricsLog(folder / "metrics.jsonl")
+        # The first process decides: machines may have texts elsewhere, and other numbers of processes.
+        changed = ranks.told(progress.go_on(saved.config, config, ranks.size, ranks.local_size))
+        if changed and ranks.told(_best_is_ahead(folder, progress)):
+            progress.forget_best(metrics.rows())
         state = _start(saved.model, config, place, ranks)
         put_back(folder / "last", state, progress)
-        metrics = MetricsLog(folder / "metrics.jsonl")
         if ranks.first:
             require_folder()
             metrics.forget_from(progress.next_row)
@@ -251,8 +252,9 @@ def _load(
 def _best_is_ahead(folder: Path, progress: Progress) -> bool:
     """Whether best/ was found after the last checkpoint, by a session that was killed. The same settings find
     it again; others would never, and it would stay."""
-    best = folder / "best"
-    return whole_folder(best).is_dir() and load_progress(best).step > progress.step
+    with suppress(InputError):  # somebody made room there
+        return load_progress(folder / "best").step > progress.step
+    return False
 
 
 def _check_goes_on(request: Request, progress: Progress, corpus: Corpus) -> None:

@@ -38,8 +38,8 @@ class Resumed:
 
     def leads_elsewhere(self, now: Among) -> bool:
         """Whether there is another command from here on."""
-        among = (self.processes, self.on_a_machine), (now.processes, now.on_a_machine)
-        return bool(self.before) or among[0] != among[1]
+        before, after = (self.processes, self.on_a_machine), (now.processes, now.on_a_machine)
+        return bool(self.before) or before != after
 
     def ended_in(self, config: RunConfig) -> bool:
         """Whether the run was to end with the very step after which it goes on, which was evaluated then."""
@@ -77,9 +77,10 @@ def _flag(name: str, value: Any) -> list[str]:
     return [f"--{name}", str(value)]
 
 
-def command_of(config: RunConfig, among: Among) -> str:
-    """The command that repeats a run, among as many processes."""
-    return as_typed([*program(among.processes, among.on_a_machine), *arguments_of(config)])
+def command_of(config: RunConfig, among: Among, out: str = "") -> str:
+    """The command that repeats a run, among as many processes, in a folder of that name if it has one."""
+    folder = ["--out", out] if out else []
+    return as_typed([*program(among.processes, among.on_a_machine), *arguments_of(config), *folder])
 
 
 def settings_before(old: RunConfig, new: RunConfig) -> dict[str, Any]:
@@ -108,7 +109,7 @@ def history(config: RunConfig, resumed: Sequence[Resumed]) -> list[RunConfig]:
 
 
 def resume_command(folder: str, config: RunConfig, changed: Resumed, among: Among) -> str:
-    """The command that went on with the run in a folder, and changed settings to those of the config."""
+    """The command that goes on with the run in a folder, and changes settings to those of the config."""
     now = _settings(config)
     flags = (part for name in changed.before for part in _flag(dashed(name), now[name]))
     return as_typed([*program(among.processes, among.on_a_machine), "--resume", folder, *flags])

@@ -77,16 +77,18 @@ def figures(run: Run, ended: str, told: str) -> dict[str, Any]:
 
 def commands(run: Run) -> dict[str, Any]:
     """The command that the run began with, and those that went on with other settings or among more or fewer
-    processes, each with the step until which the one before it ran, and whether it was stopped there."""
+    processes, each with the step until which the one before it ran, of how many. Where there are several,
+    they repeat it in a folder of its own: they would go on with this run."""
     resumed, configs = run.progress.resumed, history(run.config, run.progress.resumed)
     among = [*resumed, run.progress]
+    again = f"{run.folder.resolve().name}-again" if resumed else ""
     return {
-        "command": command_of(configs[0], among[0]),
+        "command": command_of(configs[0], among[0], again),
         "resumed": [
             {
                 "step": change.step,
-                "stopped": change.step < before.training.steps,
-                "command": resume_command(str(run.folder), config, change, processes),
+                "steps": before.training.steps,
+                "command": resume_command(again, config, change, processes),
             }
             for change, before, config, processes in zip(
                 resumed, configs[:-1], configs[1:], among[1:], strict=True
@@ -184,7 +186,7 @@ def page(run: Run, found: dict[str, Any], sample: str | None) -> str:
 def _commands(first: str, resumed: list[dict[str, Any]]) -> str:
     if not resumed:
         return f"<h2>The command that repeats it</h2><pre>{escape(visible(first))}</pre>"
-    ends = [f"until step {each['step']:,}{', where it was stopped' * each['stopped']}:" for each in resumed]
+    ends = [f"until step {each['step']:,} of {each['steps']:,}:" for each in resumed]
     typed = [first, *(each["command"] for each in resumed)]
     lines = (
         f"<p>{end}<pre>{escape(visible(line))}</pre>"

@@ -113,7 +113,7 @@ def _train(run: Run, stop: StopRequest, profile: bool) -> bool:
     if run.unsaved:
         _save(run, "last")  # from here on, a killed run can be resumed as it was asked for
     if progress.best_val_loss is None:
-        _evaluate(run, stop, dict.fromkeys(OWED), None)
+        _evaluate(run, stop, progress.owed or dict.fromkeys(OWED), None)
     elif progress.owed is not None or (progress.loss_count and progress.step == config.steps):
         # Put off, or the last step is now one after which nobody had asked for it.
         _evaluate(run, stop, progress.owed or dict.fromkeys(OWED), None)

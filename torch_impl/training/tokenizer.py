@@ -14,11 +14,12 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import regex
-from jaxtyping import UInt
+from jaxtyping import Integer, UInt
 from numpy import ndarray as Array
 
 from ref_numpy.bpe_format import TokenizerError, Vocabulary, from_gpt2_files, from_json, to_json
 from torch_impl.bpe import BPETokenizer
+from torch_impl.training.counting import counted
 from torch_impl.training.files import InputError, find_tokenizer, replace_file
 
 
@@ -107,7 +108,7 @@ class WordLevel:
         """Ids of the text's parts."""
         return np.array([self._ids.get(part, 0) for part in self._cut(text)], self.dtype)
 
-    def count_unknown(self, ids: UInt[Array, "N"]) -> int:
+    def count_unknown(self, ids: Integer[Array, "N"]) -> int:
         """How many of the ids stand for a part that is not in the list."""
         return int(np.count_nonzero(ids == 0))
 
@@ -198,6 +199,12 @@ class WordTokenizer(WordLevel):
 def tokenizer_sha256(tokenizer: Tokenizer) -> str:
     """Names the tokenizer."""
     return hashlib.sha256(tokenizer.to_json().encode("utf-8")).hexdigest()
+
+
+def unknown_told(tokenizer: Tokenizer, ids: Integer[Array, "N"]) -> str:
+    """How many of some tokens stand for what the tokenizer does not know; nothing where it knows all."""
+    unknown = tokenizer.count_unknown(ids) if isinstance(tokenizer, WordLevel) else 0
+    return f"of {counted(len(ids), 'token')} the tokenizer does not know {unknown}" if unknown else ""
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

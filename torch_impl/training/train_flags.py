@@ -47,7 +47,7 @@ class FolderFlags:
     """Run folder, which must not exist yet; without it, runs/PRESET-DATE-TIME."""
     resume: str = ""
     """Go on with the run in this folder. Its settings hold; only steps, micro-batches and the flags under
-    "run options" can be changed. No PRESET beside it."""
+    "run options", but for content and eval-tokens, can be changed. No PRESET beside it."""
     cache: str = "cache"
     """Folder that keeps the encoded text, and the tokenizer learned from it, for later runs; deleting it
     costs only time."""
