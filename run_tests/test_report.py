@@ -25,7 +25,7 @@ from torch_impl.training.checkpoint import load_progress
 from torch_impl.training.command_line import parse
 from torch_impl.training.config import read_config
 from torch_impl.training.presets import PRESETS
-from torch_impl.training.repeating import arguments_of, as_typed
+from torch_impl.training.repeating import arguments_of, as_typed, program
 from torch_impl.training.telemetry import draw_losses
 
 
@@ -263,6 +263,19 @@ def test_a_run_that_changes_before_its_first_step_begins_with_the_change(small_r
     assert found["resumed"] == [] and "--steps 8" in found["command"]
     assert cli(*shlex.split(found["command"])[2:], "--out", "again").code == 0
     assert content(Path("again")) == content(Path("run"))
+
+
+@pytest.mark.parametrize(
+    ("processes", "on_a_machine", "told"),
+    [
+        (1, 1, "python"),
+        (4, 4, "torchrun --nproc-per-node 4"),
+        (8, 4, "torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500"),
+        (3, 2, "torchrun --nproc-per-node 3"),  # it was 1 machine with 2
+    ],
+)
+def test_the_command_is_for_as_many_processes(processes, on_a_machine, told):
+    assert " ".join(program(processes, on_a_machine)) == f"{told} train_gpu.py"
 
 
 def test_a_checkpoint_that_does_not_know_how_its_run_began_has_the_command_of_its_config(small_run, cli):

@@ -119,8 +119,8 @@ def program(processes: int, on_a_machine: int) -> list[str]:
     """How a command begins that trains among so many processes, with HOST for where machines meet."""
     if processes == 1:
         return ["python", "train_gpu.py"]
-    among = ["--nproc-per-node", str(on_a_machine)]
-    if processes > on_a_machine:
-        nodes = str(processes // on_a_machine)
-        among = ["--nnodes", nodes, *among, "--rdzv-backend", "c10d", "--rdzv-endpoint", "HOST:29500"]
-    return ["torchrun", *among, "train_gpu.py"]
+    nodes, rest = divmod(processes, on_a_machine)
+    if nodes == 1 or rest:  # machines with different numbers of them are given different commands
+        return ["torchrun", "--nproc-per-node", str(processes), "train_gpu.py"]
+    among = ["--nnodes", str(nodes), "--nproc-per-node", str(on_a_machine)]
+    return ["torchrun", *among, "--rdzv-backend", "c10d", "--rdzv-endpoint", "HOST:29500", "train_gpu.py"]
