@@ -84,6 +84,11 @@ def test_without_a_key_nothing_is_dropped():
     assert (dropout_forward(np.ones((2, 99)), 0.5, DropoutKey(0, 0))[0] == 0).any()
 
 
+def test_the_smallest_rate_is_one_in_65536():
+    y, _ = dropout_forward(np.ones((2, 3)), 2.0**-16, DropoutKey(0, 0))
+    assert y.tolist() == [[65536 / 65535] * 3] * 2
+
+
 def test_every_one_of_the_sixteen_bits_counts():
     """Of a million units some have just the value 1001, and fall between this threshold and the next one; so
     do some of those that take the lower half of a word, and some that take the upper."""

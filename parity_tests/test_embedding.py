@@ -25,4 +25,4 @@ def test_a_token_that_occurs_twice_gets_both_gradients():
 @pytest.mark.parametrize("token", [-1, 3, 4])
 def test_a_token_outside_the_vocabulary_is_refused(token):
     with pytest.raises(ValueError, match=f"token id {token} is outside the vocabulary of 3"):
-        embedding_forward(np.array([[1, token]]), np.zeros((3, 2)))
+        embedding_forward(np.array([[1, 0, token]]), np.zeros((3, 2)))

@@ -225,11 +225,12 @@ def test_a_prompt_that_is_not_of_the_vocabulary_is_refused(id):
 def test_each_prompt_needs_a_stream():
     config = ModelConfig(vocab_size=5, context_length=8, n_layer=1, n_head=1, d_model=4)
     params, ids = model_params(config, 0), np.array([1])
-    with pytest.raises(ValueError, match="1 streams for 2 prompts"):
-        next(generate_batch(params, [ids, ids], config, 1, streams=[0]))
-    with pytest.raises(ValueError, match="1 streams for 2 prompts"):
-        prompts = [torch.from_numpy(ids)] * 2
-        next(fast.generate_batch(model_of(config, params), prompts, 1, streams=[0]))
+    prompts = [torch.from_numpy(ids)] * 2
+    for streams in ([0], [0, 1, 2]):
+        with pytest.raises(ValueError, match=f"{len(streams)} streams for 2 prompts"):
+            next(generate_batch(params, [ids, ids], config, 1, streams=streams))
+        with pytest.raises(ValueError, match=f"{len(streams)} streams for 2 prompts"):
+            next(fast.generate_batch(model_of(config, params), prompts, 1, streams=streams))
 
 
 def test_without_a_seed_it_is_0_and_each_prompt_has_its_stream():

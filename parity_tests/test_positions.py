@@ -66,7 +66,7 @@ def test_a_step_of_k_is_a_rotation(width, t, k):
 
 @pytest.mark.parametrize("place", [3, 4, -1, -3])
 def test_a_place_outside_the_table_is_refused(place):
-    places, weight = np.array([0, place, 2]), np.zeros((3, 2))
+    places, weight = np.array([1, place, 2]), np.zeros((3, 2))
     with pytest.raises(ValueError, match=f"place {place} lies outside the context length of 3"):
         learned_positions_forward(places, weight)
     with pytest.raises(IndexError):
