@@ -58,6 +58,14 @@ def dashed(name: str) -> str:
     return name.replace("_", "-")
 
 
+def as_flag(name: str, value: object) -> list[str]:
+    """What a command line takes for a field and its value."""
+    if isinstance(value, bool):
+        return [f"--{dashed(name)}" if value else f"--no-{dashed(name)}"]
+    values = value if isinstance(value, tuple) else (value,)
+    return [f"--{dashed(name)}", *map(str, values)]
+
+
 def _known_flags(kind: type) -> Iterator[tuple[str, bool]]:
     """Names, and whether a value follows."""
     for field in fields(kind):

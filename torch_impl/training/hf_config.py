@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from ref_numpy.config import ConfigError, ModelConfig
 from torch_impl.training.files import InputError
-from torch_impl.training.flags import dashed
+from torch_impl.training.flags import as_flag
 
 LAYOUTS = {"learned": "gpt2", "rope": "llama"}  # by what tells their models apart: the positions
 
@@ -227,13 +227,6 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
         raise InputError(
             f"{', '.join(f'{name} is {getattr(config, name)}' for name in odd)}, but Hugging Face's {layout} "
             f"layout, which goes with {config.positions} positions, has no such model; train one with "
-            + " ".join(_flag(name, getattr(back, name)) for name in odd)
+            + " ".join(part for name in odd for part in as_flag(name, getattr(back, name)))
         )
     return described
-
-
-def _flag(name: str, value: object) -> str:
-    """What train_gpu.py takes for a setting."""
-    if type(value) is bool:
-        return f"--{'no-' * (not value)}{dashed(name)}"
-    return f"--{dashed(name)} {value}"

@@ -61,7 +61,7 @@ class Run:
     state: TrainState
     progress: Progress
     objective: Objective
-    unsaved: bool  # what a killed run would go on from
+    unsaved: bool  # whether a killed run would go on without these settings, or not at all
     before: float  # seconds spent in the sessions before this one
     metrics: MetricsLog
     events: TensorBoardEvents | None  # of the first process alone

@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 from ref_numpy.config import ConfigError
 from torch_impl.training.command_line import CHANGEABLE
 from torch_impl.training.config import RunConfig
-from torch_impl.training.flags import dashed
+from torch_impl.training.flags import as_flag
 from torch_impl.training.presets import PRESETS
 
 _PARTS = ("run", "training")  # of a config, that have what --resume may change
@@ -65,16 +65,8 @@ def arguments_of(config: RunConfig) -> list[str]:
         for field in fields(wanted):
             value = getattr(wanted, field.name)
             if value != getattr(usual, field.name) and (part, field.name) != ("model", "vocab_size"):
-                flags += _flag(dashed(field.name), value)
+                flags += as_flag(field.name, value)
     return flags
-
-
-def _flag(name: str, value: Any) -> list[str]:
-    if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no-{name}"]
-    if isinstance(value, tuple):
-        return [f"--{name}", *value]
-    return [f"--{name}", str(value)]
 
 
 def command_of(config: RunConfig, among: Among, out: str = "") -> str:
@@ -111,7 +103,7 @@ def history(config: RunConfig, resumed: Sequence[Resumed]) -> list[RunConfig]:
 def resume_command(folder: str, config: RunConfig, changed: Resumed, among: Among) -> str:
     """The command that goes on with the run in a folder, and changes settings to those of the config."""
     now = _settings(config)
-    flags = (part for name in changed.before for part in _flag(dashed(name), now[name]))
+    flags = (part for name in changed.before for part in as_flag(name, now[name]))
     return as_typed([*program(among.processes, among.on_a_machine), "--resume", folder, *flags])
 
 
