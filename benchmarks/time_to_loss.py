@@ -159,12 +159,7 @@ def tell(curves: dict[str, Curve], loss: float) -> list[dict]:
         )
     if (peer := times.pop("nanoGPT", None)) is None:
         print(f"nanoGPT failed or did not come to {loss}: nothing to compare with; try a larger --loss")
-        return []
-    return [
-        row(f"{name}, time to {loss}, beside nanoGPT", time, peer, "s")
-        for name, time in times.items()
-        if time is not None
-    ]
+    return [row(f"{name}, time to {loss}, beside nanoGPT", time, peer, "s") for name, time in times.items()]
 
 
 @command("benchmarks.time_to_loss", "the curves end there")

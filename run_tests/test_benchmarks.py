@@ -82,13 +82,17 @@ def test_a_side_that_dies_keeps_its_points_and_the_others_go_on(curves_of, capsy
     assert "nanoGPT: it has failed" in err and "stillborn: it has failed" in err and "ours" not in err
 
 
-def test_a_row_needs_both_sides_at_the_loss(curves_of, capsys):
+def test_a_side_that_never_comes_to_the_loss_is_a_row_without_its_number(curves_of, capsys):
     curves = curves_of(ours=FakePipe(), short=FakePipe(may=13), nanoGPT=FakePipe(pace=3.0))
-    (told,) = time_to_loss.tell(curves, 82.5)
-    assert told == row("ours, time to 82.5, beside nanoGPT", 17.5, 52.5, "s") and told["ratio"] == 3
+    ours, short = time_to_loss.tell(curves, 82.5)
+    assert ours == row("ours, time to 82.5, beside nanoGPT", 17.5, 52.5, "s") and ours["ratio"] == 3
+    assert short == row("short, time to 82.5, beside nanoGPT", None, 52.5, "s") and short["ratio"] is None
     assert "82.5 never; 90.0000 after 10 steps" in capsys.readouterr().out
     del curves["nanoGPT"]
-    assert time_to_loss.tell(curves, 82.5) == []
+    assert [(each["ours"], each["peer"]) for each in time_to_loss.tell(curves, 82.5)] == [
+        (17.5, None),
+        (None, None),
+    ]
 
 
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=6), st.floats(0, 10))
