@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from parity_tests.strategies import REGIMES, array, arrays, masks, seeds, sizes
 from ref_numpy.attention import attention_backward, attention_forward
@@ -123,6 +124,23 @@ def test_products_are_for_large_cases_and_processors_that_multiply_bfloat16(
 ):
     monkeypatch.setattr(fast, "_HAS_BFLOAT16", has_instructions)
     assert fast.products_pay(torch.device(device), dtype, 2 * length * 64) == pays
+
+
+def test_without_a_gradient_no_kernel_is_taken_that_plans_each_shape(monkeypatch):
+    """On Hopper each token of a search by beams was a shape of its own, for which cuDNN made a plan."""
+    planned = []
+
+    def attend(q, *_, **settings):
+        planned.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return q
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+    with FakeTensorMode():
+        q = torch.zeros(1, 2, 3, 8, dtype=torch.bfloat16, device="cuda")
+    fast.fused_attention(q, q, q)
+    with torch.no_grad():
+        fast.fused_attention(q, q, q)
+    assert planned == [True, False] and torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_a_query_that_sees_nothing_gets_zero_and_passes_nothing_back(offered):

@@ -1,6 +1,7 @@
 """Attention: the scaled dot product. The twin of ref_numpy/attention.py."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from math import sqrt
 
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torch_impl.alibi import alibi_bias
 
@@ -18,6 +20,8 @@ _HAS_BFLOAT16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
 """Whether this processor has instructions for products in bfloat16: then twice as fast as float32."""
 _WORTH_PRODUCTS = 2**18
 """Elements of the keys from which products gain more than the cost of their calls."""
+_UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""CUDA's kernels that take any shape at once."""
 
 
 def attention(
@@ -53,6 +57,9 @@ def fused_attention(
     """scaled_dot_product_attention, with groups of heads; a mask of numbers is added to the scores.
 
     CUDA's kernels for float32 and for masks know no groups, and a plain one, with all scores, would step in.
+    On Hopper PyTorch takes cuDNN's first, in half precision. They are the fastest, but make a plan for each
+    new shape, for tens of milliseconds or more: steps of training repay that, and a text that grows by a
+    token at a time never does. So without a gradient the others are taken.
     On a CPU with AVX-512, PyTorch 2.13's kernels gain nothing from half precision, and their backward pass
     takes up to five times as long in bfloat16, and ten in float16. So where there is a gradient, bfloat16 is
     multiplied by oneDNN if the processor can and the keys have enough elements (or those that they are a
@@ -68,9 +75,10 @@ def fused_attention(
     if half and q.device.type == "cpu" and torch.is_grad_enabled():
         mask = mask.float() if mask is not None and mask.is_floating_point() else mask
         return fused_attention(q.float(), k.float(), v.float(), mask, is_causal).to(q.dtype)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=q.shape[1] != k.shape[1]
-    )
+    with sdpa_kernel(_UNPLANNED) if q.is_cuda and not torch.is_grad_enabled() else nullcontext():
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=q.shape[1] != k.shape[1]
+        )
 
 
 def products_pay(device: torch.device, dtype: torch.dtype, elements: int) -> bool:
