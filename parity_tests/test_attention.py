@@ -126,21 +126,25 @@ def test_products_are_for_large_cases_and_processors_that_multiply_bfloat16(
     assert fast.products_pay(torch.device(device), dtype, 2 * length * 64) == pays
 
 
-def test_without_a_gradient_no_kernel_is_taken_that_plans_each_shape(monkeypatch):
-    """On Hopper each token of a search by beams was a shape of its own, for which cuDNN made a plan."""
-    planned = []
+def test_kernels_of_cudnn_have_causal_steps_alone(monkeypatch):
+    """On Hopper, where PyTorch takes them first, each token of a search by beams was a shape of its own, for
+    which they made a plan; and low scores could make gradients NaN where all keys are seen, or by a mask."""
+    allowed = []
 
     def attend(q, *_, **settings):
-        planned.append(torch.backends.cuda.cudnn_sdp_enabled())
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
         return q
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
     with FakeTensorMode():
         q = torch.zeros(1, 2, 3, 8, dtype=torch.bfloat16, device="cuda")
+        mask = torch.ones(3, 3, dtype=torch.bool, device="cuda")
+    fast.fused_attention(q, q, q, is_causal=True)
     fast.fused_attention(q, q, q)
+    fast.fused_attention(q, q, q, mask)
     with torch.no_grad():
-        fast.fused_attention(q, q, q)
-    assert planned == [True, False] and torch.backends.cuda.cudnn_sdp_enabled()
+        fast.fused_attention(q, q, q, is_causal=True)
+    assert allowed == [True, False, False, False] and torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_a_query_that_sees_nothing_gets_zero_and_passes_nothing_back(offered):

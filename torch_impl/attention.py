@@ -20,8 +20,7 @@ _HAS_BFLOAT16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
 """Whether this processor has instructions for products in bfloat16: then twice as fast as float32."""
 _WORTH_PRODUCTS = 2**18
 """Elements of the keys from which products gain more than the cost of their calls."""
-_UNPLANNED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""CUDA's kernels that take any shape at once."""
+_WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def attention(
@@ -59,7 +58,8 @@ def fused_attention(
     CUDA's kernels for float32 and for masks know no groups, and a plain one, with all scores, would step in.
     On Hopper PyTorch takes cuDNN's first, in half precision. They are the fastest, but make a plan for each
     new shape, for tens of milliseconds or more: steps of training repay that, and a text that grows by a
-    token at a time never does. So without a gradient the others are taken.
+    token at a time never does. And unless the order is causal, cuDNN 9.19 and 9.20, of PyTorch 2.11 and 2.13,
+    can make gradients NaN where all scores of a query are below -88. So theirs are causal steps alone.
     On a CPU with AVX-512, PyTorch 2.13's kernels gain nothing from half precision, and their backward pass
     takes up to five times as long in bfloat16, and ten in float16. So where there is a gradient, bfloat16 is
     multiplied by oneDNN if the processor can and the keys have enough elements (or those that they are a
@@ -75,7 +75,8 @@ def fused_attention(
     if half and q.device.type == "cpu" and torch.is_grad_enabled():
         mask = mask.float() if mask is not None and mask.is_floating_point() else mask
         return fused_attention(q.float(), k.float(), v.float(), mask, is_causal).to(q.dtype)
-    with sdpa_kernel(_UNPLANNED) if q.is_cuda and not torch.is_grad_enabled() else nullcontext():
+    without_cudnn = q.is_cuda and not (is_causal and torch.is_grad_enabled())
+    with sdpa_kernel(_WITHOUT_CUDNN) if without_cudnn else nullcontext():
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=q.shape[1] != k.shape[1]
         )
