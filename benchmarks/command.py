@@ -1,6 +1,7 @@
 """The outside of a benchmark: its exit code, one line for what stopped it, and the files that it writes."""
 
 import io
+import signal
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -15,11 +16,15 @@ _PICTURES = (".png", ".svg", ".pdf")
 
 def command(name: str, interrupted: str = "") -> Callable[[Main], Callable[[list[str]], int]]:
     """Makes of what carries out a command line what also returns an exit code: 0, 2 for a request that cannot
-    be met, 130 after Ctrl-C. `interrupted` says what is missing then."""
+    be met, 130 after Ctrl-C. `interrupted` says what is missing then.
+
+    SIGTERM is taken for Ctrl-C: what ends a command whose time is up shall not lose what it has measured.
+    """
 
     def decorate(main: Main) -> Callable[[list[str]], int]:
         @wraps(main)
         def carry_out(arguments: list[str]) -> int:
+            before = signal.signal(signal.SIGTERM, _end)
             try:
                 main(arguments)
             except (InputError, OSError) as error:
@@ -29,11 +34,18 @@ def command(name: str, interrupted: str = "") -> Callable[[Main], Callable[[list
             except KeyboardInterrupt:
                 print(f"{name}: interrupted{interrupted and '; '}{interrupted}", file=sys.stderr)
                 return 130
+            finally:
+                signal.signal(signal.SIGTERM, before)
             return 0
 
         return carry_out
 
     return decorate
+
+
+def _end(*_: Any) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # some send it to a process and then to its group
+    raise KeyboardInterrupt
 
 
 def check_files(json: str, out: str = "") -> None:

@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import signal
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import attention_memory, bpe, same_losses, time_to_loss, trajectory, turns
+from benchmarks.command import command
 from benchmarks.peers import peer_side
 from benchmarks.rows import Measured, paired, row, table, write_rows
 from benchmarks.time_to_loss import Flags, Runner, seconds_to
@@ -360,6 +362,23 @@ def test_contexts_that_are_measured_by_an_interruption_are_kept(call, monkeypatc
     assert code == 130 and "other contexts are not measured" in err and "–" in out
     memory, time = json.loads(Path("rows.json").read_bytes())
     assert memory["name"].endswith("context 64, memory") and memory["ratio"] is None and time["ratio"] == 2
+
+
+def test_a_limit_of_time_loses_no_more_than_ctrl_c_does(capsys):
+    """SIGTERM ended a benchmark of ten minutes at once, with all that it had measured."""
+    before, kept = signal.getsignal(signal.SIGTERM), []
+
+    @command("benchmarks.x", "the rest is not measured")
+    def main(arguments: list[str]) -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGTERM)  # timeout sends it to a command, and to its group
+            kept.append("what is measured")
+
+    assert main([]) == 130 and kept
+    assert "interrupted; the rest is not measured" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_rows_of_the_tokenizer_are_kept_where_it_is_interrupted(call, monkeypatch):
