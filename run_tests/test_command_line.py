@@ -88,6 +88,17 @@ def test_help_of_a_preset_names_every_flag_with_its_value_there(preset, capsys):
             assert shown[1] == ("" if value == () else str(value) or "''")
 
 
+def test_help_breaks_its_lines_for_the_terminal_alone(monkeypatch, capsys):
+    """It broke them where the source does as well: `runs; deleting it` was a line, `costs only time` the
+    next, and so in every second sentence. And before each line of the source that begins with no letter."""
+    monkeypatch.setenv("COLUMNS", "110")
+    with pytest.raises(SystemExit):
+        parse(["cpu", "--help"])
+    text = re.sub(r" *│\n│ +", "\n", capsys.readouterr().out)
+    assert "for later\nruns; deleting it costs only time. (default: cache)" in text
+    assert '{"messages": [{"role", "content"}, ...]}' in text
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_alone_is_that_preset(preset):
     assert parse([preset]).config == PRESETS[preset]

@@ -10,10 +10,21 @@ from itertools import dropwhile, pairwise, takewhile
 from typing import TypeVar
 
 import tyro
+from tyro import _strings
 
 from torch_impl.training.files import InputError
 
 T = TypeVar("T")
+
+
+def _flowing(text: str) -> str:
+    """Paragraphs without the line breaks that they have in the source."""
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text.strip()))
+
+
+# tyro's own keeps the break before a line that begins with no letter, as if it were one of a list; and it is
+# asked before the indentation is taken away, so that all lines of a field's docstring begin with a space.
+_strings.remove_single_line_breaks = _flowing
 
 
 def parse_flags(default: T, arguments: list[str], program: str, description: str) -> T:
