@@ -119,18 +119,17 @@ def choose_place(run: RunSettings, ranks: Ranks = ALONE) -> Place:
 def products_beside_float32(dtype: torch.dtype) -> float:
     """How many times as long a product of matrices takes on this CPU as in float32, measured.
 
-    Not every processor has instructions for half precision; without them it takes tens of times as long.
+    Not every processor has instructions for half precision; without them it takes tens of times as long. The
+    two take turns, so that whatever else the machine does in some of them is in the way of both.
     """
-    best = []
-    for kind in (torch.float32, dtype):
-        matrix = torch.ones(256, 256, dtype=kind)
-        times = []
-        for _ in range(5):
+    factors = [torch.ones(256, 256, dtype=kind) for kind in (torch.float32, dtype)]
+    times = []
+    for _ in range(20):
+        for matrix in factors:
             begin = time.perf_counter()
             matrix @ matrix
             times.append(time.perf_counter() - begin)
-        best.append(min(times))
-    return best[1] / best[0]
+    return min(times[1::2]) / min(times[::2])
 
 
 def _refuse_lacking(device: torch.device, products: str) -> None:
