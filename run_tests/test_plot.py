@@ -114,6 +114,22 @@ def test_each_curve_has_the_numbers_of_its_run(x, y):
         assert axes.lines[1].get_ydata().tolist() == pytest.approx([3.9, 2.9])
 
 
+@pytest.mark.parametrize(("losses", "log"), [([3.5], False), ([3.5, 2.5], False), ([3.5, 2.5], True)])
+def test_axes_have_plain_numbers(losses, log):
+    """A loss of 3 stood beside its axis as 3 x 10**0, and runs of a few steps had parts of one."""
+    rows = plot.read_curve(run_of("run", losses), "run").rows
+    for row in rows:
+        row["step"] //= 5  # 0 and 2
+    figure = plot.draw([plot.Curve("run", rows)], "step", "loss", log)
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    labels = [*axes.get_xticklabels(which="both"), *axes.get_yticklabels(which="both")]
+    assert not any("times" in label.get_text() for label in labels)
+    if not log:
+        steps = [label.get_text() for label in axes.get_xticklabels()]  # of some beyond the axis as well
+        assert "0" in steps and all(float(step.replace("\u2212", "-")).is_integer() for step in steps)
+
+
 def test_a_reader_that_goes_away_does_not_matter(monkeypatch):
     """It failed with a broken pipe, as of | head, after it had drawn all."""
     run_of("run", [5.0, 4.0])
@@ -154,6 +170,7 @@ def test_names_are_as_long_as_tells_them_apart():
         (("run", "--y", "bits-per-byte"), "y"),
         (("run", "--y", "bits_per_byte"), "--y bits_per_byte: these runs have none"),
         (("run", "--out", "nowhere/x.png"), "No such file"),
+        (("run", "--log"), "--log: there is no evaluation after step 0 yet"),
         (("run", "--colour"), "unknown flag --colour"),
         (("run", "old", "--x", "tokens"), "--x tokens: old has evaluations without it; use --x step"),
     ],

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Literal, NamedTuple
 
 import tyro
-from matplotlib import colormaps
+from matplotlib import colormaps, rcParams
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
@@ -41,6 +41,7 @@ _AXES = {
 }
 _OF_HELD_OUT = ("loss", "bits_per_byte", "perplexity")  # the less, the better
 NOT_COMPARED = "losses per token of different tokenizers cannot be compared"
+rcParams["axes.formatter.min_exponent"] = 4  # with --log a loss is 3, not 3 x 10**0
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,8 @@ def draw(curves: list[Curve], x: str, y: str, log: bool) -> Figure:
         axes.set_title("held-out text, and thin, training text", fontsize="medium")
     if log:
         axes.set(xscale="log", yscale="log")
+    elif x != "seconds":  # there is no half of a step
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.grid(alpha=0.3, which="both")
     legend = axes.legend(fontsize="small") if few else _legend_beside(figure)
     for label in legend.get_texts():
@@ -213,6 +216,8 @@ def main(arguments: list[str]) -> int:
         for name, rows in curves:
             if any(row.get(flags.x) is None for row in rows):
                 raise InputError(f"--x {flags.x}: {name} has evaluations without it; use --x step")
+        if flags.log and not any(row[flags.x] > 0 for curve in curves for row in curve.rows):
+            raise InputError("--log: there is no evaluation after step 0 yet; leave it out")
         picture = io.BytesIO()
         draw(curves, flags.x, flags.y, flags.log).savefig(picture, format=kind)
         replace_file(out, picture.getvalue())

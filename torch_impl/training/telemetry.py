@@ -123,6 +123,7 @@ def draw_losses(path: Path, rows: list[Row], vocab_size: int, title: str) -> Non
     nothing = math.log(vocab_size)
     axes.axhline(nothing, linestyle=":", color="grey", label=f"ln V = {nothing:.3f}")
     axes.set(xlabel="step", ylabel="loss, nats per token")
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.set_title(visible(title), parse_math=False)
     axes.grid(alpha=0.3)
     axes.legend()
