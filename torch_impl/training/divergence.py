@@ -77,6 +77,6 @@ def diverged(run: Run, step: int, what: str) -> Diverged:
     last = run.folder / "last"
     good = f"The last good checkpoint is {last}. " if last.is_dir() else ""
     return Diverged(
-        f"step {step}: {what}; stopped. {good}Try a run with --learning-rate below {config.learning_rate}, "
+        f"step {step}: {what}; stopped. {good}Try a run with --learning-rate below {config.learning_rate:g}, "
         f"--warmup-steps above {config.warmup_steps}{clip}"
     )
