@@ -1,5 +1,6 @@
 """Flags, presets and help."""
 
+import os
 import re
 import subprocess
 import sys
@@ -94,9 +95,23 @@ def test_help_breaks_its_lines_for_the_terminal_alone(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "110")
     with pytest.raises(SystemExit):
         parse(["cpu", "--help"])
-    text = re.sub(r" *│\n│ +", "\n", capsys.readouterr().out)
+    text = re.sub(r"[│ ]*\n[│ ]+", "\n", capsys.readouterr().out)
     assert "for later\nruns; deleting it costs only time. (default: cache)" in text
     assert '{"messages": [{"role", "content"}, ...]}' in text
+
+
+@pytest.mark.parametrize(("no_color", "coloured"), [("", True), ("1", False)])
+def test_help_has_no_colours_for_who_wants_none(no_color, coloured):
+    """In a terminal, whatever NO_COLOR said, it had."""
+    code = "import sys, train_gpu\nsys.stdout.isatty = lambda: True\ntrain_gpu.main(['--help'])\n"
+    finished = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "TERM": "xterm", "NO_COLOR": no_color},
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert ("\x1b[" in finished.stdout) == coloured and "--learning-rate" in finished.stdout
 
 
 @pytest.mark.parametrize("preset", PRESETS)

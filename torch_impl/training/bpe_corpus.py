@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from ref_numpy.bpe_format import SPLITS, Vocabulary
 from torch_impl.bpe import BPETokenizer, check_training, count_words, special_pattern, train_on_words
+from torch_impl.training.counting import counted
 from torch_impl.training.files import InputError
 from torch_impl.training.text import Text, untold
 
@@ -160,8 +161,8 @@ def count_texts(
         parts = (p for k, p in enumerate(parts) if math.ceil((k + 1) * sample) > math.ceil(k * sample))
     count = partial(_count_part, special_tokens=tuple(special_tokens), split=split)
     words = Counter()
-    for counted in ordered_map(count, parts, worth_spawning(texts, workers)):
-        words.update(counted)
+    for found in ordered_map(count, parts, worth_spawning(texts, workers)):
+        words.update(found)
     return words
 
 
@@ -190,8 +191,9 @@ def train_on_texts(
         vocabulary = train_on_words(words, vocab_size, special_tokens, split, ties, bar.update)
     if len(vocabulary.tokens) < vocab_size:
         raise InputError(
-            f"--vocab-size is {vocab_size}, but the text runs out of pairs after {len(vocabulary.merges)} "
-            f"merges; give it more text, or ask for --vocab-size {len(vocabulary.tokens)}"
+            f"--vocab-size is {vocab_size}, but the text runs out of pairs after "
+            f"{counted(len(vocabulary.merges), 'merge')}; give it more text, or ask for --vocab-size "
+            f"{len(vocabulary.tokens)}"
         )
     return vocabulary
 

@@ -2,6 +2,7 @@
 
 import difflib
 import io
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -25,6 +26,9 @@ def _flowing(text: str) -> str:
 # tyro's own keeps the break before a line that begins with no letter, as if it were one of a list; and it is
 # asked before the indentation is taken away, so that all lines of a field's docstring begin with a space.
 _strings.remove_single_line_breaks = _flowing
+
+if os.environ.get("NO_COLOR"):  # see no-color.org, which tyro does not know
+    tyro._experimental_options["ansi_codes"] = False
 
 
 def parse_flags(default: T, arguments: list[str], program: str, description: str) -> T:
