@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import weakref
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -25,6 +26,7 @@ from torch_impl.training.ranks import ALONE, Ranks
 
 GPU = Place(torch.device("cuda"), torch.bfloat16, False)
 CPU = torch.device("cpu")
+HERE = Place(CPU, torch.float32, False)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +53,21 @@ def test_memory_that_runs_out(small_run, monkeypatch, error):
     for part in ("a step needs ", "weights ", "gradients ", "moments ", "activations "):
         assert part in outcome.error
     assert "largest batch that fits, with the same result: --micro-batches 2, 16 at a time" in outcome.error
+
+
+def test_the_tensors_of_a_step_that_found_no_room_make_room_for_the_report():
+    """The error held them. Under ulimit -v the process ended in the midst of the report with `OpenBLAS error:
+    Memory allocation still failed`, and had not said what would fit."""
+    held = []
+
+    def step():
+        activations = torch.zeros(8)
+        held.append(weakref.ref(activations))
+        raise MemoryError
+
+    with pytest.raises(memory.OutOfMemory) as told, memory.accounted(PRESETS["cpu"], HERE, ALONE):
+        step()
+    assert told.value.__cause__.__traceback__ and held[0]() is None
 
 
 def test_the_largest_batch_that_fits_is_the_largest():

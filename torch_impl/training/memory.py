@@ -8,6 +8,7 @@ Not here: what other processes take.
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -59,12 +60,14 @@ class OutOfMemory(MemoryError):
 
 @contextmanager
 def accounted(config: RunConfig, place: Place, ranks: Ranks) -> Iterator[None]:
-    """Within the block, memory that runs out raises OutOfMemory."""
+    """Within the block, memory that runs out raises OutOfMemory. Then there is some again, for the report:
+    where OpenBLAS finds none, it ends the process."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not ran_out(error):
             raise
+        traceback.clear_frames(error.__traceback__)  # which hold all tensors of the step
         raise OutOfMemory(_needs(config, place, ranks)) from error
 
 
