@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from run_tests.conftest import SMALL, content, metrics
 from torch_impl.training import generate_command
 from torch_impl.training import run as run_module
-from torch_impl.training.checkpoint import load_progress
 from torch_impl.training.command_line import parse
 from torch_impl.training.config import read_config
 from torch_impl.training.presets import PRESETS
+from torch_impl.training.progress import load_progress
 from torch_impl.training.repeating import arguments_of, as_typed, program
 from torch_impl.training.telemetry import draw_losses
 

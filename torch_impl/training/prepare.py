@@ -20,13 +20,7 @@ from torch_impl.train import FromHost, StepMetrics, TrainState, start
 from torch_impl.training.agreement import refuse_uneven, require_same_flags, tensors_sha256
 from torch_impl.training.beginning import new_run_folder, resumed_run_folder
 from torch_impl.training.captured import CudaGraphs
-from torch_impl.training.checkpoint import (
-    Progress,
-    load_model,
-    load_parameters,
-    load_progress,
-    put_back,
-)
+from torch_impl.training.checkpoint import load_model, load_parameters, put_back
 from torch_impl.training.command_line import Request
 from torch_impl.training.config import RunConfig, read_config
 from torch_impl.training.corpus import Corpus, make_tokenizer
@@ -38,6 +32,7 @@ from torch_impl.training.growth import with_chat_tokens, with_new_rows
 from torch_impl.training.looks import Look
 from torch_impl.training.memory import fitted, refuse_what_cannot_fit
 from torch_impl.training.objectives import Objective, load_for, make_objective
+from torch_impl.training.progress import Progress, load_progress
 from torch_impl.training.ranks import Ranks
 from torch_impl.training.recompute import recompute_blocks
 from torch_impl.training.spikes import SpikeWatch

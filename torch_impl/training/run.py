@@ -19,7 +19,7 @@ from torch_impl.train import StepMetrics, train_steps
 from torch_impl.training.announcement import announce
 from torch_impl.training.anomaly import not_finite
 from torch_impl.training.beginning import system_errors_told
-from torch_impl.training.checkpoint import OWED, save_checkpoint
+from torch_impl.training.checkpoint import save_checkpoint
 from torch_impl.training.command_line import Request
 from torch_impl.training.divergence import diverged, read_pending
 from torch_impl.training.events import TensorBoardEvents
@@ -28,7 +28,8 @@ from torch_impl.training.keeping import keep_newest
 from torch_impl.training.looks import look, look_is_due
 from torch_impl.training.memory import OutOfMemory, accounted
 from torch_impl.training.prepare import Run, prepare
-from torch_impl.training.progress import ProgressBar
+from torch_impl.training.progress import OWED
+from torch_impl.training.progress_bar import ProgressBar
 from torch_impl.training.ranks import joined
 from torch_impl.training.repeating import as_typed, program
 from torch_impl.training.report import in_short, write_report

@@ -4,8 +4,8 @@ import io
 
 import pytest
 
-from torch_impl.training import progress
-from torch_impl.training.progress import ProgressBar
+from torch_impl.training import progress_bar
+from torch_impl.training.progress_bar import ProgressBar
 
 
 class Terminal(io.StringIO):
@@ -47,7 +47,7 @@ def test_a_terminal_that_tells_no_width_has_eighty_columns(stderr, monkeypatch, 
 
 def test_a_file_gets_lines_now_and_then(stderr, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(progress_bar.time, "monotonic", lambda: clock[0])
     file = stderr(io.StringIO())
     with ProgressBar(1000, 400) as bar:
         for step in range(401, 1001):
