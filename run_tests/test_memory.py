@@ -115,7 +115,7 @@ def test_a_model_that_can_never_fit_is_refused_before_anything_is_allocated(smal
     outcome = small_run("--out", "run", *flags)
     assert outcome.code == 2
     assert re.search(
-        r"need [\d,.]+ GiB of memory at least, but this machine has [\d,.]+: reduce", outcome.error
+        r"need [\d,.]+ [GTP]iB of memory at least, but this machine has [\d,.]+ [GT]iB: reduce", outcome.error
     )
     assert not Path("run").exists()
 

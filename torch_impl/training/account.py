@@ -18,7 +18,6 @@ from torch_impl.training.costs import (
     attention_pairs,
     checkpoint_bytes,
     forward_flops,
-    in_bytes,
     kaplan_flops,
     kv_cache_bytes,
     non_embedding_count,
@@ -26,11 +25,10 @@ from torch_impl.training.costs import (
     parameter_count,
     parameters_by_part,
     process_bytes,
-    scaled,
     sent_bytes,
     training_bytes,
 )
-from torch_impl.training.counting import counted
+from torch_impl.training.counting import counted, in_bytes, scaled
 from torch_impl.training.files import InputError, find_checkpoint, refusal, replace_file
 from torch_impl.training.flags import parse_flags
 from torch_impl.training.presets import PRESETS

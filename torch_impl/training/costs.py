@@ -323,16 +323,3 @@ def checkpoint_bytes(model: ModelConfig, training: TrainConfig) -> tuple[int, in
     """Tensors in model.safetensors and in optimizer.safetensors; lists of names and other files are small."""
     held = training_bytes(model, training)
     return held.weights, held.moments
-
-
-def in_bytes(number: int) -> str:
-    """A number of bytes, by powers of 1024."""
-    return scaled(number, 1024, ("B", "KiB", "MiB", "GiB", "TiB", "PiB"))
-
-
-def scaled(number: int | float, base: int, units: tuple[str, ...]) -> str:
-    """A number with the unit that leaves it below a base."""
-    power = 0
-    while number >= base and power < len(units) - 1:
-        number, power = number / base, power + 1
-    return f"{number:,.1f} {units[power]}" if power else f"{number:,.0f} {units[0]}".rstrip()

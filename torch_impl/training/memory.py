@@ -9,7 +9,7 @@ Not here: what other processes take.
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,12 +22,12 @@ from torch_impl.training.config import RunConfig
 from torch_impl.training.costs import (
     Kernels,
     TrainingBytes,
-    in_bytes,
     kv_cache_bytes,
     parameter_count,
     process_bytes,
     training_bytes,
 )
+from torch_impl.training.counting import in_bytes
 from torch_impl.training.device import Place
 from torch_impl.training.files import InputError
 from torch_impl.training.memory_limits import group_limits, own_limits
@@ -209,23 +209,19 @@ def refuse_what_cannot_fit(config: RunConfig, device: torch.device, ranks: Ranks
     needed = needed_bytes(config, device, ranks)
     if present is not None and needed > present:
         raise InputError(
-            f"{parameter_count(config.model):,} parameters and their training need {_gib(needed)} GiB of "
-            f"memory at least, but {_present(present, _gib)}: reduce --d-model, --n-layer, --batch-size or "
+            f"{parameter_count(config.model):,} parameters and their training need {in_bytes(needed)} of "
+            f"memory at least, but {_present(present)}: reduce --d-model, --n-layer, --batch-size or "
             "--context-length, or raise --micro-batches"
         )
 
 
-def _gib(n_bytes: int) -> str:
-    return f"{n_bytes / 2**30:,.1f}"
-
-
-def _present(limit: int, told: Callable[[int], str]) -> str:
+def _present(limit: int) -> str:
     """What memory there is, of which no more than `limit` is for this process."""
     machine = machine_memory() or limit
-    has = f"this machine has {told(machine)}"
+    has = f"this machine has {in_bytes(machine)}"
     if limit >= machine:
         return has
-    return f"{has}, and a limit on this process (its container's, or ulimit -v) leaves it {told(limit)}"
+    return f"{has}, and a limit on this process (its container's, or ulimit -v) leaves it {in_bytes(limit)}"
 
 
 def refuse_context_beyond_memory(folder: Path, model: ModelConfig, size: int) -> None:
@@ -238,5 +234,5 @@ def refuse_context_beyond_memory(folder: Path, model: ModelConfig, size: int) ->
     if limit is not None and needed > limit:
         raise InputError(
             f"{folder / 'config.json'}: context_length {model.context_length} takes {in_bytes(needed)}, but "
-            f"{_present(limit, in_bytes)}; make it smaller there"
+            f"{_present(limit)}; make it smaller there"
         )

@@ -18,8 +18,7 @@ import torch
 
 from torch_impl.training.attention_maps import draw_attention
 from torch_impl.training.config import FORMAT_VERSION
-from torch_impl.training.costs import in_bytes
-from torch_impl.training.counting import counted
+from torch_impl.training.counting import counted, in_bytes
 from torch_impl.training.files import write_file
 from torch_impl.training.memory import peak_memory
 from torch_impl.training.prepare import Run
