@@ -20,7 +20,7 @@ from torch_impl.training.config import read_config
 from torch_impl.training.costs import parameter_count
 from torch_impl.training.device import Place
 from torch_impl.training.files import InputError
-from torch_impl.training.memory import largest_that_fits, memory_of, needed_bytes, step_bytes
+from torch_impl.training.memory import fewest_micro_batches, memory_of, needed_bytes, step_bytes
 from torch_impl.training.presets import PRESETS
 from torch_impl.training.ranks import ALONE, Ranks
 
@@ -73,16 +73,17 @@ def test_the_tensors_of_a_step_that_found_no_room_make_room_for_the_report():
 def test_the_largest_batch_that_fits_is_the_largest():
     config = PRESETS["gpt2-124m"]
     for gib in (8, 24, 80):
-        fewest = largest_that_fits(config, GPU, gib << 30, ALONE)
+        fewest = fewest_micro_batches(config, GPU, gib << 30, ALONE)
         counts = [m for m in range(1, 481) if 480 % m == 0]
         fits = [step_bytes(config, GPU, m, ALONE).peak <= gib << 30 for m in counts]
         assert fits == sorted(fits) and fewest == counts[fits.index(True)]
-    assert largest_that_fits(config, GPU, 1 << 30, ALONE) is None
+    assert fewest_micro_batches(config, GPU, 1 << 30, ALONE) is None
     sharded = replace(config, run=replace(config.run, shard=True))
     eight = Ranks(size=8)
     one, each = (step_bytes(kind, GPU, 60, eight).moments for kind in (config, sharded))
     assert each * 8 == one
-    assert largest_that_fits(config, GPU, 24 << 30, eight) < largest_that_fits(config, GPU, 24 << 30, ALONE)
+    parts, parts_alone = (fewest_micro_batches(config, GPU, 24 << 30, ranks) for ranks in (eight, ALONE))
+    assert parts < parts_alone
 
 
 def test_a_batch_is_fitted_into_the_memory_that_is_free(small_run, monkeypatch):

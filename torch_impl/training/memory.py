@@ -33,6 +33,8 @@ from torch_impl.training.files import InputError
 from torch_impl.training.memory_limits import group_limits, own_limits
 from torch_impl.training.ranks import ALONE, Ranks
 
+_FILLED = 0.75  # of the memory that is free, by --batch-size auto
+
 
 def needed_bytes(config: RunConfig, device: torch.device, ranks: Ranks = ALONE) -> int:
     """A lower bound on what a run takes of the machine's memory, in bytes.
@@ -49,9 +51,6 @@ def needed_bytes(config: RunConfig, device: torch.device, ranks: Ranks = ALONE) 
     half = size < 4  # whose attention may be by products, which keep the least
     kernels = Kernels(size, recomputed=config.run.checkpoint_activations, by_products=half)
     return training_bytes(model, training, kernels).peak * ranks.local_size
-
-
-_FILLED = 0.75  # of the memory that is free, by --batch-size auto
 
 
 class OutOfMemory(MemoryError):
@@ -97,8 +96,8 @@ def machine_memory() -> int | None:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def largest_that_fits(config: RunConfig, place: Place, room: int | float, ranks: Ranks) -> int | None:
-    """The fewest micro-batches that divide the batch and whose step needs no more than `room` bytes in one of
+def fewest_micro_batches(config: RunConfig, place: Place, room: int | float, ranks: Ranks) -> int | None:
+    """Of the numbers that divide the batch, the smallest whose step needs no more than `room` bytes in one of
     the processes; None where even single sequences need more."""
     rows = config.training.batch_size
     counts = (m for m in range(1, rows + 1) if rows % m == 0 and rows // m % ranks.size == 0)
@@ -130,7 +129,7 @@ def fitted(config: RunConfig, place: Place, ranks: Ranks) -> RunConfig:
             "--micro-batches"
         )
     room = _FILLED * free / processes
-    fewest = largest_that_fits(config, place, room, ranks)
+    fewest = fewest_micro_batches(config, place, room, ranks)
     if fewest is None:
         needed = step_bytes(config, place, config.training.batch_size // ranks.size, ranks).peak
         raise InputError(
@@ -185,7 +184,7 @@ def _needs(config: RunConfig, place: Place, ranks: Ranks) -> str:
     if room is not None:
         message += f"; there are {in_bytes(room)}"
     # What has just failed did not fit, whatever was counted: so less than that, by a tenth at least.
-    fewest = largest_that_fits(config, place, 0.9 * min(room or held.peak, held.peak), ranks)
+    fewest = fewest_micro_batches(config, place, 0.9 * min(room or held.peak, held.peak), ranks)
     if fewest is None or fewest <= training.micro_batches:
         return f"{message}. Reduce --d-model, --n-layer or --context-length{recompute}"
     return (
