@@ -332,7 +332,7 @@ def test_the_table_does_not_wait_for_torch():
 
 def test_numbers_are_finite():
     config = PRESETS["gpt2-124m"]
-    numbers = account.account(config.model, config.training, "bfloat16", "cuda")
+    numbers = account.account(account.Request("124M", config.model, config.training, "bfloat16", "cuda"))
     assert all(
         math.isfinite(number) and number >= 0 for group in numbers.values() for number in group.values()
     )

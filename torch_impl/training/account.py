@@ -31,7 +31,7 @@ from torch_impl.training.costs import (
 from torch_impl.training.counting import counted, in_bytes, scaled
 from torch_impl.training.files import InputError, find_checkpoint, refusal, replace_file
 from torch_impl.training.flags import parse_flags
-from torch_impl.training.presets import PRESETS
+from torch_impl.training.presets import PRESETS, split_preset
 from torch_impl.training.terminal import show_what_can_be_shown
 
 _LEARNED = ("characters", "words")  # tokenizers whose size nobody knows before the text
@@ -89,17 +89,15 @@ class Request(NamedTuple):
     training: TrainConfig
     precision: str
     device: str
-    processes: int
-    shard: bool
-    json: Path | None
+    processes: int = 1
+    shard: bool = False
+    json: Path | None = None
 
 
 def parse(arguments: list[str]) -> Request:
     """Raises InputError or ConfigError on a mistake; exits after --help."""
-    preset = arguments[0] if arguments and not arguments[0].startswith("-") else None
-    if preset is not None and preset not in PRESETS:
-        raise InputError(f"unknown preset {preset!r}; the presets are {', '.join(PRESETS)}")
-    rest, config = arguments[0 if preset is None else 1 :], PRESETS[preset or "cpu"]
+    preset, rest = split_preset(arguments)
+    config = PRESETS[preset or "cpu"]
     flags, name = _parse_flags(rest, config), config.preset
     if folder := flags.source.model:
         if preset is not None:
@@ -158,15 +156,9 @@ def _parse_flags(arguments: list[str], config: RunConfig, of_preset: bool = True
     )
 
 
-def account(
-    model: ModelConfig,
-    training: TrainConfig,
-    precision: str,
-    device: str,
-    processes: int = 1,
-    shard: bool = False,
-) -> dict[str, dict[str, Any]]:
+def account(request: Request) -> dict[str, dict[str, Any]]:
     """All the numbers, by group and name: parameters, FLOPs per token, bytes."""
+    _, model, training, precision, device, processes, shard, _ = request
     size, parts = _SIZES[precision], parameters_by_part(model)
     kernels = Kernels(size, of_cpu=device == "cpu")
     forward, cache = forward_flops(model), kv_cache_bytes(model, size)
@@ -200,10 +192,9 @@ def account(
     }
 
 
-def table(request: Request) -> str:
+def table(request: Request, numbers: dict[str, dict[str, Any]]) -> str:
     """The numbers for a reader, with what they mean."""
     model, training, precision = request.model, request.training, request.precision
-    numbers = account(*request[1:7])
     parts, flops = numbers["parameters"], numbers["flops_per_token"]
     held, cache, files = (numbers[f"{what}_bytes"] for what in ("training", "kv_cache", "checkpoint"))
     rows = training.batch_size // training.micro_batches
@@ -298,11 +289,11 @@ def main(arguments: list[str]) -> int:
     show_what_can_be_shown()
     try:
         request = parse(arguments)
-        told = table(request)
+        numbers = account(request)
+        told = table(request, numbers)
         if request.json is not None:
             config = {"name": request.name, "model": asdict(request.model)}
             config |= {"precision": request.precision, "device": request.device}
-            numbers = account(*request[1:7])
             content = json.dumps({**config, **numbers}, indent=1)
             replace_file(request.json, content.encode("utf-8"))
         print(told, flush=True)

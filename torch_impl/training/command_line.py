@@ -14,7 +14,7 @@ from torch_impl.training.contradictions import refuse_contradictions
 from torch_impl.training.files import InputError, find_checkpoint, whole_folder
 from torch_impl.training.flags import check_text, dashed
 from torch_impl.training.lock import refuse_in_use
-from torch_impl.training.presets import PRESETS
+from torch_impl.training.presets import PRESETS, split_preset
 from torch_impl.training.train_flags import Flags, as_config, parse_train_flags
 
 # What --resume may change. The rest decides which run it is. Other steps mean another schedule from there on;
@@ -48,10 +48,7 @@ def parse(arguments: list[str]) -> Request:
         if taken and "=".join(arguments[number : number + taken]).endswith("=auto"):
             rest = arguments[:number] + arguments[number + taken :]
             return parse(rest)._replace(fit=True)
-    preset = arguments[0] if arguments and not arguments[0].startswith("-") else None
-    if preset is not None and preset not in PRESETS:
-        raise InputError(f"unknown preset {preset!r}; the presets are {', '.join(PRESETS)}")
-    rest = arguments[0 if preset is None else 1 :]
+    preset, rest = split_preset(arguments)
     start = PRESETS[preset or "cpu"]
     flags = parse_train_flags(rest, start, preset)
     if flags.folder.resume:

@@ -2,6 +2,7 @@
 
 from ref_numpy.config import ModelConfig, TrainConfig
 from torch_impl.training.config import RunConfig, RunSettings, TokenizerSettings
+from torch_impl.training.files import InputError
 
 # What nanoGPT's README trains both of its small models with.
 _NANOGPTS_TRAINING = {
@@ -153,3 +154,14 @@ PRESETS: dict[str, RunConfig] = {
         ),
     )
 }
+
+
+def split_preset(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """The preset that a command line begins with, if it does, and the flags. Raises InputError for one that
+    is none."""
+    if not arguments or arguments[0].startswith("-"):
+        return None, arguments
+    preset, *flags = arguments
+    if preset not in PRESETS:
+        raise InputError(f"unknown preset {preset!r}; the presets are {', '.join(PRESETS)}")
+    return preset, flags
