@@ -20,7 +20,7 @@ from ref_numpy.conversation import Conversation, Message, to_record, well_formed
 from torch_impl.training.counting import counted
 from torch_impl.training.files import InputError, find_checkpoint, refusal, write_new_file
 from torch_impl.training.flags import parse_flags
-from torch_impl.training.terminal import Lines, interrupt_only_noted
+from torch_impl.training.terminal import Lines, interrupt_only_noted, lead_nowhere
 from torch_impl.training.visible import visible
 from torch_impl.training.writing import ANSWERING, SamplingFlags, TextStream, check_forbidden, chosen
 
@@ -293,8 +293,8 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader has seen enough; nor may the interpreter's last flush complain
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader has seen enough
+        lead_nowhere(sys.stdout)
     except (OSError, MemoryError) as error:
         reason = refusal(error) if isinstance(error, OSError) else str(error) or "out of memory"
         print(f"chat: error: {reason}", file=sys.stderr)

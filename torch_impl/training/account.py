@@ -4,7 +4,6 @@ Parameters, FLOPs and memory, by costs.py; nothing is built, and torch is not im
 """
 
 import json
-import os
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -32,7 +31,7 @@ from torch_impl.training.counting import counted, in_bytes, scaled
 from torch_impl.training.files import InputError, find_checkpoint, refusal, replace_file
 from torch_impl.training.flags import parse_flags
 from torch_impl.training.presets import PRESETS, split_preset
-from torch_impl.training.terminal import show_what_can_be_shown
+from torch_impl.training.terminal import lead_nowhere, show_what_can_be_shown
 
 _LEARNED = ("characters", "words")  # tokenizers whose size nobody knows before the text
 _SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
@@ -303,8 +302,8 @@ def main(arguments: list[str]) -> int:
         message, code = "a size is too large to be counted with", 2
     except KeyboardInterrupt:
         message, code = "interrupted", 130
-    except BrokenPipeError:  # the reader has seen enough; nor may the interpreter's last flush complain
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader has seen enough
+        lead_nowhere(sys.stdout)
         return 0
     except OSError as error:
         message, code = refusal(error, "standard output"), 1

@@ -19,7 +19,7 @@ from torch_impl.training.bpe_inspect import Files, Inspect, Source, texts
 from torch_impl.training.counting import counted
 from torch_impl.training.files import InputError, refusal, replace_file, unused_name
 from torch_impl.training.flags import one_line_errors
-from torch_impl.training.terminal import show_what_can_be_shown
+from torch_impl.training.terminal import lead_nowhere, show_what_can_be_shown
 
 _DECODED_AT_ONCE = 1 << 20  # ids
 
@@ -58,8 +58,7 @@ class Train:
         if self.out_gpt2 is not None:
             targets += [self.out_gpt2 / "vocab.json", self.out_gpt2 / "merges.txt"]
         for target in targets:
-            if target.exists() and not self.force:
-                raise InputError(f"{target} exists already; choose another name, or replace it with --force")
+            _refuse_existing(target, self.force)
             if not target.parent.is_dir():
                 raise InputError(f"{target.parent} is no folder; make it first, or write elsewhere")
         vocabulary = train_on_texts(
@@ -222,7 +221,7 @@ def main(arguments: list[str]) -> int:
     except (TokenizerError, InputError) as error:
         message, code = str(error), 2
     except BrokenPipeError:  # the reader, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        lead_nowhere(sys.stdout)
         return 0
     except OSError as error:
         message, code = refusal(error, "standard output"), 1

@@ -1,6 +1,5 @@
 """The command line of torch_impl.generate: texts drawn or searched for, of one prompt or of many."""
 
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
@@ -24,6 +23,7 @@ from torch_impl.training.files import InputError, find_checkpoint, refusal
 from torch_impl.training.filling import refuse_writing, show_filled
 from torch_impl.training.flags import check_text, dashed, parse_flags
 from torch_impl.training.memory import ran_out
+from torch_impl.training.terminal import lead_nowhere
 from torch_impl.training.text import Text
 from torch_impl.training.tokenizer import unknown_told
 from torch_impl.training.visible import visible
@@ -270,8 +270,8 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader has seen enough; nor may the interpreter's last flush complain
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader has seen enough
+        lead_nowhere(sys.stdout)
     except OSError as error:
         print(f"generate: error: {refusal(error, 'standard output')}", file=sys.stderr)
         return 1

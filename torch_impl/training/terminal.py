@@ -19,6 +19,14 @@ def show_what_can_be_shown() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
+def lead_nowhere(stream: Any) -> None:
+    """Nobody reads a stream any more: what is written to it, or waits for the interpreter's last flush, is
+    lost from now on, and fails no more."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
 class Lines:
     """What is typed, or comes through a pipe, message by message."""
 
@@ -109,9 +117,7 @@ class _Lasting:
             if error.errno in passing:
                 return
             with suppress(OSError):  # no descriptor is behind it
-                nowhere = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(nowhere, self._stream.fileno())
-                os.close(nowhere)
+                lead_nowhere(self._stream)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
