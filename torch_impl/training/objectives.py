@@ -28,7 +28,7 @@ from torch_impl.training.pair_file import encode_pairs, load_pairs
 from torch_impl.training.ranks import Ranks
 from torch_impl.training.telemetry import Row, faces_of_loss
 from torch_impl.training.token_ids import tokens_on
-from torch_impl.training.tokenizer import Tokenizer, WordLevel, WordTokenizer
+from torch_impl.training.tokenizer import Tokenizer, WordTokenizer, count_unknown, tokens_per_byte
 from torch_impl.transformer import Embedded
 
 _SHOWN = 5  # pairs in sample.txt
@@ -129,16 +129,15 @@ class Continuation(_OnText):
 
     def __post_init__(self) -> None:
         self.sample = self.batches(partial(sample_batch, self.train_tokens, self.config.context_length))
-        known = isinstance(self.tokenizer, WordLevel)
-        self.unknown = self.tokenizer.count_unknown(self.valid_tokens.cpu().numpy()) if known else 0
-        whole = not self.unknown and not isinstance(self.tokenizer, WordTokenizer)  # words do not keep spaces
-        self.tokens_per_byte = self.valid_tokens.numel() / self.valid_bytes if whole else None
+        ids = self.valid_tokens.cpu().numpy()
+        self.tokens_per_byte = tokens_per_byte(self.tokenizer, ids, self.valid_bytes)
 
     def describe(self) -> str:
         if self.tokens_per_byte is not None:
             return super().describe()
-        share = self.unknown / self.valid_tokens.numel()
-        lost = f"the tokenizer does not know {self.unknown:,} of the held-out tokens ({share:.2%})"
+        unknown = count_unknown(self.tokenizer, self.valid_tokens.cpu().numpy())
+        share = unknown / self.valid_tokens.numel()
+        lost = f"the tokenizer does not know {unknown:,} of the held-out tokens ({share:.2%})"
         spaces = ", which keeps no spaces" if isinstance(self.tokenizer, WordTokenizer) else ""
         return f"{super().describe()}\n{lost}{spaces}: so there are no bits per byte"
 

@@ -12,11 +12,12 @@ import torch
 import tyro
 from torch import Tensor
 
+from ref_numpy.config import ConfigError
 from torch_impl.generate import generate
 from torch_impl.quantise import quantise_model
 from torch_impl.train import evaluate
 from torch_impl.training.checkpoint import LoadedModel, load_model, save_model
-from torch_impl.training.config import HUGGINGFACE, ConfigError, QuantisationSettings, read_config
+from torch_impl.training.config import HUGGINGFACE, QuantisationSettings, read_config
 from torch_impl.training.conversation_file import load_conversations
 from torch_impl.training.corpus import encoded, load_corpus
 from torch_impl.training.counting import counted
@@ -27,7 +28,7 @@ from torch_impl.training.repeating import as_typed
 from torch_impl.training.telemetry import faces_of_loss
 from torch_impl.training.terminal import lasting_output, show_what_can_be_shown
 from torch_impl.training.token_ids import tokens_on
-from torch_impl.training.tokenizer import WordLevel, WordTokenizer
+from torch_impl.training.tokenizer import tokens_per_byte
 from torch_impl.training.writing import chosen
 from torch_impl.transformer import Transformer
 
@@ -158,16 +159,12 @@ def _held_out_text(loaded: LoadedModel, flags: QuantiseFlags, place: Place) -> H
         raise InputError(
             f"the held-out text has {counted(ids.size, 'token')}, but needs at least 2; use a --valid-file"
         )
-    lossy = isinstance(tokenizer, WordTokenizer) or (
-        isinstance(tokenizer, WordLevel) and tokenizer.count_unknown(ids)
-    )
     most = run.eval_tokens or None
     told = f"{ids.size if most is None else min(ids.size, most):,} tokens of held-out text"
     if run.content == "conversations":
         told += ", all that is said in conversations, as plain text"
-    return HeldOut(
-        tokens_on(place.device, ids), None if lossy else ids.size / corpus.valid.size(), most, told
-    )
+    per_byte = tokens_per_byte(tokenizer, ids, corpus.valid.size())
+    return HeldOut(tokens_on(place.device, ids), per_byte, most, told)
 
 
 def _measure(

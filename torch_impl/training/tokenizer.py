@@ -108,10 +108,6 @@ class WordLevel:
         """Ids of the text's parts."""
         return np.array([self._ids.get(part, 0) for part in self._cut(text)], self.dtype)
 
-    def count_unknown(self, ids: Integer[Array, "N"]) -> int:
-        """How many of the ids stand for a part that is not in the list."""
-        return int(np.count_nonzero(ids == 0))
-
     def decode(self, ids: UInt[Array, "N"] | list[int]) -> str:
         """The text of the ids, as far as it was known. Raises InputError for an id that no token has."""
         ids = [int(id) for id in ids]
@@ -201,9 +197,20 @@ def tokenizer_sha256(tokenizer: Tokenizer) -> str:
     return hashlib.sha256(tokenizer.to_json().encode("utf-8")).hexdigest()
 
 
+def count_unknown(tokenizer: Tokenizer, ids: Integer[Array, "N"]) -> int:
+    """How many of some tokens stand for what the tokenizer does not know."""
+    return int(np.count_nonzero(ids == 0)) if isinstance(tokenizer, WordLevel) else 0
+
+
+def tokens_per_byte(tokenizer: Tokenizer, ids: Integer[Array, "N"], text_bytes: int) -> float | None:
+    """Of a text and all its tokens; None where these do not hold all of it."""
+    keeps_spaces = not isinstance(tokenizer, WordTokenizer)
+    return len(ids) / text_bytes if keeps_spaces and not count_unknown(tokenizer, ids) else None
+
+
 def unknown_told(tokenizer: Tokenizer, ids: Integer[Array, "N"]) -> str:
     """How many of some tokens stand for what the tokenizer does not know; nothing where it knows all."""
-    unknown = tokenizer.count_unknown(ids) if isinstance(tokenizer, WordLevel) else 0
+    unknown = count_unknown(tokenizer, ids)
     return f"of {counted(len(ids), 'token')} the tokenizer does not know {unknown}" if unknown else ""
 
 
