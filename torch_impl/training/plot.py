@@ -9,7 +9,6 @@ import sys
 from dataclasses import dataclass
 from math import isclose
 from pathlib import Path
-from statistics import median
 from typing import Literal, NamedTuple
 
 import tyro
@@ -20,7 +19,7 @@ from matplotlib.legend import Legend
 
 from torch_impl.training.files import InputError, refusal, replace_file
 from torch_impl.training.flags import parse_flags
-from torch_impl.training.telemetry import MetricsLog, Row
+from torch_impl.training.telemetry import MetricsLog, Row, usual_speed
 from torch_impl.training.terminal import lasting_output, show_what_can_be_shown
 from torch_impl.training.visible import visible
 
@@ -151,7 +150,7 @@ def table(curves: list[Curve]) -> str:
     """How each run ended, best first: by bits per byte, which all tokenizers share, and after those that have
     them the others, by loss.
 
-    The speed is the median, as in a run's report.
+    The speed is that of a run's report.
     """
     bests = [min(curve.rows, key=lambda row: row["val_loss"]) for curve in curves]
     faces = [(best["val_loss"], best.get("bits_per_byte")) for best in bests]
@@ -159,7 +158,7 @@ def table(curves: list[Curve]) -> str:
     lines = [("run", "steps", "best", *["bits/byte"] * bits_known, "at step", "last", "tokens/s", "seconds")]
     for (name, rows), best in sorted(zip(curves, bests, strict=True), key=lambda pair: _place(pair[1])):
         last, bits = rows[-1], best.get("bits_per_byte")
-        speeds = [row["tokens_per_second"] for row in rows if row.get("tokens_per_second")]
+        speed = usual_speed(rows)
         lines.append(
             (
                 name,
@@ -168,7 +167,7 @@ def table(curves: list[Curve]) -> str:
                 *["–" if bits is None else f"{bits:.4f}"] * bits_known,
                 f"{best['step']:,}",
                 f"{last['val_loss']:.4f}",
-                f"{round(median(speeds)):,}" if speeds else "",
+                f"{speed:,}" if speed else "",
                 f"{last.get('seconds') or 0:,.0f}",
             )
         )

@@ -23,10 +23,8 @@ from torch_impl.training.files import write_file
 from torch_impl.training.memory import peak_memory
 from torch_impl.training.prepare import Run
 from torch_impl.training.repeating import command_of, history, resume_command
-from torch_impl.training.telemetry import draw_losses
+from torch_impl.training.telemetry import SHARES, draw_losses, usual_speed
 from torch_impl.training.visible import visible
-
-_SHARES = ("accuracy", "exact_match")  # that some objectives measure
 
 
 def write_report(run: Run, ended: str, told: str, sample: str | None = None) -> dict[str, Any]:
@@ -48,7 +46,6 @@ def figures(run: Run, ended: str, told: str) -> dict[str, Any]:
     rows, training = run.metrics.rows(), run.config.training
     best = min(rows, key=lambda row: row["val_loss"], default={})
     last = rows[-1] if rows else {}
-    speeds = [row["tokens_per_second"] for row in rows if row.get("tokens_per_second")]
     tokens = run.progress.step * training.batch_size * run.objective.tokens_per_sequence
     return {
         "format_version": FORMAT_VERSION,
@@ -60,14 +57,14 @@ def figures(run: Run, ended: str, told: str) -> dict[str, Any]:
         "tokens": tokens,
         "passes": tokens / run.objective.train_tokens.numel(),
         "seconds": round(run.seconds(), 1),
-        "tokens_per_second": round(float(np.median(speeds))) if speeds else None,
+        "tokens_per_second": usual_speed(rows),
         "peak_memory": peak_memory(run.place.device),
         "best_step": best.get("step"),
         "best_val_loss": best.get("val_loss"),
         "best_bits_per_byte": best.get("bits_per_byte"),
         "last_val_loss": last.get("val_loss"),
         "last_train_loss": last.get("train_loss"),
-        **{name: last[name] for name in _SHARES if name in last},
+        **{name: last[name] for name in SHARES if name in last},
         **commands(run),
         "text": run.progress.corpus,
         "environment": environment(run),
@@ -158,7 +155,7 @@ def page(run: Run, found: dict[str, Any], sample: str | None) -> str:
         else f"{_loss(found)}, at step {found['best_step']:,}",
         "last loss on the held-out text": shown(found["last_val_loss"], ".4f"),
         "last loss on the training text": shown(found["last_train_loss"], ".4f"),
-        **{f"last {name.replace('_', ' ')}": f"{found[name]:.2%}" for name in _SHARES if name in found},
+        **{f"last {name.replace('_', ' ')}": f"{found[name]:.2%}" for name in SHARES if name in found},
     }
     parts = [_table(numbers)]
     curves = run.folder / "losses.png"

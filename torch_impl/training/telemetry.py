@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from pathlib import Path
+from statistics import median
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -14,6 +15,8 @@ from torch_impl.training.files import InputError, named_after, write_file
 from torch_impl.training.visible import visible
 
 Row = dict[str, float | int | None]  # an evaluation; None: not known, or no finite number
+
+SHARES = ("accuracy", "exact_match")  # that some objectives measure beside the loss
 
 
 def faces_of_loss(loss: float, tokens_per_byte: float | None) -> Row:
@@ -31,10 +34,14 @@ def in_words(row: Row) -> str:
     told = [f"{row['val_loss']:.4f} nats per token"]
     if row["bits_per_byte"]:
         told.append(f"{row['bits_per_byte']:.4f} bits per byte")
-    told += [
-        f"{name.replace('_', ' ')} {row[name]:.2%}" for name in ("accuracy", "exact_match") if name in row
-    ]
+    told += [f"{name.replace('_', ' ')} {row[name]:.2%}" for name in SHARES if name in row]
     return ", ".join([*told, f"perplexity {row['perplexity']:.2f}"])
+
+
+def usual_speed(rows: list[Row]) -> int | None:
+    """Tokens per second, the median over the evaluations that tell them."""
+    speeds = [row["tokens_per_second"] for row in rows if row.get("tokens_per_second")]
+    return round(median(speeds)) if speeds else None
 
 
 _DRAWN = 1e100
