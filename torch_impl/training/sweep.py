@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from torch_impl.training.config import RunConfig, read_config
@@ -76,18 +76,12 @@ def _check_same(trial: Trial, found: RunConfig, folder: Path) -> None:
     if trial.request.fit:  # and these, the memory
         training = replace(training, micro_batches=found.training.micro_batches)
     wanted = replace(wanted, model=model, training=training)
-    for part in ("model", "training", "tokenizer", "start"):
+    for part in ("model", "training", "tokenizer", "start", "run"):
         old, new = getattr(found, part), getattr(wanted, part)
-        for field in fields(old):
-            has, asked = getattr(old, field.name), getattr(new, field.name)
+        for name in _COMPARED if part == "run" else asdict(old):
+            has, asked = getattr(old, name), getattr(new, name)
             if has != asked:
-                raise InputError(
-                    f"{folder} has {field.name} {has}, and this sweep {asked}; name another --out"
-                )
-    for name in _COMPARED:
-        has, asked = getattr(found.run, name), getattr(wanted.run, name)
-        if has != asked:
-            raise InputError(f"{folder} has {name} {has}, and this sweep {asked}; name another --out")
+                raise InputError(f"{folder} has {name} {has}, and this sweep {asked}; name another --out")
 
 
 def _has_checkpoint(run: Path) -> bool:
