@@ -38,7 +38,7 @@ class TokenizerFlags(TokenizerSettings):
 
 
 @dataclass(frozen=True)
-class StartFlags(StartSettings): ...
+class StartFlags(StartSettings): ...  # whose docstring --help leaves out, as those of the others
 
 
 @dataclass(frozen=True)
