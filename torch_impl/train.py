@@ -100,6 +100,20 @@ def keep_freed_memory() -> None:
         library.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
+def micro_batches(
+    state: TrainState, batch: Batch, clock: Integer[Tensor, ""], config: TrainConfig
+) -> Iterator[tuple[Batch, DropoutKey | None]]:
+    """The rows of each micro-batch that are this process's, and the key of their dropout."""
+    *_, targets = batch
+    parts, rows, _ = targets.shape
+    own = state.ranks.rows(rows)
+    for m in range(parts):
+        key = None
+        if state.model.config.dropout > 0:
+            key = DropoutKey(config.seed, clock, first_row=torch.full_like(clock, m * rows + own.start))
+        yield tuple(tensor[m, own] for tensor in batch), key
+
+
 def train_step(
     state: TrainState, batch: Batch, clock: Integer[Tensor, ""], config: TrainConfig
 ) -> StepMetrics:
@@ -108,24 +122,18 @@ def train_step(
     The loss is the mean over the tokens that count in the whole step, however micro-batches and processes
     divide them: each process computes its rows of each micro-batch.
     """
-    model, optimizer, scaler = state.model, state.optimizer, state.scaler
+    optimizer, scaler = state.optimizer, state.scaler
     *_, targets = batch
-    micro_batches, rows, _ = targets.shape
     count = (targets != IGNORE).sum()
-    own = state.ranks.rows(rows)
     loss = torch.zeros((), device=targets.device)
-    for m in range(micro_batches):
-        key = None
-        if model.config.dropout > 0:
-            key = DropoutKey(config.seed, clock, first_row=torch.full_like(clock, m * rows + own.start))
-        micro_batch = tuple(tensor[m, own] for tensor in batch)
-        with state.engine.joining(m == micro_batches - 1):
+    for m, (micro_batch, key) in enumerate(micro_batches(state, batch, clock, config), 1):
+        with state.engine.joining(m == len(targets)):
             share = state.engine.loss(micro_batch, key, config.label_smoothing, count)
             scaler.scale(share * state.ranks.size).backward()  # of whose gradients an engine takes the mean
         loss = loss + share.detach()
 
     scaler.unscale_(optimizer)
-    grad_norm = clip_by_global_norm(model, config.clip)
+    grad_norm = clip_by_global_norm(state.model, config.clip)
     rate = torch.take(state.rates, clock)  # indexing would read the clock on the host
     set_learning_rate(optimizer, rate)
     scaler.step(optimizer)

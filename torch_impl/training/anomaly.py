@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ref_numpy.dropout import DropoutKey
 from ref_numpy.loss import IGNORE
-from torch_impl.train import Sample, TrainState, train_steps
+from torch_impl.train import Sample, TrainState, micro_batches, train_steps
 from torch_impl.training.checkpoint import load_state
 from torch_impl.training.config import RunConfig
 from torch_impl.training.prepare import Run
@@ -103,20 +102,13 @@ def first_not_finite(
     The gradients are in the parameters afterwards.
     """
     state.model.zero_grad(set_to_none=True)
-    *_, targets = batch
-    micro_batches, rows, _ = targets.shape
-    own = state.ranks.rows(rows)
+    training = config.training
+    count = (batch[-1] != IGNORE).sum()
     found: list[tuple[str, bool]] = []  # and whether what came in was finite
     returning: list[str] = []
     with _watched(state.model, found, returning):
-        for m in range(micro_batches):
-            key = None
-            if state.model.config.dropout > 0:
-                row = torch.full_like(clock, m * rows + own.start)
-                key = DropoutKey(config.training.seed, clock, first_row=row)
-            part = tuple(tensor[m, own] for tensor in batch)
-            count = (targets != IGNORE).sum()
-            loss = state.model.loss(part, key, config.training.label_smoothing, count)
+        for micro_batch, key in micro_batches(state, batch, clock, training):
+            loss = state.model.loss(micro_batch, key, training.label_smoothing, count)
             if not _is_finite(loss):
                 found.append(("the loss", True))
             state.scaler.scale(loss).backward()
