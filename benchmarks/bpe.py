@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import numpy as np
 import tiktoken
@@ -27,6 +26,7 @@ from ref_numpy import bpe as ref
 from ref_numpy.bpe_format import SPLITS, Vocabulary, to_json
 from torch_impl import bpe
 from torch_impl.training.bpe_corpus import encode_texts
+from torch_impl.training.corpus import python_reference
 from torch_impl.training.files import InputError
 from torch_impl.training.flags import parse_flags
 from torch_impl.training.text import Text
@@ -200,7 +200,7 @@ def main(arguments: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(flags.text or Path(folder) / "topics.txt")
         if not flags.text:
-            path.write_text("\n".join(topics.values()), encoding="utf-8", newline="")
+            path.write_text(python_reference(), encoding="utf-8", newline="")
         text = "".join(Text(path).parts())
         vocabulary = vocabulary_of(flags, text)
         rows = []

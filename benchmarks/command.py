@@ -48,6 +48,16 @@ def _end(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
+def text_of(file: str, least: int = 10_000) -> bytes:
+    """The text that --text names. Raises InputError where it names none, or one of fewer bytes."""
+    if not file:
+        raise InputError("--text is missing; name a text, such as Tiny Shakespeare")
+    text = Path(file).read_bytes()
+    if len(text) < least:
+        raise InputError(f"--text {file} has {len(text)} bytes; it needs {least:,} at least")
+    return text
+
+
 def check_files(json: str, out: str = "") -> None:
     """Before anything is measured: whether the rows and the picture can be written where the flags say.
 

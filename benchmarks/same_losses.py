@@ -13,14 +13,13 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.command import check_files, command
+from benchmarks.command import check_files, command, text_of
 from benchmarks.peers import load_nanogpt, nanogpts_model
 from benchmarks.rows import row, table, write_rows
 from torch_impl.data import sample_batch
@@ -87,11 +86,7 @@ def main(arguments: list[str]) -> None:
     if not 1 <= flags.steps <= most:
         raise InputError(f"--steps {flags.steps}: it must be from 1 to {most}, the preset's")
     load_nanogpt(flags.nanogpt)
-    if not flags.text:
-        raise InputError("--text is missing: name a text to train on")
-    text = Path(flags.text).read_bytes()
-    if len(text) < 1000:
-        raise InputError(f"--text {flags.text} has {len(text)} bytes; it needs 1,000 at least")
+    text = text_of(flags.text, least=1000)
     check_files(flags.json)
     rows = compare(flags, text)
     print(table(rows))

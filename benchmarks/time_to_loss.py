@@ -12,14 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from benchmarks.command import check_files, command, write_picture
+from benchmarks.command import check_files, command, text_of, write_picture
 from benchmarks.peers import load_nanogpt, peer_side
 from benchmarks.rows import row, table, write_rows
 from benchmarks.sides import Side, torch_side
@@ -172,11 +171,7 @@ def main(arguments: list[str]) -> None:
         raise InputError(f"--looks {flags.looks}: there must be one at least")
     if flags.threads < 0:
         raise InputError(f"--threads {flags.threads}: it is 0, or how many a side has")
-    if not flags.text:
-        raise InputError("--text is missing; name a text, such as Tiny Shakespeare")
-    text = Path(flags.text).read_bytes()
-    if len(text) < 10_000:
-        raise InputError(f"--text {flags.text} has {len(text)} bytes; it needs 10,000 at least")
+    text = text_of(flags.text)
     check_files(flags.json, flags.out)
     loss = flags.loss or LOSSES[flags.device]
     curves: dict[str, Curve] = {}

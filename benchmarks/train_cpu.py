@@ -13,13 +13,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.command import check_files, command
+from benchmarks.command import check_files, command, text_of
 from benchmarks.peers import has_compiler, load_nanogpt, peer_side
 from benchmarks.rows import OURS, Measured, paired, row, write_rows
 from benchmarks.sides import Side, torch_side
@@ -206,13 +205,9 @@ def table(results: dict[str, dict[str, Measured]], limits: dict[str, float]) -> 
 def main(arguments: list[str]) -> None:
     flags = parse_flags(Flags(), arguments, "python -m benchmarks.train_cpu", __doc__)
     load_nanogpt(flags.nanogpt)
-    if not flags.text:
-        raise InputError("--text is missing; name a text, such as Tiny Shakespeare")
     if flags.turns < 1:
         raise InputError(f"--turns {flags.turns}: there must be one at least")
-    text = Path(flags.text).read_bytes()
-    if len(text) < 10_000:
-        raise InputError(f"--text {flags.text} has {len(text)} bytes; it needs 10,000 at least")
+    text = text_of(flags.text)
     check_files(flags.json)
     print(surroundings())
     limits = ceilings()

@@ -14,13 +14,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.command import check_files, command
+from benchmarks.command import check_files, command, text_of
 from benchmarks.peers import has_compiler, load_nanogpt, peer_side
 from benchmarks.rows import OURS, Measured, paired, row, write_rows
 from benchmarks.sides import Side, torch_side
@@ -198,11 +197,7 @@ def main(arguments: list[str]) -> None:
         raise InputError(f"--batch-size {flags.batch_size}: it is 0, or what a step takes")
     if flags.peak_tflops < 0:
         raise InputError(f"--peak-tflops {flags.peak_tflops}: it is 0, or those of the data sheet")
-    if not flags.text:
-        raise InputError("--text is missing; name a text, such as Tiny Shakespeare")
-    text, shapes = Path(flags.text).read_bytes(), shapes_of(flags)
-    if len(text) < 10_000:
-        raise InputError(f"--text {flags.text} has {len(text)} bytes; it needs 10,000 at least")
+    text, shapes = text_of(flags.text), shapes_of(flags)
     check_files(flags.json)
     products, copies = ceilings(flags.device)
     peak = flags.peak_tflops * 1e12 or products

@@ -9,17 +9,16 @@ steps by block of steps, so that a busy machine slows both alike.
 import sys
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from pydoc_data.topics import topics
 
 import numpy as np
 from tqdm import tqdm
 
-from benchmarks.command import check_files, command
+from benchmarks.command import check_files, command, text_of
 from benchmarks.peers import load_nanogpt, peer_side
 from benchmarks.rows import Measured, row, table, write_rows
 from benchmarks.sides import torch_side
 from benchmarks.turns import ask, leaving_out, served
+from torch_impl.training.corpus import python_reference
 from torch_impl.training.files import InputError
 from torch_impl.training.flags import parse_flags
 from torch_impl.training.presets import PRESETS
@@ -95,9 +94,7 @@ def main(arguments: list[str]) -> None:
     if flags.threads < 0:
         raise InputError(f"--threads {flags.threads}: it is 0, or how many a side has")
     load_nanogpt(flags.nanogpt)
-    text = Path(flags.text).read_bytes() if flags.text else "\n".join(topics.values()).encode("utf-8")
-    if len(text) < 1000:
-        raise InputError(f"--text {flags.text} has {len(text)} bytes; it needs 1,000 at least")
+    text = text_of(flags.text, least=1000) if flags.text else python_reference().encode("utf-8")
     check_files(flags.json)
     rows = compare(flags, text)
     print(table(rows))

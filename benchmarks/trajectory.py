@@ -7,7 +7,6 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from ref_numpy.parameters import init_params
 from ref_numpy.train import train
 from torch_impl import data as fast_data
 from torch_impl.train import start, train_steps
+from torch_impl.training.corpus import python_reference
 from torch_impl.training.files import InputError
 from torch_impl.training.flags import parse_flags
 from torch_impl.transformer import Transformer
@@ -42,7 +42,7 @@ class Flags:
 def losses(config: TrainConfig, precision: str) -> tuple[np.ndarray, np.ndarray]:
     """The loss at each step in NumPy and in PyTorch, both in one precision."""
     dtype, T = getattr(torch, precision), MODEL.context_length
-    text = np.frombuffer("\n".join(topics.values()).encode("utf-8"), np.uint8)
+    text = np.frombuffer(python_reference().encode("utf-8"), np.uint8)
     tensor = torch.from_numpy(text.copy())
     params = init_params(MODEL, config.seed, precision)
     model = Transformer(MODEL, dtype).to(dtype)
