@@ -86,7 +86,7 @@ def test_the_speed_of_a_run_is_that_of_its_report():
 @pytest.mark.parametrize(
     ("y", "told"),
     [
-        ("loss", ["run: best 3.000 at step 5", "words: best 2.000 at step 0"]),
+        ("val_loss", ["run: best 3.000 at step 5", "words: best 2.000 at step 0"]),
         ("bits_per_byte", ["run: best 1.500 at step 5", "words (has none)"]),
         ("perplexity", ["run: best 30.000 at step 5", "words: best 20.000 at step 0"]),
         ("tokens_per_second", ["run", "words (has none)"]),
@@ -100,17 +100,16 @@ def test_the_legend_tells_what_is_drawn(y, told):
     assert [text.get_text() for text in axes.get_legend().get_texts()] == told
 
 
-@pytest.mark.parametrize("y", ["loss", "perplexity", "learning_rate", "grad_norm", "tokens_per_second"])
+@pytest.mark.parametrize("y", ["val_loss", "perplexity", "learning_rate", "grad_norm", "tokens_per_second"])
 @pytest.mark.parametrize("x", ["step", "tokens", "seconds"])
 def test_each_curve_has_the_numbers_of_its_run(x, y):
     rows = plot.read_curve(run_of("run", [5.0, 4.0, 3.0]), "run").rows
     (axes,) = plot.draw([plot.Curve("run", rows)], x, y, log=False).axes
-    measured = "val_loss" if y == "loss" else y
     drawn = axes.lines[0]
-    wanted = [row for row in rows if row[measured] is not None]
+    wanted = [row for row in rows if row[y] is not None]
     assert drawn.get_xdata().tolist() == [row[x] for row in wanted]
-    assert drawn.get_ydata().tolist() == [row[measured] for row in wanted]
-    if y == "loss":
+    assert drawn.get_ydata().tolist() == [row[y] for row in wanted]
+    if y == "val_loss":
         assert axes.lines[1].get_ydata().tolist() == pytest.approx([3.9, 2.9])
 
 

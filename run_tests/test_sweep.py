@@ -108,7 +108,7 @@ def test_models_of_different_tokenizers_are_compared_by_bits_per_byte(sweep, mon
         assert combination["spread_bits_per_byte"] == stdev(bits)
         assert combination["spread_val_loss"] == stdev(losses)
         assert min(curve) == pytest.approx(mean(bits))
-    assert [y for y, _ in drawn] == ["loss"] * 2 + ["bits_per_byte"] * 2
+    assert [y for y, _ in drawn] == ["val_loss"] * 2 + ["bits_per_byte"] * 2
     assert "in bits per byte" in told and ALONE in " ".join(told.split())
 
 

@@ -31,14 +31,14 @@ _AXES = {
     "step": "step",
     "tokens": "tokens trained on",
     "seconds": "seconds of training",
-    "loss": "loss, nats per token",
+    "val_loss": "loss, nats per token",
     "bits_per_byte": "bits per byte of held-out text",
     "perplexity": "perplexity of held-out text",
     "learning_rate": "learning rate",
     "grad_norm": "norm of the gradient, before clipping",
     "tokens_per_second": "tokens per second",
 }
-_OF_HELD_OUT = ("loss", "bits_per_byte", "perplexity")  # the less, the better
+_OF_HELD_OUT = ("val_loss", "bits_per_byte", "perplexity")  # the less, the better
 NOT_COMPARED = "losses per token of different tokenizers cannot be compared"
 rcParams["axes.formatter.min_exponent"] = 4  # with --log a loss is 3, not 3 x 10**0
 
@@ -91,31 +91,29 @@ def names_of(folders: list[Path]) -> list[str]:
 
 
 def draw(curves: list[Curve], x: str, y: str, log: bool) -> Figure:
-    """The curves in one picture, each in a colour of its own, its best evaluation of held-out text marked."""
+    """The columns x and y of the runs in one picture, each in a colour of its own, its best evaluation of
+    held-out text marked."""
     figure = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    measured = "val_loss" if y == "loss" else y
     few = len(curves) <= _FEW
     colours = [f"C{i}" if few else colormaps["turbo"](i / (len(curves) - 1)) for i in range(len(curves))]
     for colour, (name, rows) in zip(colours, curves, strict=True):
-        shown = [row for row in rows if row.get(measured) is not None]
-        best = min(shown, key=lambda row: row[measured]) if shown and y in _OF_HELD_OUT else None
+        shown = [row for row in rows if row.get(y) is not None]
+        best = min(shown, key=lambda row: row[y]) if shown and y in _OF_HELD_OUT else None
         label = name if shown else f"{name} (has none)"
         if best is not None:
-            label += f": best {best[measured]:.3f} at step {best['step']:,}"
-        axes.plot(
-            [row[x] for row in shown], [row[measured] for row in shown], ".-", color=colour, label=label
-        )
-        if y == "loss":
+            label += f": best {best[y]:.3f} at step {best['step']:,}"
+        axes.plot([row[x] for row in shown], [row[y] for row in shown], ".-", color=colour, label=label)
+        if y == "val_loss":
             trained = [row for row in rows if row.get("train_loss") is not None]
             axes.plot(
                 [row[x] for row in trained], [row["train_loss"] for row in trained], color=colour, lw=0.7
             )
         if best is not None:
-            axes.plot(best[x], best[measured], "o", mfc="none", ms=9, color=colour)
+            axes.plot(best[x], best[y], "o", mfc="none", ms=9, color=colour)
     axes.set(xlabel=_AXES[x], ylabel=_AXES[y])
-    if y == "loss":
+    if y == "val_loss":
         axes.set_title("held-out text, and thin, training text", fontsize="medium")
     if log:
         axes.set(xscale="log", yscale="log")
@@ -208,9 +206,8 @@ def main(arguments: list[str]) -> int:
         curves = [
             read_curve(f, name) for f, name in zip(folders, map(visible, names_of(folders)), strict=True)
         ]
-        if all(
-            row.get("val_loss" if flags.y == "loss" else flags.y) is None for c in curves for row in c.rows
-        ):
+        y = "val_loss" if flags.y == "loss" else flags.y
+        if all(row.get(y) is None for curve in curves for row in curve.rows):
             raise InputError(f"--y {flags.y}: these runs have none; use --y loss")
         for name, rows in curves:
             if any(row.get(flags.x) is None for row in rows):
@@ -218,7 +215,7 @@ def main(arguments: list[str]) -> int:
         if flags.log and not any(row[flags.x] > 0 for curve in curves for row in curve.rows):
             raise InputError("--log: there is no evaluation after step 0 yet; leave it out")
         picture = io.BytesIO()
-        draw(curves, flags.x, flags.y, flags.log).savefig(picture, format=kind)
+        draw(curves, flags.x, y, flags.log).savefig(picture, format=kind)
         replace_file(out, picture.getvalue())
         with lasting_output():  # who looks at the picture need not read the table
             print(f"{table(curves)}\n{out}")

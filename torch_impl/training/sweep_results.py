@@ -61,16 +61,20 @@ class Combination(NamedTuple):
 class Measure(NamedTuple):
     """What combinations are compared by."""
 
-    name: str  # in report.json
+    column: str  # in metrics.jsonl
     heading: str  # in the table
-    drawn: str  # in the picture
     unit: str
     note: str = ""
 
+    @property
+    def name(self) -> str:
+        """In report.json."""
+        return f"best_{self.column}"
+
 
 _TEXTS = "the held-out texts differ: neither losses nor bits per byte of different texts can be compared"
-_LOSS = Measure("best_val_loss", "loss", "loss", "nats per token")
-_BITS = Measure("best_bits_per_byte", "bits/byte", "bits_per_byte", "bits per byte")
+_LOSS = Measure("val_loss", "loss", "nats per token")
+_BITS = Measure("bits_per_byte", "bits/byte", "bits per byte")
 
 
 def ending(run: Path) -> dict[str, Any] | None:
@@ -175,7 +179,7 @@ def tell(plan: Plan, failed: dict[str, str]) -> str:
     lines, legend = table(found, measure), _legend(measure)
     curves = [curve for group in found[:_DRAWN] if (curve := _mean_curve(plan, group, measure)) is not None]
     if curves:
-        png, figure = io.BytesIO(), draw(curves, "step", measure.drawn, log=False)
+        png, figure = io.BytesIO(), draw(curves, "step", measure.column, log=False)
         figure.axes[0].set_title("the best that each run had come to, the mean over runs", fontsize="medium")
         figure.savefig(png, format="png")
         write_file(plan.folder / "curves.png", png.getvalue())
@@ -219,12 +223,12 @@ def _mean_curve(plan: Plan, group: Combination, measure: Measure) -> Curve | Non
     A run that stopped early keeps its best, so that the curve ends at the figure in the table. Those that did
     not come to their end are left out, as they are there, unless there are no others.
     """
-    name = "val_loss" if measure.drawn == "loss" else measure.drawn
-    logs = [log for run in group.ended() or group.runs if (log := _evaluations(plan, run, name))]
+    column = measure.column
+    logs = [log for run in group.ended() or group.runs if (log := _evaluations(plan, run, column))]
     steps = sorted(set().union(*logs))
     so_far = [accumulate([log.get(step, math.inf) for step in steps], min) for log in logs]
     means = [(step, mean(bests)) for step, *bests in zip(steps, *so_far, strict=True)]
-    rows: list[Row] = [{"step": step, name: value if math.isfinite(value) else None} for step, value in means]
+    rows: list[Row] = [{"step": step, column: best if math.isfinite(best) else None} for step, best in means]
     if not group.ended():
         told = f" ({', '.join(dict.fromkeys(run['ended'] for run in group.runs))})"
     else:
@@ -232,10 +236,10 @@ def _mean_curve(plan: Plan, group: Combination, measure: Measure) -> Curve | Non
     return Curve(group.name() + told, rows) if rows else None
 
 
-def _evaluations(plan: Plan, run: dict[str, Any], name: str) -> dict[int, float]:
+def _evaluations(plan: Plan, run: dict[str, Any], column: str) -> dict[int, float]:
     """By step, what the evaluations of a run found, infinity where they did not find that."""
     try:
         rows = MetricsLog(plan.folder / run["folder"] / "metrics.jsonl").rows()
     except InputError:
         return {}  # damaged: the run itself will say so
-    return {row["step"]: math.inf if row.get(name) is None else row[name] for row in rows}
+    return {row["step"]: math.inf if row.get(column) is None else row[column] for row in rows}
