@@ -155,7 +155,8 @@ class Chat:
     def answer(self, prompt: list[int]) -> tuple[str, str]:
         """Write the answer as it comes; all of it, and why it ended other than by itself.
 
-        Raises InputError where the model's logits are not numbers."""
+        Raises InputError where the model's logits are not numbers.
+        """
         n_tokens, limit = self.flags.max_new_tokens, self.dialogue.model.config.context_length
         tokens = self.dialogue.answer(prompt, n_tokens, self.sampling, self.flags.seed, self.attempts)
         self.attempts += 1
@@ -189,25 +190,27 @@ class Chat:
 
     def undo(self, _: str) -> None:
         if not self.messages:
-            return tell("there is nothing to take back")
+            tell("there is nothing to take back")
+            return
         *self.messages, message, _answer = self.messages
-        return tell(f"taken back: {message.content}")
+        tell(f"taken back: {message.content}")
 
     def retry(self, _: str) -> None:
         if not self.messages:
-            return tell("there is no message to answer again")
-        before, last = self.messages[:-2], self.messages[-2:]
+            tell("there is no message to answer again")
+            return
+        before, (message, answer) = self.messages[:-2], self.messages[-2:]
         self.messages = before
-        if not self.say(last[0].content):
-            self.messages = [*before, *last]
-        return None
+        if not self.say(message.content):
+            self.messages = [*before, message, answer]
 
     def save(self, file: str) -> None:
         if not self.messages:
-            return tell("nothing was said yet, so nothing is saved")
+            tell("nothing was said yet, so nothing is saved")
+            return
         record = json.dumps(to_record(self.conversation()), ensure_ascii=False)
         write_new_file(path_of(file), record.encode("utf-8") + b"\n")
-        return tell(f"saved in {file}")
+        tell(f"saved in {file}")
 
     def load(self, file: str) -> None:
         from torch_impl.training.conversation_file import read_conversations
@@ -256,7 +259,7 @@ COMMANDS = {
     "load": Command(Chat.load, "FILE", "go on with the conversation in a file"),
     "reset": Command(Chat.reset, "", "forget all messages; the system message stays"),
     "help": Command(Chat.help, "", "show this"),
-    "quit": Command(Chat.help, "", "leave"),
+    "quit": Command(Chat.help, "", "leave"),  # which `take` does before it would act
 }
 
 
