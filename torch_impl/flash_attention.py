@@ -158,8 +158,7 @@ def _block(
 ) -> Tensor:
     """Attention of the queries from start on, over the keys from first on; all keys have so many elements.
 
-    What the kernels make of a row without keys differs from one to the next. Such a row is let see
-    everything, which is finite, and its result is then replaced by 0, which also stops its gradient.
+    A row without keys is let see everything, and then replaced by 0, as in torch_impl/attention.py.
     """
     B, H, T, _ = q.shape
     b = torch.arange(B, device=q.device)[:, None, None, None]

@@ -36,7 +36,6 @@ class Embedded(nn.Module):
     def __init__(self, config: ModelConfig, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.config, self.compute_dtype = config, compute_dtype
-        self.embedding_scale = sqrt(config.d_model) if config.positions == "sinusoidal" else 1.0
         self.token_embedding = Embedding(config.vocab_size, config.d_model)
         self.position_embedding = self.rotary = self.alibi = None
         if config.positions == "learned":
@@ -73,7 +72,9 @@ class Embedded(nn.Module):
         S, limit = before + ids.shape[1], self.config.context_length
         if S > limit:
             raise ValueError(f"a sequence of {S} is longer than the context length of {limit}")
-        x = self.token_embedding(ids) * self.embedding_scale
+        x = self.token_embedding(ids)
+        if self.config.positions == "sinusoidal":  # which have size 1
+            x = x * sqrt(self.config.d_model)
         if self.position_embedding is not None:
             x = x + self.position_embedding(places)
         return dropout(x.to(self.compute_dtype), self.config.dropout, key)

@@ -305,8 +305,8 @@ BUGS = [
         (
             "embedding_not_scaled",
             "Embeddings beside sinusoids are not scaled by sqrt C.",
-            'sqrt(config.d_model) if config.positions == "sinusoidal" else 1.0',
-            "1.0",
+            "x = x * sqrt(self.config.d_model)",
+            "pass",
         ),
     ),
     *bugs(
