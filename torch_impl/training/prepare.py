@@ -93,17 +93,7 @@ def prepare(request: Request, ranks: Ranks, held: ExitStack) -> Run:
     refuse_uneven(request, ranks)
     _settle_order_of_sums(request.config.run.deterministic)
     config, place = request.config, choose_place(request.config.run, ranks)
-    if config.run.cuda_graph and (
-        place.device.type != "cuda" or ranks.size > 1 or place.dtype == torch.float16
-    ):
-        among = f" in {ranks.size} processes" if ranks.size > 1 else ""
-        raise InputError(
-            f"--cuda-graph on {place}{among}: it is for one process on CUDA, not in float16; leave it out"
-        )
-    if config.run.detect_anomaly and place.products == "float8":
-        raise InputError(
-            "--detect-anomaly sees nothing beside the rounding of float8; use --precision bfloat16 with it"
-        )
+    _refuse_place(config, place, ranks)
     sharded = config.run.shard and ranks.size > 1
     home = torch.device("cpu") if sharded else place.device  # of the model while it is whole
     saved = _load(request.resume, require_folder, place.dtype, home, ranks) if request.resume else None
@@ -185,6 +175,21 @@ def prepare(request: Request, ranks: Ranks, held: ExitStack) -> Run:
 
 def _no_folder_of_its_own() -> None:
     """What a process that writes nothing requires of the folder."""
+
+
+def _refuse_place(config: RunConfig, place: Place, ranks: Ranks) -> None:
+    """Raises InputError for settings that go with another device, number format or number of processes."""
+    if config.run.cuda_graph and (
+        place.device.type != "cuda" or ranks.size > 1 or place.dtype == torch.float16
+    ):
+        among = f" in {ranks.size} processes" if ranks.size > 1 else ""
+        raise InputError(
+            f"--cuda-graph on {place}{among}: it is for one process on CUDA, not in float16; leave it out"
+        )
+    if config.run.detect_anomaly and place.products == "float8":
+        raise InputError(
+            "--detect-anomaly sees nothing beside the rounding of float8; use --precision bfloat16 with it"
+        )
 
 
 def _settle_order_of_sums(deterministic: bool) -> None:
