@@ -14,6 +14,7 @@ import torch
 
 import train_gpu
 from torch_impl.training import report, telemetry
+from torch_impl.training import run as run_module
 from torch_impl.training.files import write_file
 
 # A run of twelve steps that evaluates, saves and reads at steps of their own.
@@ -103,6 +104,24 @@ def cli(capsys: pytest.CaptureFixture) -> Callable[..., Outcome]:
 def small_run(cli: Callable[..., Outcome], text: Path) -> Callable[..., Outcome]:
     """Runs the small run; flags given later override."""
     return lambda *flags: cli(*SMALL.split(), "--train-file", text, *flags)
+
+
+@pytest.fixture
+def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sends this process a signal while a given step is computed."""
+    train_steps = run_module.train_steps
+
+    def arrange(step: int | None, number: int = signal.SIGINT) -> None:
+        def interrupted(state, tokens, config):
+            for step_metrics in train_steps(state, tokens, config):
+                if state.step == step:
+                    signal.raise_signal(number)
+                    assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL, "a Ctrl-C now leaves at once"
+                yield step_metrics
+
+        monkeypatch.setattr(run_module, "train_steps", interrupted)
+
+    return arrange
 
 
 def metrics(run: Path) -> list[dict]:
