@@ -12,7 +12,7 @@ import importlib
 from collections.abc import Callable
 from inspect import signature
 
-# The file of each in ref_numpy.
+# The file of each in ref_numpy, whose name its test has too.
 DIFFERENTIABLE = {
     "linear": "linear",
     "relu": "activations",
@@ -50,12 +50,12 @@ FUNCTIONS = {
     "sample_token": "sampling",
     "generate": "generate",
 }
-_FILES = DIFFERENTIABLE | FUNCTIONS
-NAMES = tuple(_FILES)
+FILES = DIFFERENTIABLE | FUNCTIONS
+NAMES = tuple(FILES)
 
 
 def _find(component: str, name: str) -> Callable:
-    return getattr(importlib.import_module(f"ref_numpy.{_FILES[component]}"), name)
+    return getattr(importlib.import_module(f"ref_numpy.{FILES[component]}"), name)
 
 
 def reference(component: str) -> tuple[Callable, Callable]:

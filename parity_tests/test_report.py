@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from parity_tests.components import FILES
 from parity_tests.report.__main__ import main
 from parity_tests.report.collect import (
     Findings,
@@ -13,7 +14,6 @@ from parity_tests.report.collect import (
     Row,
     TestFile,
     Unfinished,
-    file_of,
     read_kills,
     read_records,
     read_tests,
@@ -103,8 +103,8 @@ def test_results_of_tests_are_counted_by_file(tmp_path: Path):
 
 
 def test_components_know_their_test_file():
-    assert file_of("rmsnorm") == "test_layernorm" and file_of("cross_entropy") == "test_loss"
-    assert file_of("attention") == "test_attention"
+    assert (FILES["rmsnorm"], FILES["cross_entropy"]) == ("layernorm", "loss")
+    assert all((Path(__file__).parent / f"test_{file}.py").is_file() for file in FILES.values())
 
 
 def test_a_histogram_marks_what_is_beyond_the_bound():

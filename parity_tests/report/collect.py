@@ -125,12 +125,3 @@ def read_kills(path: Path) -> Kills | None:
         return Kills(str(content["date"]), {name: (sum(all_), len(all_)) for name, all_ in by_file.items()})
     except (ValueError, KeyError, TypeError) as error:
         raise Unfinished(f"{path} is no result of the zoo: {type(error).__name__} {error}") from None
-
-
-def file_of(component: str) -> str:
-    """The test file of a component: rmsnorm stands in layernorm.py, so it is test_layernorm."""
-    beginnings = (f"def {component}_forward(", f"def {component}(")
-    for path in sorted((HOUSE / "ref_numpy").glob("*.py")):
-        if any(beginning in path.read_text(encoding="utf-8") for beginning in beginnings):
-            return f"test_{path.stem}"
-    return f"test_{component}"

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from parity_tests.report.collect import Findings, Kills, Row, file_of
+from parity_tests.components import FILES
+from parity_tests.report.collect import Findings, Kills, Row
 from parity_tests.report.draw import histogram
 
 STYLE = """
@@ -158,7 +159,8 @@ def _tr(texts: Iterable[str], classes: Iterable[str] | None = None, is_ill: bool
 
 
 def _row_html(row: Row, kills: Mapping[str, tuple[int, int]]) -> str:
-    caught = "{} of {}".format(*kills[file]) if (file := file_of(row.component)) in kills else ""
+    test = f"test_{FILES[row.component]}"
+    caught = " of ".join(map(str, kills[test])) if test in kills else ""
     texts = _tr(cells(row), ["", "", "", "n", "n", "n", "long"], row.units[-1] > 1)
     return texts.removesuffix("</tr>") + f'<td>{histogram(row)}</td><td class="n">{caught}</td></tr>'
 
