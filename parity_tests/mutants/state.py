@@ -39,8 +39,8 @@ class State:
         """Killed, or a survivor of these very tests: one of others has to be tried again."""
         if mutant.key not in self._known:
             return False
-        survived, verdict = self._known[mutant.key]
-        return verdict.killed_by != "" or survived == tests
+        tried, verdict = self._known[mutant.key]
+        return verdict.killed_by != "" or tried == tests
 
     def add(self, mutant: Mutant, tests: str, verdict: Verdict) -> None:
         self._known[mutant.key] = tests, verdict
