@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from ref_numpy.config import ModelConfig
 from torch_impl.training.beginning import refuse_taken
-from torch_impl.training.config import RunConfig, RunSettings, TokenizerSettings, read_config
+from torch_impl.training.config import LEARNED, RunConfig, RunSettings, TokenizerSettings, read_config
 from torch_impl.training.contradictions import refuse_contradictions
 from torch_impl.training.files import InputError, find_checkpoint, whole_folder
 from torch_impl.training.flags import check_text, dashed
@@ -26,7 +26,6 @@ CHANGEABLE = {"steps", "micro_batches"} | (
 
 # What --init-from leaves open of the model. Also its context_length, as far as the positions reach.
 FREE_WITH_WEIGHTS = {"dropout", "rope_scale"}
-LEARNED = ("bpe", "words", "characters")
 
 
 class Request(NamedTuple):

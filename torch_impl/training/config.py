@@ -87,7 +87,8 @@ class RunSettings:
                 raise ConfigError(f"{name} is {getattr(self, name)}, but must not be negative")
 
 
-TOKENIZERS = ("bytes", "characters", "words", "bpe")
+LEARNED = ("characters", "words", "bpe")  # tokenizers that are made of the training text
+TOKENIZERS = ("bytes", *LEARNED)
 DEFAULT_VOCAB_SIZE = 10_000
 
 

@@ -21,7 +21,7 @@ from torch_impl.training.config import RunConfig, read_config
 from torch_impl.training.files import WRITTEN, InputError, refusal, whole_folder
 from torch_impl.training.lock import locked
 from torch_impl.training.sweep_plan import Plan, Trial, make_plan
-from torch_impl.training.sweep_results import FINAL, ending, tell
+from torch_impl.training.sweep_results import FINAL, WHOLE, how_it_ended, tell
 from torch_impl.training.terminal import interrupt_only_noted
 
 _STOPPED = {129, 130, 143, -signal.SIGINT, -signal.SIGTERM}  # exit codes of a run that somebody stopped
@@ -93,7 +93,7 @@ def _run_all(plan: Plan, require_folder: Callable[[], None]) -> int:
     table = tell(plan, failed)
     for number, trial in enumerate(plan.trials, 1):
         folder = plan.folder / trial.name
-        if (ending(folder) or {}).get("ended") in FINAL:
+        if how_it_ended(folder) in FINAL:
             continue
         require_folder()
         if folder.is_dir() and not folder.is_symlink():
@@ -106,14 +106,13 @@ def _run_all(plan: Plan, require_folder: Callable[[], None]) -> int:
         if interrupt.pressed or code in _STOPPED:
             print(f"{tell(plan, failed)}\nstopped; to go on: {plan.command}")
             return 128 - code if code < 0 else code or 130
-        if code and (ending(folder) or {}).get("ended") not in FINAL:
+        if code and how_it_ended(folder) not in FINAL:
             failed[trial.name] = _why(code, folder)
         table = tell(plan, failed)
         if number < len(plan.trials):
             print(table, flush=True)
     print(f"{table}\n{plan.folder / 'table.md'}")
-    ended = [(ending(plan.folder / trial.name) or {}).get("ended") for trial in plan.trials]
-    return 0 if any(end in FINAL[:2] for end in ended) else 1
+    return 0 if any(how_it_ended(plan.folder / trial.name) in WHOLE for trial in plan.trials) else 1
 
 
 def _arguments(trial: Trial, folder: Path) -> list[str]:
@@ -127,8 +126,7 @@ def _arguments(trial: Trial, folder: Path) -> list[str]:
 
 def _why(code: int, folder: Path) -> str:
     """What became of a run that failed."""
-    told = ending(folder)
-    if told is not None and told["ended"] == "out of memory":
+    if how_it_ended(folder) == "out of memory":
         return "out of memory"
     return f"killed by signal {-code}" if code < 0 else f"failed, exit code {code}"
 

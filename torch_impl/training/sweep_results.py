@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from torch_impl.training.config import TOKENIZERS, RunConfig
+from torch_impl.training.config import LEARNED, RunConfig
 from torch_impl.training.counting import counted
 from torch_impl.training.files import InputError, write_file
 from torch_impl.training.plot import NOT_COMPARED, Curve, draw, in_columns, same_tokens
@@ -21,7 +21,8 @@ from torch_impl.training.sweep_plan import Plan, Trial
 from torch_impl.training.telemetry import MetricsLog, Row
 from torch_impl.training.visible import visible
 
-FINAL = ("finished", "stopped early", "diverged")  # a run that ended so is not taken up again
+WHOLE = ("finished", "stopped early")  # a run that ended so came to its end
+FINAL = (*WHOLE, "diverged")  # ... and one that ended so is not taken up again
 _DRAWN = 10  # combinations in the picture
 _KEPT = (
     "ended",
@@ -47,7 +48,7 @@ class Combination(NamedTuple):
 
     def ended(self) -> list[dict[str, Any]]:
         """The runs that came to their end; of them the table and the picture tell."""
-        return [run for run in self.runs if run["ended"] in FINAL[:2]]
+        return [run for run in self.runs if run["ended"] in WHOLE]
 
     def best(self, name: str) -> list[float]:
         """What each run that came to its end has under that name; nothing where one of them has none."""
@@ -86,6 +87,12 @@ def ending(run: Path) -> dict[str, Any] | None:
         return None
 
 
+def how_it_ended(run: Path) -> str | None:
+    """By the report of a run folder; None where there is none."""
+    found = ending(run)
+    return found and found["ended"]
+
+
 def combinations(plan: Plan, failed: dict[str, str]) -> tuple[list[Combination], Measure]:
     """The best first, and by what. `failed` says what became of runs that left no report in this session."""
     by_settings: dict[tuple, Combination] = {}
@@ -114,13 +121,13 @@ def _measure(plan: Plan, runs: list[dict[str, Any]]) -> Measure:
         alike = len(set(map(_tokenizer, configs))) == 1
     texts = {(run.valid_file or (run.train_file,), run.eval_tokens) for run in (each.run for each in configs)}
     note = _TEXTS if len(texts) > 1 else "" if alike else NOT_COMPARED
-    bits = any(run["best_bits_per_byte"] is not None for run in runs if run["ended"] in FINAL[:2])
+    bits = any(run["best_bits_per_byte"] is not None for run in runs if run["ended"] in WHOLE)
     return (_BITS if bits and not alike else _LOSS)._replace(note=note)
 
 
 def _tokenizer(config: RunConfig) -> tuple[object, ...]:
     """What decides a run's tokens."""
-    learned = config.tokenizer.tokenizer in TOKENIZERS[1:]  # all but bytes, from the training text
+    learned = config.tokenizer.tokenizer in LEARNED  # from the training text
     return config.tokenizer, config.start.init_from, config.run.train_file if learned else ""
 
 
