@@ -155,13 +155,13 @@ def load_state(folder: Path, state: TrainState) -> Progress:
 
 def put_back(folder: Path, state: TrainState, progress: Progress) -> None:
     """The optimizer, the loss scale and the number of the step, as they were at a checkpoint."""
-    load_moments(folder, state)
+    _load_moments(folder, state)
     state.step = progress.step
     if progress.loss_scale and state.scaler.is_enabled():
         state.scaler.load_state_dict(progress.loss_scale)
 
 
-def load_moments(folder: Path, state: TrainState) -> None:
+def _load_moments(folder: Path, state: TrainState) -> None:
     """Put the optimizer's moments back. Raises InputError where they are not those of the model."""
     path = whole_folder(folder) / "optimizer.safetensors"
     names = {parameter: name for name, parameter in state.model.named_parameters()}

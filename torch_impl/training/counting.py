@@ -2,7 +2,7 @@
 
 
 def counted(number: int, thing: str) -> str:
-    """The number with the thing, of whose plural an s is all that there is."""
+    """The number with the thing, whose plural ends in an s."""
     return f"{number:,} {thing}{'s' * (number != 1)}"
 
 

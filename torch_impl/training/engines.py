@@ -75,8 +75,8 @@ def _sharded(model: Embedded, ranks: Ranks, device: torch.device, compiled: bool
         finally:
             stepping = False
 
-    def in_steps(compiled: Callable[..., Tensor], plain: Callable[..., Tensor], *inputs: Any) -> Tensor:
-        return (compiled if stepping else plain)(*inputs)
+    def in_steps(fast: Callable[..., Tensor], plain: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        return (fast if stepping else plain)(*inputs)
 
     mesh = init_device_mesh(device.type, (ranks.size,))
     precise = model.token_embedding.weight.dtype

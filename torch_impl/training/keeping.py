@@ -53,7 +53,7 @@ def keep(checkpoint: Path, name: Path) -> None:
 
 
 def remove(checkpoint: Path) -> None:
-    """Nothing that has a checkpoint's name is half of one, also while it is removed."""
+    """Remove a checkpoint, by way of another name: what has a checkpoint's is never half of one."""
     old = unused_name(checkpoint, REMOVED)
     patiently(checkpoint.rename, old)
     shutil.rmtree(old, ignore_errors=True)

@@ -79,7 +79,7 @@ def read_curve(folder: Path, name: str) -> Curve:
 
 
 def names_of(folders: list[Path]) -> list[str]:
-    """The last parts of the paths, as many as tell them apart; the folder where one is has its name too."""
+    """The last parts of the paths, as many as tell them apart; of "." that of the folder which it is."""
     folders = [folder if folder.name else folder.absolute() for folder in folders]
     parts = 1
     while parts < max(len(folder.parts) for folder in folders):

@@ -28,8 +28,8 @@ class Among(Protocol):
 
 @dataclass(frozen=True)
 class Resumed:
-    """A --resume that changed settings of its run, or among how many processes it is trained. How that was is
-    enough: how it is then, the next one says, or the last state of the run."""
+    """A --resume that changed settings of its run, or the number of its processes. Kept is how they were
+    before: how they were after it stands in the next one, or in the last state of the run."""
 
     step: int  # the last before it
     before: dict[str, Any]  # the settings that it changed, as they were

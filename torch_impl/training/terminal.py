@@ -14,7 +14,7 @@ from torch_impl.training.files import InputError
 
 
 def show_what_can_be_shown() -> None:
-    """A terminal that lacks a character, or a path that is no text, still leaves the rest of stdout."""
+    """From now on stdout replaces what it cannot encode, such as a character that a terminal lacks."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # not None, nor what somebody put in its place
         sys.stdout.reconfigure(errors="replace")
 

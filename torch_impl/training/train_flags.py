@@ -86,7 +86,7 @@ def parse_train_flags(arguments: list[str], start: RunConfig, preset: str | None
 
 
 def _with_whole_paths(flags: Flags) -> Flags:
-    """A run can be resumed from another folder."""
+    """The flags with absolute paths, since a run can be resumed from another folder."""
     run, start, tokenizer = flags.run, flags.start, flags.tokenizer
     if tokenizer.tokenizer not in TOKENIZERS:
         tokenizer = replace(tokenizer, tokenizer=_whole(tokenizer.tokenizer))
