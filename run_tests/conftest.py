@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,15 +90,21 @@ def text(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def cli(capsys: pytest.CaptureFixture) -> Callable[..., Outcome]:
-    """Runs train_gpu.py in this process."""
+def call_main(capsys: pytest.CaptureFixture) -> Callable[..., Outcome]:
+    """Runs a program in this process, by its main function."""
 
-    def call(*arguments: object) -> Outcome:
+    def call(main: Callable[[list[str]], int], *arguments: object) -> Outcome:
         capsys.readouterr()
-        code = train_gpu.main([str(argument) for argument in arguments])
+        code = main([str(argument) for argument in arguments])
         return Outcome(code, *capsys.readouterr())
 
     return call
+
+
+@pytest.fixture
+def cli(call_main: Callable[..., Outcome]) -> Callable[..., Outcome]:
+    """Runs train_gpu.py in this process."""
+    return partial(call_main, train_gpu.main)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -233,15 +234,8 @@ def test_keys_and_values_are_as_many_as_generation_keeps(config):
 
 
 @pytest.fixture
-def table(capsys):
-    """Runs the command in this process: its exit code, output and complaint."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = account.main([str(argument) for argument in arguments])
-        return code, *capsys.readouterr()
-
-    return call
+def table(call_main):
+    return partial(call_main, account.main)
 
 
 def test_a_checkpoint_has_the_size_that_was_said(small_run, table):

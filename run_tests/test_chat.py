@@ -45,17 +45,15 @@ def tuned(tmp_path_factory) -> str:
 
 
 @pytest.fixture
-def talk(monkeypatch, capsys):
+def talk(monkeypatch, call_main):
     """Runs the program with lines from a pipe: exit code, answers, and what is told beside them."""
 
     def call(lines: str | bytes, *arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
         piped = io.TextIOWrapper(
             io.BytesIO(lines if isinstance(lines, bytes) else lines.encode("utf-8")), "utf-8"
         )
         monkeypatch.setattr(sys, "stdin", piped)
-        code = chat_module.main([str(argument) for argument in arguments])
-        return code, *capsys.readouterr()
+        return call_main(chat_module.main, *arguments)
 
     return call
 

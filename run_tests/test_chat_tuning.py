@@ -3,7 +3,6 @@
 import io
 import json
 import re
-import signal
 import sys
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from torch_impl import chat
 from torch_impl.bpe import BPETokenizer
 from torch_impl.interop import from_hf, to_hf
 from torch_impl.training import quantise_command, report
-from torch_impl.training import run as run_module
 from torch_impl.training.checkpoint import load_model
 from torch_impl.training.conversation_file import read_conversations
 from torch_impl.transformer import initialised
@@ -80,19 +78,11 @@ def test_a_base_model_is_tuned_and_its_run_folder_has_the_special_tokens(tune, b
     assert params["token_embedding.weight"].shape[0] == tokenizer.vocab_size == 260
 
 
-def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one(tune, cli, base, monkeypatch):
+def test_a_stopped_and_resumed_run_equals_the_uninterrupted_one(tune, cli, base, stop_at):
     assert tune("--init-from", base, "--out", "whole").code == 0
-    train_steps = run_module.train_steps
-
-    def interrupted(state, sample, config):
-        for step_metrics in train_steps(state, sample, config):
-            if state.step == 5:
-                signal.raise_signal(signal.SIGINT)
-            yield step_metrics
-
-    with monkeypatch.context() as patched:
-        patched.setattr(run_module, "train_steps", interrupted)
-        assert tune("--init-from", base, "--out", "stopped").code == 130
+    stop_at(5)
+    assert tune("--init-from", base, "--out", "stopped").code == 130
+    stop_at(None)
     assert cli("--resume", "stopped").code == 0
     assert content(Path("stopped")) == content(Path("whole"))
     refused = cli("--resume", "stopped", "--content", "text")

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from math import log
 from pathlib import Path
 from statistics import mean
@@ -27,16 +28,10 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def write(small_run, capsys):
+def write(small_run, call_main):
     """Trains the small run, and then writes with it."""
     assert small_run("--out", "run").code == 0
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = generate_command.main([str(argument) for argument in arguments])
-        return code, *capsys.readouterr()
-
-    return call
+    return partial(call_main, generate_command.main)
 
 
 def test_it_goes_on_from_the_prompt_and_the_seed_decides(write):

@@ -2,10 +2,10 @@
 
 import json
 import re
-import signal
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from math import exp
 from pathlib import Path
 from unittest import mock
@@ -52,30 +52,8 @@ def run(cli, text, pairs):
 
 
 @pytest.fixture
-def write(capsys):
-    def call(*arguments):
-        capsys.readouterr()
-        code = generate_command.main([str(argument) for argument in arguments])
-        return code, *capsys.readouterr()
-
-    return call
-
-
-@pytest.fixture
-def stop_at(monkeypatch):
-    """Sends this process a signal while a given step is computed."""
-    train_steps = run_module.train_steps
-
-    def arrange(step):
-        def interrupted(state, sample, config):
-            for step_metrics in train_steps(state, sample, config):
-                if state.step == step:
-                    signal.raise_signal(signal.SIGINT)
-                yield step_metrics
-
-        monkeypatch.setattr(run_module, "train_steps", interrupted)
-
-    return arrange
+def write(call_main):
+    return partial(call_main, generate_command.main)
 
 
 @pytest.mark.parametrize(("kind", "share"), [("encoder", "accuracy"), ("encoder-decoder", "exact_match")])

@@ -1,6 +1,7 @@
 """Curves of runs beside each other."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,13 +27,8 @@ def run_of(name: str, losses: list[float], **more: object) -> Path:
 
 
 @pytest.fixture
-def call(capsys):
-    def run(*arguments):
-        capsys.readouterr()
-        code = plot.main([str(argument) for argument in arguments])
-        return code, *capsys.readouterr()
-
-    return run
+def call(call_main):
+    return partial(call_main, plot.main)
 
 
 def test_runs_are_drawn_and_told_best_first(call):

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,16 +19,10 @@ from torch_impl.training.checkpoint import load_model
 
 
 @pytest.fixture
-def quantised(small_run, capsys):
+def quantised(small_run, call_main):
     """Trains the small run, and then calls the command."""
     assert small_run("--out", "run", "--steps", 40).code == 0
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = quantise_command.main([str(argument) for argument in arguments])
-        return code, *capsys.readouterr()
-
-    return call
+    return partial(call_main, quantise_command.main)
 
 
 def load(folder: str) -> torch.nn.Module:
