@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from timeit import repeat
 
 import numpy as np
 
@@ -109,13 +110,7 @@ def reading_bound(model) -> float:
     matrices = [
         param for name, param in model.named_parameters() if param.ndim == 2 and "position" not in name
     ]
-    best = float("inf")
-    for _ in range(10):
-        begin = time.perf_counter()
-        for matrix in matrices:
-            matrix.sum()
-        best = min(best, time.perf_counter() - begin)
-    return 1 / best
+    return 1 / min(repeat(lambda: [matrix.sum() for matrix in matrices], number=1, repeat=10))
 
 
 def first_character() -> float:

@@ -9,10 +9,10 @@ they take turns. Beside the speeds stands what the processor allows: the speed o
 
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from timeit import repeat
 from typing import Any
 
 import numpy as np
@@ -128,12 +128,7 @@ def ceilings() -> dict[str, float]:
     """FLOP/s of a product of 2,048 by 2,048 matrices, in float32 by who makes it, or in bfloat16."""
 
     def best(multiply: Callable[[], Any]) -> float:
-        times = []
-        for _ in range(6):
-            begin = time.perf_counter()
-            multiply()
-            times.append(time.perf_counter() - begin)
-        return 2 * 2048**3 / min(times[1:])
+        return 2 * 2048**3 / min(repeat(multiply, number=1, repeat=6)[1:])
 
     x, weight = torch.randn(2, 2048, 2048)
     half, half_weight, plain, plain_weight = x.bfloat16(), weight.bfloat16(), x.numpy(), weight.numpy()

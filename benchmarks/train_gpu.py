@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from timeit import repeat
 from typing import Any
 
 import numpy as np
@@ -124,15 +125,13 @@ def ceilings(device: str) -> tuple[float, float]:
     to = torch.empty_like(a)
 
     def best(act: Callable[[], Any]) -> float:
-        times = []
-        for _ in range(11):
-            begin = time.perf_counter()
+        def turn() -> None:
             for _ in range(10):
                 act()
             if device == "cuda":
                 torch.cuda.synchronize()
-            times.append((time.perf_counter() - begin) / 10)
-        return min(times[1:])
+
+        return min(repeat(turn, number=1, repeat=11)[1:]) / 10
 
     return 2 * size**3 / best(lambda: a @ b), 2 * a.numel() * a.element_size() / best(lambda: to.copy_(a))
 
