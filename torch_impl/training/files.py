@@ -63,6 +63,13 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+def _flush_all(folder: Path) -> None:
+    """Wait until the files in a folder, and its list of their names, are on the disk."""
+    for path in folder.iterdir():
+        flush_to_disk(path)
+    flush_to_disk(folder)
+
+
 def patiently(act: Callable[..., object], *arguments: object) -> None:
     """Rename or remove, on Windows a few times within a second: there a reader, such as a virus scanner or
     TensorBoard, holds a file or its folder for a moment."""
@@ -154,9 +161,7 @@ def replaced_folder(folder: Path, require_place: Callable[[], None] = lambda: No
     try:
         new.mkdir()
         yield new
-        for path in new.iterdir():
-            flush_to_disk(path)
-        flush_to_disk(new)
+        _flush_all(new)
         require_place()
         if folder.exists():
             patiently(folder.rename, old)
@@ -182,9 +187,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     try:
         new.mkdir(parents=True)
         yield new
-        for path in new.iterdir():
-            flush_to_disk(path)
-        flush_to_disk(new)
+        _flush_all(new)
         patiently(new.rename, folder)
     except BaseException as error:
         shutil.rmtree(new, ignore_errors=True)
