@@ -163,8 +163,8 @@ def activation_bytes(model: ModelConfig, sequences: int, kernels: Kernels = Kern
 
 
 def _stack_bytes(model: ModelConfig, kernels: Kernels, layers: int, has_memory: bool = False) -> int:
-    """Per token, of a stack of so many blocks, from its embedding to what another stack reads, or the
-    gradient of what the head does."""
+    """What a stack of so many blocks keeps, in bytes per token: from the token's id to the output of the last
+    norm, which another stack reads, or in whose place the gradient stands that is made with the loss."""
     C, H, K, D, F = model.d_model, model.n_head, model.kv_heads, model.head_width, model.ffn_width
     size, of_cpu, _, by_products = kernels
     dropped = C if model.dropout > 0 else 0  # a byte each
@@ -195,7 +195,7 @@ def _stack_bytes(model: ModelConfig, kernels: Kernels, layers: int, has_memory: 
 
 
 def _attending_bytes(model: ModelConfig, sequences: int, kernels: Kernels) -> int:
-    """Of all layers, what attention keeps beside its inputs and its output: by masks.
+    """What attention keeps in all layers beside its inputs and its output, in bytes; the masks decide.
 
     Without a mask and with one of no more than QUERIES_AT_ONCE rows, the log-sum-exps, the mask as numbers,
     and the output once more where zeros are put in a copy, because padding may leave a query nothing to see.
@@ -222,7 +222,7 @@ def _attending_bytes(model: ModelConfig, sequences: int, kernels: Kernels) -> in
 
 
 def logits_bytes(model: ModelConfig, sequences: int, kernels: Kernels = Kernels()) -> int:  # noqa: B008
-    """Of the logits that there are at once, and of their gradients: they go before the backward pass.
+    """Bytes of the logits that there are at once, and of their gradients: they go before the backward pass.
 
     In float32 the gradients take the logits' place. With half as many bytes they stand beside them; not here
     are the probabilities between, in float32, which compiled kernels do not write.

@@ -77,8 +77,8 @@ def ran_out(error: Exception) -> bool:
 
 
 def memory_of(device: torch.device, processes: int = 1) -> int | None:
-    """The memory of a device that so many processes like this one may take together, in bytes: all of it, or
-    what the limits on them leave; None where the system does not tell."""
+    """The memory of a device, used or not, that so many processes like this one may take together, in bytes:
+    all of it, or what the limits on them leave; None where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     if device.type != "cpu":
