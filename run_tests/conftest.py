@@ -114,19 +114,32 @@ def small_run(cli: Callable[..., Outcome], text: Path) -> Callable[..., Outcome]
 
 
 @pytest.fixture
-def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Sends this process a signal while a given step is computed."""
+def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Has something done while a run computes a given step; nothing, where none is given."""
     train_steps = run_module.train_steps
 
-    def arrange(step: int | None, number: int = signal.SIGINT) -> None:
-        def interrupted(state, tokens, config):
-            for step_metrics in train_steps(state, tokens, config):
+    def arrange(step: int | None, act: Callable[[], object] = lambda: None) -> None:
+        def steps(state, sample, config):
+            for step_metrics in train_steps(state, sample, config):
                 if state.step == step:
-                    signal.raise_signal(number)
-                    assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL, "a Ctrl-C now leaves at once"
+                    act()
                 yield step_metrics
 
-        monkeypatch.setattr(run_module, "train_steps", interrupted)
+        monkeypatch.setattr(run_module, "train_steps", steps)
+
+    return arrange
+
+
+@pytest.fixture
+def stop_at(at_step: Callable[..., None]) -> Callable[..., None]:
+    """Sends this process a signal while a given step is computed."""
+
+    def arrange(step: int | None, number: int = signal.SIGINT) -> None:
+        def ask() -> None:
+            signal.raise_signal(number)
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL, "a Ctrl-C now leaves at once"
+
+        at_step(step, ask)
 
     return arrange
 

@@ -121,19 +121,10 @@ def test_a_folder_that_nobody_may_write_to_any_more(small_run, cli, on_file_oper
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a file that is in use cannot be deleted there")
-def test_files_that_vanish_while_a_run_reads_them_are_not_missed(small_run, cli, text, monkeypatch):
+def test_files_that_vanish_while_a_run_reads_them_are_not_missed(small_run, cli, text, at_step):
     """The ids are mapped, and stay until the run lets go of them. To go on, it needs the text again."""
     small_run("--out", "whole")
-    train_steps = run_module.train_steps
-
-    def vanishing(state, sample, config):
-        for metrics in train_steps(state, sample, config):
-            if state.step == 3:
-                shutil.rmtree("cache")
-                text.unlink()
-            yield metrics
-
-    monkeypatch.setattr(run_module, "train_steps", vanishing)
+    at_step(3, lambda: (shutil.rmtree("cache"), text.unlink()))
     assert small_run("--out", "run").code == 0
     assert content(Path("run")) == content(Path("whole"))
     assert "cannot read" in cli("--resume", "run", "--steps", 14).error

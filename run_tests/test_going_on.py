@@ -4,11 +4,11 @@ import errno
 import json
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from run_tests.conftest import content, metrics
-from torch_impl.training import run as run_module
 from torch_impl.training.progress import load_progress
 
 
@@ -30,22 +30,15 @@ def test_more_steps_train_on(small_run, cli):
 
 
 @pytest.fixture
-def fails_after_an_evaluation(small_run, cli, monkeypatch):
+def fails_after_an_evaluation(small_run, cli, at_step):
     """A run of 12 steps that is to go on to step 20, and finds the disk full after step 17."""
-    train_steps, asked = run_module.train_steps, ("--steps", 20, "--checkpoint-every", 20)
-
-    def steps(state, sample, config):
-        for step_metrics in train_steps(state, sample, config):
-            if state.step == 17:
-                raise OSError(errno.ENOSPC, "No space left on device")
-            yield step_metrics
-
+    asked = ("--steps", 20, "--checkpoint-every", 20)
     for folder in ("whole", "run"):
         assert small_run("--out", folder, "--learning-rate", 1e-2).code == 0
     assert cli("--resume", "whole", *asked).code == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(run_module, "train_steps", steps)
-        assert cli("--resume", "run", *asked).code == 1
+    at_step(17, mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    assert cli("--resume", "run", *asked).code == 1
+    at_step(None)
     assert [load_progress(Path("run", name)).step for name in ("last", "best")] == [12, 16]
 
 

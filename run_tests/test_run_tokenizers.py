@@ -4,6 +4,7 @@ import math
 import re
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,7 +14,6 @@ from ref_numpy import bpe as ref
 from run_tests.conftest import content, metrics
 from torch_impl.bpe import BPETokenizer, train
 from torch_impl.training import bpe_command, generate_command
-from torch_impl.training import run as run_module
 from torch_impl.training.files import InputError
 from torch_impl.training.tokenizer import ByteTokenizer, load_tokenizer
 
@@ -44,20 +44,12 @@ def test_a_run_is_the_same_again_and_when_it_is_resumed(small_run, cli, kind, ca
     assert capsys.readouterr().out.startswith("The quick")
 
 
-def test_bpe_stopped_and_resumed_equals_the_uninterrupted_run(small_run, cli, monkeypatch):
+def test_bpe_stopped_and_resumed_equals_the_uninterrupted_run(small_run, cli, at_step):
     """Though the cache is damaged in between."""
     assert small_run("--out", "whole", *BPE).code == 0
-    train_steps = run_module.train_steps
-
-    def interrupted(state, tokens, config):
-        for step_metrics in train_steps(state, tokens, config):
-            if state.step == 7:
-                raise KeyboardInterrupt
-            yield step_metrics
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run_module, "train_steps", interrupted)
-        assert small_run("--out", "stopped", *BPE).code == 130
+    at_step(7, mock.Mock(side_effect=KeyboardInterrupt))
+    assert small_run("--out", "stopped", *BPE).code == 130
+    at_step(None)
     for path in Path("cache").glob("ids*"):
         path.write_bytes(path.read_bytes()[:-9])
     for path in Path("cache").glob("tokenizer*"):

@@ -12,7 +12,6 @@ import pytest
 import train_gpu
 from run_tests.conftest import SMALL, metrics
 from torch_impl.training import plot, sweep_results
-from torch_impl.training import run as run_module
 from torch_impl.training import sweep as sweep_module
 from torch_impl.training.sweep import launch
 from torch_impl.training.sweep_plan import Plan, make_plan
@@ -219,24 +218,17 @@ def test_held_out_texts_that_differ_are_what_the_note_is_about(monkeypatch, bits
     assert "the held-out texts differ" in told and ALONE not in told
 
 
-def test_a_sweep_that_was_stopped_goes_on_where_it_was(sweep, launched, monkeypatch):
+def test_a_sweep_that_was_stopped_goes_on_where_it_was(sweep, launched, at_step):
     assert sweep(*GRID, "--out", "whole").code == 0
     wanted = results("whole")
-    train_steps, begun = run_module.train_steps, len(launched)
-
-    def stopped(state, sample, config):
-        for step_metrics in train_steps(state, sample, config):
-            if len(launched) - begun == 2 and state.step == 7:
-                signal.raise_signal(signal.SIGINT)
-            yield step_metrics
-
-    monkeypatch.setattr(run_module, "train_steps", stopped)
+    begun = len(launched)
+    at_step(7, lambda: len(launched) - begun == 2 and signal.raise_signal(signal.SIGINT))
     outcome = sweep(*GRID, "--out", "swept")
     assert outcome.code == 130 and len(launched) - begun == 2
     told = outcome.out.splitlines()[-1]
     assert told.startswith("stopped; to go on: python train_gpu.py sweep cpu ") and "--out swept" in told
     assert "2 of 3 runs" in outcome.out and "stopped" in outcome.out
-    monkeypatch.setattr(run_module, "train_steps", train_steps)
+    at_step(None)
     begun = len(launched)
     assert sweep(*GRID, "--out", "swept").code == 0
     again = launched[begun:]

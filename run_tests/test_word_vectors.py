@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,7 +14,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from run_tests.conftest import content
-from torch_impl.training import run as run_module
 from torch_impl.training.files import InputError
 from torch_impl.training.tokenizer import WordTokenizer, load_tokenizer
 from torch_impl.training.word_vectors import (
@@ -235,23 +235,8 @@ def test_signs_are_words_of_their_own_and_words_may_be_in_lower_case(tmp_path):
 # --- runs -----------------------------------------------------------------------------------------
 
 
-def stopped_at(step: int, monkeypatch):
-    """A context in which a run is interrupted after a step."""
-    train_steps = run_module.train_steps
-
-    def interrupted(state, tokens, config):
-        for step_metrics in train_steps(state, tokens, config):
-            if state.step == step:
-                raise KeyboardInterrupt
-            yield step_metrics
-
-    monkeypatch.setattr(run_module, "train_steps", interrupted)
-
-
 @pytest.mark.parametrize("tied", ["--tied-embeddings", "--no-tied-embeddings"])
-def test_frozen_vectors_are_the_same_bits_after_training_and_after_a_resume(
-    small_run, cli, monkeypatch, tied
-):
+def test_frozen_vectors_are_the_same_bits_after_training_and_after_a_resume(small_run, cli, at_step, tied):
     """The story of a run: it begins with vectors, is stopped, loses the file of vectors, and is resumed."""
     write(lines())
     flags = (*WITH_VECTORS, "--freeze-embeddings", tied, "--vocab-size", "14")
@@ -263,9 +248,9 @@ def test_frozen_vectors_are_the_same_bits_after_training_and_after_a_resume(
     assert ("output projection" in begun.out) == (tied == "--tied-embeddings")
 
     assert small_run("--out", "whole", *flags).code == 0
-    with monkeypatch.context() as patch:
-        stopped_at(7, patch)
-        assert small_run("--out", "stopped", *flags).code == 130
+    at_step(7, mock.Mock(side_effect=KeyboardInterrupt))
+    assert small_run("--out", "stopped", *flags).code == 130
+    at_step(None)
     Path("vectors.txt").unlink()
     assert cli("--resume", "stopped").code == 0
     assert content(Path("stopped")) == content(Path("whole"))
@@ -285,14 +270,14 @@ def test_frozen_vectors_are_the_same_bits_after_training_and_after_a_resume(
     assert ("head.weight" in trained) == (tied == "--no-tied-embeddings")
 
 
-def test_vectors_are_trained_unless_they_are_frozen(small_run, cli, monkeypatch):
+def test_vectors_are_trained_unless_they_are_frozen(small_run, cli, at_step):
     write(lines())
     assert small_run("--out", "whole", *WITH_VECTORS).code == 0
     assert small_run("--out", "frozen", *WITH_VECTORS, "--freeze-embeddings").code == 0
     assert (table("frozen") != table("whole")).any(dim=1).all(), "every row is in the logits, so all learn"
-    with monkeypatch.context() as patch:
-        stopped_at(6, patch)
-        assert small_run("--out", "stopped", *WITH_VECTORS).code == 130
+    at_step(6, mock.Mock(side_effect=KeyboardInterrupt))
+    assert small_run("--out", "stopped", *WITH_VECTORS).code == 130
+    at_step(None)
     assert cli("--resume", "stopped").code == 0
     assert content(Path("stopped")) == content(Path("whole"))
     assert small_run("--out", "random", *WITH_VECTORS[:3]).code == 0
