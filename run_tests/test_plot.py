@@ -115,7 +115,7 @@ def test_axes_have_plain_numbers(losses, log):
     rows = plot.read_curve(run_of("run", losses), "run").rows
     for row in rows:
         row["step"] //= 5  # 0 and 2
-    figure = plot.draw([plot.Curve("run", rows)], "step", "loss", log)
+    figure = plot.draw([plot.Curve("run", rows)], "step", "val_loss", log)
     figure.draw_without_rendering()
     (axes,) = figure.axes
     labels = [*axes.get_xticklabels(which="both"), *axes.get_yticklabels(which="both")]
