@@ -165,33 +165,45 @@ def activation_bytes(model: ModelConfig, sequences: int, kernels: Kernels = Kern
 def _stack_bytes(model: ModelConfig, kernels: Kernels, layers: int, has_memory: bool = False) -> int:
     """What a stack of so many blocks keeps, in bytes per token: from the token's id to the output of the last
     norm, which another stack reads, or in whose place the gradient stands that is made with the loss."""
-    C, H, K, D, F = model.d_model, model.n_head, model.kv_heads, model.head_width, model.ffn_width
-    size, of_cpu, _, by_products = kernels
+    C, F, size = model.d_model, model.ffn_width, kernels.size
     dropped = C if model.dropout > 0 else 0  # a byte each
     is_layernorm = model.norm == "layernorm"  # which keeps its input, a mean and a deviation, RMSNorm a scale
-    norm = (4 if of_cpu else size) * C + 8 if is_layernorm else size * C + 4
+    norm = (4 if kernels.of_cpu else size) * C + 8 if is_layernorm else size * C + 4
     sublayer = norm + size * C + dropped  # and the sublayer's own input
-    widened = of_cpu and size < 4 and not by_products
-    turned = model.qk_norm or model.positions == "rope"
-
-    def attended(keys: int) -> int:  # q, k, v and what was found, which a projection reads
-        return 4 * (2 * C + 2 * keys) + size * C if widened else size * (2 * C + 2 * keys)
-
-    attention = attended(K * D)
-    if model.qk_norm:
-        attention += 4 * (H + K) + (size * (H + 2 * K) * D if widened else 0)
-    if turned and not widened:
-        attention += size * (H + K) * D  # q and k once more
-    if by_products and K < H:  # keys and values are repeated for each head of a group, and kept so
-        attention += size * (2 * C - K * D * turned)
-        if turned and not model.qk_norm:  # of what the projection made nothing is needed any more
-            attention -= size * (C + 2 * K * D)
     wide = {"relu": 1, "swiglu": 4}.get(model.activation, 2)
-    block = 2 * sublayer + attention + size * wide * F
+    block = 2 * sublayer + _attention_bytes(model, kernels) + size * wide * F
     if has_memory:
-        block += sublayer + attended(C)  # of cross-attention
+        block += sublayer + _attention_bytes(model, kernels, across=True)
     last = (norm if model.norm_placement == "pre" else 0) + size * C
     return 8 + dropped + layers * block + last  # 8: the token's id
+
+
+def _attention_bytes(model: ModelConfig, kernels: Kernels, across: bool = False) -> int:
+    """What a layer's attention, or its cross-attention, keeps in bytes per token: what the kernel reads and
+    finds, and of what q, k and v were made from whatever is needed still.
+
+    The projections make q, k and v; what the kernel reads are parts of that, or copies. They are copies where
+    they were normalised or turned with their place, converted to float32, or repeated for a group's heads.
+    """
+    C, size = model.d_model, kernels.size
+    H, K = model.n_head, model.n_head if across else model.kv_heads
+    normed = model.qk_norm and not across
+    turned = normed or (model.positions == "rope" and not across)
+    widened = kernels.of_cpu and size < 4 and not kernels.by_products
+    repeated = kernels.by_products and K < H
+    copied = {"q": turned or widened, "k": turned or widened or repeated, "v": widened or repeated}
+    width = {
+        "q": C,
+        "k": C if repeated else K * model.head_width,
+        "v": C if repeated else K * model.head_width,
+    }
+
+    exact = 4 if widened else size
+    kept = exact * C + widened * size * C  # what was found, and the next projection's input
+    kept += sum(exact * width[name] for name in copied if copied[name])
+    if normed or not all(copied.values()):  # made, as one tensor, of which any part keeps the whole
+        kept += size * (C + 2 * K * model.head_width)
+    return kept + 4 * (H + K) * normed  # a scale for each head's q and k
 
 
 def _attending_bytes(model: ModelConfig, sequences: int, kernels: Kernels) -> int:
