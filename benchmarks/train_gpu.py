@@ -26,9 +26,10 @@ from benchmarks.rows import OURS, Measured, paired, row, write_rows
 from benchmarks.sides import Side, torch_side
 from benchmarks.turns import served, take_turns
 from torch_impl.training.config import RunConfig
-from torch_impl.training.costs import Kernels, activation_bytes, palm_flops, parameter_count
+from torch_impl.training.costs import palm_flops, parameter_count
 from torch_impl.training.files import InputError
 from torch_impl.training.flags import parse_flags
+from torch_impl.training.footprint import Kernels, activation_bytes
 from torch_impl.training.presets import PRESETS
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from torch_impl.training import account, costs
+from torch_impl.training import account, costs, footprint
 from torch_impl.training.presets import PRESETS
 
 PAGE = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text(encoding="utf-8")
@@ -32,7 +32,7 @@ def test_the_times_follow_from_the_figures():
     assert f"{flops / 1e15:.2f} PFLOP a step, {flops / 64e12:.0f} TFLOP in each" in PAGE
     computing = flops / 64 / 989e12 / 0.5
     assert f"so {computing:.3f} s" in PAGE and f"{computing * 2 / 3:.3f} s, in which" in PAGE
-    sent = costs.sent_bytes(request.model, request.training, 2, 64, shard=False)
+    sent = footprint.sent_bytes(request.model, request.training, 2, 64, shard=False)
     for link, rate in (("400", 50e9), ("100", 12.5e9)):
         sending = sent / rate
         hidden, plain = computing + max(0, sending - computing * 2 / 3), computing + sending
@@ -45,14 +45,14 @@ def test_the_times_follow_from_the_figures():
 def test_what_processes_divide_is_whole_again_together(processes):
     preset = PRESETS["gpt2-124m"]
     one, shared = (
-        costs.process_bytes(preset.model, preset.training, costs.Kernels(), n, shard=True)
+        footprint.process_bytes(preset.model, preset.training, footprint.Kernels(), n, shard=True)
         for n in (1, processes)
     )
     for part in ("weights", "gradients", "moments", "activations"):
         together = getattr(shared, part) * processes
         assert getattr(one, part) <= together < getattr(one, part) * 1.001
     for shard in (False, True):
-        assert costs.sent_bytes(preset.model, preset.training, 4, 1, shard) == 0
+        assert footprint.sent_bytes(preset.model, preset.training, 4, 1, shard) == 0
 
 
 def test_processes_that_do_not_divide_the_batch_are_refused(capsys):

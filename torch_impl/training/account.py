@@ -1,6 +1,6 @@
 """What a model costs, as a table: `python -m torch_impl.training.account [PRESET] [--flags]`. See --help.
 
-Parameters, FLOPs and memory, by costs.py; nothing is built, and torch is not imported.
+Parameters and FLOPs by costs.py, memory by footprint.py; nothing is built, and torch is not imported.
 """
 
 import json
@@ -13,23 +13,25 @@ from ref_numpy.config import ConfigError, ModelConfig, TrainConfig
 from ref_numpy.conversation import SPECIAL_TOKENS
 from torch_impl.training.config import DEFAULT_VOCAB_SIZE, WITHOUT_PRODUCTS, RunConfig, read_config
 from torch_impl.training.costs import (
-    Kernels,
     attention_pairs,
-    checkpoint_bytes,
     forward_flops,
     kaplan_flops,
-    kv_cache_bytes,
     non_embedding_count,
     palm_flops,
     parameter_count,
     parameters_by_part,
-    process_bytes,
-    sent_bytes,
-    training_bytes,
 )
 from torch_impl.training.counting import counted, in_bytes, scaled
 from torch_impl.training.files import InputError, find_checkpoint, refusal, replace_file
 from torch_impl.training.flags import parse_flags
+from torch_impl.training.footprint import (
+    Kernels,
+    checkpoint_bytes,
+    kv_cache_bytes,
+    process_bytes,
+    sent_bytes,
+    training_bytes,
+)
 from torch_impl.training.presets import PRESETS, split_preset
 from torch_impl.training.terminal import lead_nowhere, show_what_can_be_shown
 

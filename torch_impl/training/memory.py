@@ -19,17 +19,17 @@ import torch
 from ref_numpy.config import ModelConfig
 from torch_impl.attention import products_pay
 from torch_impl.training.config import RunConfig
-from torch_impl.training.costs import (
-    Kernels,
-    TrainingBytes,
-    kv_cache_bytes,
-    parameter_count,
-    process_bytes,
-    training_bytes,
-)
+from torch_impl.training.costs import parameter_count
 from torch_impl.training.counting import in_bytes
 from torch_impl.training.device import Place
 from torch_impl.training.files import InputError
+from torch_impl.training.footprint import (
+    Kernels,
+    TrainingBytes,
+    kv_cache_bytes,
+    process_bytes,
+    training_bytes,
+)
 from torch_impl.training.memory_limits import group_limits, own_limits
 from torch_impl.training.ranks import ALONE, Ranks
 
