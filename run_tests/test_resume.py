@@ -20,9 +20,9 @@ from run_tests.test_ranks import forking
 from torch_impl.train import start
 from torch_impl.training import run as run_module
 from torch_impl.training.checkpoint import load_model, put_back
+from torch_impl.training.history import Resumed
 from torch_impl.training.progress import load_progress
 from torch_impl.training.ranks import Ranks
-from torch_impl.training.repeating import Resumed
 
 
 @pytest.mark.parametrize("step", [1, 4, 7, 10, 11])

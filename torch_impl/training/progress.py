@@ -8,7 +8,7 @@ from typing import Any
 from ref_numpy.config import ConfigError
 from torch_impl.training.config import RunConfig, parse_json, read_config
 from torch_impl.training.files import InputError, whole_folder
-from torch_impl.training.repeating import Resumed, history, settings_before
+from torch_impl.training.history import Resumed, history, settings_before
 from torch_impl.training.telemetry import Row
 
 OWED = ("learning_rate", "grad_norm")

@@ -1,54 +1,15 @@
-"""The command that repeats a run: its preset, and a flag for each setting that differs from it; and those
-that follow it, where the run went on with other settings."""
+"""The commands that repeat a run: its preset, and a flag for each setting that differs from it; and those
+that follow, where the run went on with other settings (see history.py)."""
 
-import json
 import os
 import shlex
 import subprocess
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import fields
 
-from ref_numpy.config import ConfigError
-from torch_impl.training.command_line import CHANGEABLE
 from torch_impl.training.config import RunConfig
 from torch_impl.training.flags import as_flag
+from torch_impl.training.history import Among, Resumed, settings_of
 from torch_impl.training.presets import PRESETS
-
-_PARTS = ("run", "training")  # of a config, that have what --resume may change
-
-
-@runtime_checkable
-class Among(Protocol):
-    """The processes that train a run."""
-
-    processes: int
-    on_a_machine: int
-
-
-@dataclass(frozen=True)
-class Resumed:
-    """A --resume that changed settings of its run, or the number of its processes. Kept is how they were
-    before: how they were after it stands in the next one, or in the last state of the run."""
-
-    step: int  # the last before it
-    before: dict[str, Any]  # the settings that it changed, as they were
-    processes: int  # before
-    on_a_machine: int
-
-    def leads_elsewhere(self, now: Among) -> bool:
-        """Whether there is another command from here on."""
-        before, after = (self.processes, self.on_a_machine), (now.processes, now.on_a_machine)
-        return bool(self.before) or before != after
-
-    def ended_in(self, config: RunConfig) -> bool:
-        """Whether the run was to end with the very step after which it goes on, which was evaluated then."""
-        return "steps" in self.before and config.training.steps == self.step
-
-    def and_then(self, later: "Resumed", new: RunConfig) -> "Resumed":
-        """This one and a later one at the same step, as one."""
-        now, before = _settings(new), later.before | self.before
-        return replace(self, before={name: value for name, value in before.items() if value != now[name]})
 
 
 def as_typed(arguments: list[str]) -> str:
@@ -75,34 +36,9 @@ def command_of(config: RunConfig, among: Among, out: str = "") -> str:
     return as_typed([*program(among.processes, among.on_a_machine), *arguments_of(config), *folder])
 
 
-def settings_before(old: RunConfig, new: RunConfig) -> dict[str, Any]:
-    """The settings that a --resume changes, as they were."""
-    now = _settings(new)
-    return {name: value for name, value in _settings(old).items() if value != now[name]}
-
-
-def _settings(config: RunConfig) -> dict[str, Any]:
-    """Those of the parts that a --resume may change, of whose names none is there twice."""
-    return {name: value for part in _PARTS for name, value in asdict(getattr(config, part)).items()}
-
-
-def history(config: RunConfig, resumed: Sequence[Resumed]) -> list[RunConfig]:
-    """The configs that a run has had, of which the last is given. Raises ConfigError where it cannot have had
-    them."""
-    configs = [config]
-    for change in reversed(resumed):
-        if not change.before.keys() <= CHANGEABLE:
-            raise ConfigError("resumed: a setting is unknown, or not one that --resume may change")
-        values = json.loads(configs[-1].to_json())
-        for part in _PARTS:
-            values[part] |= {name: change.before[name] for name in values[part].keys() & change.before.keys()}
-        configs.append(RunConfig.from_json(json.dumps(values).encode("ascii")))
-    return configs[::-1]
-
-
 def resume_command(folder: str, config: RunConfig, changed: Resumed, among: Among) -> str:
     """The command that goes on with the run in a folder, and changes settings to those of the config."""
-    now = _settings(config)
+    now = settings_of(config)
     flags = (part for name in changed.before for part in as_flag(name, now[name]))
     return as_typed([*program(among.processes, among.on_a_machine), "--resume", folder, *flags])
 

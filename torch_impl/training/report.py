@@ -20,9 +20,10 @@ from torch_impl.training.attention_maps import draw_attention
 from torch_impl.training.config import FORMAT_VERSION
 from torch_impl.training.counting import counted, in_bytes
 from torch_impl.training.files import write_file
+from torch_impl.training.history import history
 from torch_impl.training.memory import peak_memory
 from torch_impl.training.prepare import Run
-from torch_impl.training.repeating import command_of, history, resume_command
+from torch_impl.training.repeating import command_of, resume_command
 from torch_impl.training.telemetry import SHARES, draw_losses, usual_speed
 from torch_impl.training.visible import visible
 
