@@ -4,6 +4,7 @@ import json
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
@@ -123,6 +124,14 @@ def test_axes_have_plain_numbers(losses, log):
     if not log:
         steps = [label.get_text() for label in axes.get_xticklabels()]  # of some beyond the axis as well
         assert "0" in steps and all(float(step.replace("\u2212", "-")).is_integer() for step in steps)
+
+
+def test_step_0_is_not_on_a_logarithmic_axis():
+    """A line came level from the left edge to the next evaluation, as if the loss had always been that."""
+    rows = plot.read_curve(run_of("run", [5.0, 4.0, 3.0]), "run").rows
+    (axes,) = plot.draw([plot.Curve("run", rows)], "step", "val_loss", log=True).axes
+    shown = axes.transData.transform([(row["step"], row["val_loss"]) for row in rows])
+    assert np.isfinite(shown).all(axis=1).tolist() == [False, True, True]
 
 
 def test_a_reader_that_goes_away_does_not_matter(monkeypatch):

@@ -116,7 +116,8 @@ def draw(curves: list[Curve], x: str, y: str, log: bool) -> Figure:
     if y == "val_loss":
         axes.set_title("held-out text, and thin, training text", fontsize="medium")
     if log:
-        axes.set(xscale="log", yscale="log")
+        axes.set_xscale("log", nonpositive="mask")  # clipped, step 0 would be a line from the left
+        axes.set_yscale("log")
     elif x != "seconds":  # there is no half of a step
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.grid(alpha=0.3, which="both")
