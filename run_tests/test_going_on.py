@@ -157,3 +157,13 @@ def test_a_checkpoint_is_no_run_to_go_on_with(small_run, cli, name):
     small_run("--out", "run", "--keep-checkpoints", 2)
     error = cli("--resume", Path("run", name)).error
     assert "a run goes on from its last one: --resume run; " in error
+
+
+def test_where_the_last_checkpoint_is_gone_the_best_is_pointed_at(small_run, cli, text):
+    """It lay whole beside the gap, and nobody was told."""
+    small_run("--out", "run")
+    shutil.rmtree("run/last")
+    refused = cli("--resume", "run")
+    assert refused.code == 2
+    assert "run has no last/ to go on from" in refused.error and "best: --init-from run" in refused.error
+    assert cli("--init-from", "run", "--steps", 2, "--train-file", text, "--out", "new").code == 0

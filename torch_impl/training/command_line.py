@@ -88,7 +88,8 @@ def _resume(arguments: list[str], preset: str | None, folder: Path) -> Request:
                 f"to begin a new run with these weights, --init-from {folder}"
             )
         refuse_in_use(folder)
-        raise InputError(f"{folder} has no last/ to go on from; name another run, or begin a new one")
+        best = f" with the weights of its best: --init-from {folder}" if (folder / "best").is_dir() else ""
+        raise InputError(f"{folder} has no last/ to go on from; name another run, or begin a new one{best}")
     start = read_config(folder / "last")
     if start.quantisation is not None:
         raise InputError(f"{folder} is quantised, and only generates; resume the run that it was made from")

@@ -123,4 +123,5 @@ def _one_line(box: str) -> str:
         return set(line) <= set("─-╰╯")
 
     message = takewhile(lambda line: not is_rule(line), dropwhile(is_rule, lines[1:]))
-    return " ".join(message).removesuffix(".")
+    # Of a value too many, such as the second file of a shell's *.txt, tyro speaks as of an option.
+    return re.sub("^Unrecognized options: (?!-)", "values of no flag: ", " ".join(message).removesuffix("."))
