@@ -134,8 +134,7 @@ def main(arguments: list[str]) -> None:
                     rows.append(row(f"attention, {kind}, context {T}, {what}", mine, theirs, unit))
                     print(line(rows[-1], 44))
     finally:  # what is measured by then is written, whatever came
-        if rows:  # or an earlier file stays
-            write_rows(flags.json, rows)
+        write_rows(flags.json, rows)
 
 
 if __name__ == "__main__":

@@ -210,9 +210,8 @@ def main(arguments: list[str]) -> None:
             for each in coding(text, vocabulary, flags.rounds, flags.copies):
                 rows.append(each)
         finally:  # what is measured by then is told, whatever came
-            if rows:  # or an earlier file stays
-                print(table(rows))
-                write_rows(flags.json, rows)
+            print(table(rows))
+            write_rows(flags.json, rows)
 
 
 if __name__ == "__main__":

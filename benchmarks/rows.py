@@ -36,8 +36,9 @@ def _finite(number: float | None) -> float | None:
 
 
 def write_rows(path: str, rows: Sequence[dict]) -> None:
-    """Into the file that --json names, where it names one. Raises OSError where it cannot be written."""
-    if path:
+    """Into the file that --json names, if it names one; without any, as when a benchmark was stopped before
+    its first, an earlier file stays. Raises OSError where it cannot be written."""
+    if path and rows:
         replace_file(Path(path), json.dumps(rows, indent=1, allow_nan=False).encode("utf-8"))
 
 

